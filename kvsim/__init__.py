@@ -1,0 +1,24 @@
+"""kvsim: replay request traces through a paged KV cache under a real engine's scheduling rules."""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it. Nothing is imported before it is asked for.
+_PUBLIC: dict[str, str] = {}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'kvsim' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted(__all__)

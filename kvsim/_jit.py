@@ -1,0 +1,143 @@
+"""The one place that chooses how numba compiles, and where the machine code is kept.
+
+`njit` here is numba's with `nogil=True` and a cache of our own. Plain `cache=True` looks only at the file of
+the decorated function: edit a *called* file and it keeps running the old machine code. Ours lives in a
+directory named by a digest of every source that is compiled and of the flags that change the code, so a stale
+hit cannot happen; it is in the user's cache folder, so an installed package need not be writable.
+
+`KVSIM_CACHE_DIR` moves the cache. Nothing here imports numba before the first `njit`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+_KEPT_CACHES = 4  # digests kept on disk; older ones are removed when a new one is made
+_DONE = "compiled"  # marker file: everything that `run` needs has been compiled into this directory
+
+
+def njit(function: Callable) -> Callable:
+    """Compile `function` with kvsim's options; with NUMBA_DISABLE_JIT=1 it stays plain Python."""
+    return _compile(function)
+
+
+def inline_njit(function: Callable) -> Callable:
+    """`njit` for the verbs of a hot loop: LLVM inlines every call, so that a state of many arrays is not passed
+    on the stack each time. For functions called from one or two places, or a few lines long."""
+    return _compile(function, forceinline=True)
+
+
+def _compile(function: Callable, **options) -> Callable:
+    import numba
+
+    compiled = numba.njit(nogil=True, error_model="numpy", _nrt=False, **options)(function)
+    if hasattr(compiled, "_cache"):
+        compiled._cache = _source_keyed_cache()(function)
+    return compiled
+
+
+def is_disabled() -> bool:
+    """True when numba is told to leave Python code alone (NUMBA_DISABLE_JIT)."""
+    return os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
+
+
+@functools.cache
+def cache_dir() -> Path:
+    """Where this version of our sources keeps its machine code. Falls back to a temporary directory when the
+    user's cache folder cannot be written."""
+    base = os.environ.get("KVSIM_CACHE_DIR") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "kvsim"
+    )
+    path = Path(base) / f"numba-{source_digest()[:16]}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError:
+        user = os.getuid() if hasattr(os, "getuid") else "user"
+        path = Path(tempfile.gettempdir()) / f"kvsim-{user}-{source_digest()[:16]}"
+        path.mkdir(exist_ok=True)
+    return path
+
+
+@functools.cache
+def source_digest() -> str:
+    """Digest of every source that is compiled, of numba's version and of the flags that change the code."""
+    import numba
+    from numba.core import config
+
+    digest = hashlib.sha256()
+    for path in _compiled_sources():
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    flags = (numba.__version__, sys.version_info[:2], config.BOUNDSCHECK, config.OPT, config.DEBUGINFO_DEFAULT)
+    digest.update(repr(flags).encode())
+    return digest.hexdigest()
+
+
+def _compiled_sources() -> list[Path]:
+    import kvsim.kernels
+
+    kernels = Path(kvsim.kernels.__file__).resolve().parent
+    return [
+        _PACKAGE / "_jit.py",
+        _PACKAGE / "units.py",
+        *sorted((_PACKAGE / "engine").glob("*.py")),
+        *sorted(kernels.rglob("*.py")),
+    ]
+
+
+def is_warm() -> bool:
+    """True when a run will find its machine code on disk (or needs none)."""
+    return is_disabled() or (cache_dir() / _DONE).exists()
+
+
+def mark_warm() -> None:
+    """Say that all of it is compiled, and drop the caches of versions long gone."""
+    if is_disabled():
+        return
+    here = cache_dir()
+    (here / _DONE).touch()
+    caches = sorted(here.parent.glob("numba-*"), key=lambda p: p.stat().st_mtime, reverse=True)
+    for old in caches[_KEPT_CACHES:]:
+        if old != here:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@functools.cache
+def _source_keyed_cache() -> type:
+    """numba's function cache with a locator that answers with our directory and our digest."""
+    from numba.core import caching
+
+    class Locator(caching._CacheLocator):
+        def __init__(self, function):
+            code = function.__code__
+            self._name = f"{function.__module__}-{code.co_firstlineno}"
+
+        def get_cache_path(self):
+            return str(cache_dir())
+
+        def get_source_stamp(self):
+            return source_digest()
+
+        def get_disambiguator(self):
+            return self._name
+
+        @classmethod
+        def from_function(cls, function, file):
+            return cls(function)
+
+    class Impl(caching.CompileResultCacheImpl):
+        _locator_classes = [Locator]
+
+    class SourceKeyedCache(caching.FunctionCache):
+        _impl_class = Impl
+
+    return SourceKeyedCache

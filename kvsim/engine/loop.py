@@ -1,0 +1,368 @@
+"""The clock: receive, expire, schedule, wait for the step, hand out tokens.
+
+`advance` is the whole border between Python and the compiled engine. It can stop between any two steps, or while
+a step runs, and go on later as if it had not.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvsim._jit import inline_njit, njit
+from kvsim.engine.blocks import account, gap_bucket, num_waiting, record, release
+from kvsim.engine.schedule import end_request, schedule
+from kvsim.engine.state import (
+    BROKEN,
+    CAPPED,
+    CAUSE_MAX_MODEL_LEN,
+    DEADLINE,
+    DONE,
+    EMPTY_PROMPT,
+    ENDED,
+    EVENT_ARRIVE,
+    EVENT_CAP,
+    EVENT_FINISH,
+    EVENT_FIRST_TOKEN,
+    EVENT_REJECT,
+    EVENT_TIME_OUT,
+    EVENTS_FULL,
+    FINISHED,
+    FRONTEND_OPENAI,
+    FRONTEND_STRICT,
+    HORIZON,
+    MAX_STEPS,
+    MAX_TOKENS_GT_MAX_MODEL_LEN,
+    NEVER,
+    NO_CAUSE,
+    NO_OUTPUT_REQUESTED,
+    PAUSED,
+    PREEMPTED,
+    PROMPT_GE_MAX_MODEL_LEN,
+    PROMPT_PLUS_MAX_TOKENS_GT_MAX_MODEL_LEN,
+    QUEUE_FULL,
+    QUEUED_TOKENS_FULL,
+    REACHED,
+    REJECTED,
+    RUNNING,
+    STALLED,
+    TIMED_OUT,
+    TIMELINE_FULL,
+    WAITING,
+)
+
+WORK_PER_CALL = 2_000_000  # scheduled sequences and arrivals before `advance` returns: well under 50 ms
+
+
+@njit
+def advance(s, until_ns, max_steps):
+    """Simulate on, and say why it stopped: one of `state.STATUSES`.
+
+    `reached`: nothing more happens up to and including `until_ns`, and arrivals up to then are in. `max_steps`:
+    that many steps were completed (-1: no limit). `paused`: enough work for one call, go on at will.
+    `events_full`: empty the event buffer or grow it to `now.needs` free rows. `timeline_full`: widen the bins
+    or add some, until `now.needs` ns lies within. `done`, `stalled`, `horizon`: the run is over. `broken`: an
+    invariant failed (with `check`): `now.broken` says which.
+    """
+    now = s.now[0]
+    work = steps = 0
+    while True:
+        if now.broken:
+            return BROKEN
+        if now.in_step:
+            if not has_bins(s, now.step_end):
+                return TIMELINE_FULL
+            if not receive(s, min(now.step_end - 1, until_ns)):
+                return EVENTS_FULL
+            if now.step_end > until_ns:
+                return REACHED
+            if not has_room(s, 2 * now.num_scheduled):
+                return EVENTS_FULL
+            finish_step(s)
+            steps += 1
+            work += now.num_scheduled + 1
+            if steps == max_steps:
+                return MAX_STEPS
+            if work > WORK_PER_CALL:
+                return PAUSED
+        if now.dead or now.livelock:
+            change = min(next_send(s), next_expiry(s))
+            if change == NEVER:
+                return STALLED
+        if now.dead:
+            if change > until_ns:
+                return REACHED
+            now.t = max(now.step_end, change)
+            now.dead = 0
+        if now.t > until_ns:
+            return REACHED
+        if not has_bins(s, now.t):
+            return TIMELINE_FULL
+        if not receive(s, now.t):
+            return EVENTS_FULL
+        account(s, now.t)
+        if now.num_running + num_waiting(now) == 0:
+            send = next_send(s)
+            if send == NEVER:
+                return DONE
+            if send > until_ns:
+                return REACHED
+            now.t = send
+            continue
+        if now.t >= s.settings.until_ns:
+            return HORIZON
+        if not has_room(s, 2 * (now.num_running + num_waiting(now)) + s.settings.max_num_seqs + 2):
+            return EVENTS_FULL
+        if expire(s) > 0:
+            continue
+        schedule(s)
+        now.received_in_step = 0
+        now.step_start = now.t
+        now.step_end = now.t + step_duration(s)
+        now.in_step = 1
+
+
+@inline_njit
+def has_room(s, count):
+    """True when the event buffer takes `count` more events."""
+    now = s.now[0]
+    now.needs = count
+    return not s.settings.record_events or now.num_events + count <= len(s.events)
+
+
+@inline_njit
+def has_bins(s, time):
+    """True when the timeline reaches `time`."""
+    now = s.now[0]
+    now.needs = time
+    return time // now.bin_width < len(s.timeline)
+
+
+@inline_njit
+def next_send(s):
+    """When the next request is sent: its arrival, or in a closed loop the later moment at which there is a
+    free place for it. NEVER: no request left, or none before another one ends."""
+    now, cfg = s.now[0], s.settings
+    if now.next_row == len(s.requests):
+        return NEVER
+    arrival = s.requests[now.next_row].arrival
+    if cfg.max_concurrency == 0:
+        return arrival
+    return NEVER if now.in_flight >= cfg.max_concurrency else max(arrival, now.slot_free_at)
+
+
+@inline_njit
+def receive(s, until):
+    """Take in every request sent up to `until`, each at its own time. False: no room for the next events."""
+    now = s.now[0]
+    send = next_send(s)
+    while send <= until:
+        if send == NEVER:
+            break
+        if not has_room(s, 2):
+            return False
+        account(s, send)
+        receive_one(s, now.next_row, send)
+        now.next_row += 1
+        send = next_send(s)
+    return True
+
+
+@njit
+def receive_one(s, r, time):
+    """Row `r` arrives: it is rejected or joins the end of the queue (3.20, 3.21)."""
+    now, row = s.now[0], s.requests[r]
+    free, step = now.free_blocks, now.num_steps + now.in_step
+    row.arrival = time
+    record(s, time, step, EVENT_ARRIVE, r, NO_CAUSE, free, 0, 0, -1)
+    why = objection(s, row)
+    if why != NO_CAUSE:
+        row.status = ENDED
+        row.outcome = REJECTED
+        row.cause = why
+        row.finished_at = time
+        now.num_ended += 1
+        now.total_rejected += 1
+        s.timeline[time // now.bin_width].rejections += 1
+        record(s, time, step, EVENT_REJECT, r, why, free, 0, 0, -1)
+        return
+    row.status = WAITING
+    now.in_flight += 1
+    now.queued_tokens += row.prompt
+    now.received_in_step += 1
+    s.queues.received[now.received_tail] = r
+    now.received_tail += 1
+
+
+@njit
+def objection(s, row):
+    """Why the front end refuses a request, or NO_CAUSE (3.21)."""
+    now, cfg = s.now[0], s.settings
+    prompt, output = row.prompt, row.output
+    if prompt <= 0:
+        return EMPTY_PROMPT
+    if output <= 0:
+        return NO_OUTPUT_REQUESTED
+    if prompt >= cfg.max_model_len:
+        return PROMPT_GE_MAX_MODEL_LEN
+    if cfg.frontend == FRONTEND_OPENAI and output > cfg.max_model_len:
+        return MAX_TOKENS_GT_MAX_MODEL_LEN
+    if cfg.frontend == FRONTEND_STRICT and output > cfg.max_model_len - prompt:
+        return PROMPT_PLUS_MAX_TOKENS_GT_MAX_MODEL_LEN
+    if 0 <= cfg.max_num_queued_reqs <= now.num_running + num_waiting(now):
+        return QUEUE_FULL
+    if 0 <= cfg.max_num_queued_tokens <= now.queued_tokens:
+        return QUEUED_TOKENS_FULL
+    return NO_CAUSE
+
+
+@inline_njit
+def next_expiry(s):
+    """When the oldest unfinished request times out, or NEVER. Deadlines fall in order of receipt."""
+    now, cfg, req = s.now[0], s.settings, s.requests
+    if cfg.deadline_ns == NEVER:
+        return NEVER
+    while now.next_expiry < now.next_row and req[now.next_expiry].status == ENDED:
+        now.next_expiry += 1
+    if now.next_expiry == now.next_row:
+        return NEVER
+    return req[now.next_expiry].arrival + cfg.deadline_ns
+
+
+@inline_njit
+def expire(s):
+    """Remove every request whose deadline has come, in order of receipt; returns how many."""
+    now = s.now[0]
+    count = 0
+    while next_expiry(s) <= now.t:
+        r = now.next_expiry
+        row = s.requests[r]
+        free_before, lost = now.free_blocks, row.computed
+        leave_queue(s, r)
+        release(s, row)
+        end_request(s, r, TIMED_OUT, DEADLINE, now.t)
+        record(s, now.t, now.num_steps, EVENT_TIME_OUT, r, DEADLINE, free_before, 0, lost, -1)
+        count += 1
+    return count
+
+
+@njit
+def leave_queue(s, r):
+    """Take the oldest unfinished request `r` out of wherever it is. One that was never admitted is the head of
+    the received queue, because everyone before it has ended."""
+    now, queues = s.now[0], s.queues
+    status = s.requests[r].status
+    if status == RUNNING:
+        now.num_running -= without(queues.running, now.num_running, r)
+    elif status == PREEMPTED:
+        now.num_preempted -= without(queues.preempted, now.num_preempted, r)
+    else:
+        now.received_head += 1
+
+
+@njit
+def without(column, length, value):
+    """Close the gap that `value` leaves among the first `length` entries; returns 1, the entries removed."""
+    k = 0
+    while column[k] != value:
+        k += 1
+    for j in range(k, length - 1):
+        column[j] = column[j + 1]
+    return 1
+
+
+@inline_njit
+def step_duration(s):
+    """Nanoseconds that the scheduled step takes: 0 when it is empty, else at least 1 (1 in lockstep mode). The
+    order of the float operations is part of the contract: equal inputs give equal bits."""
+    now, cost = s.now[0], s.cost
+    if s.settings.lockstep:
+        return 1
+    scheduled = now.prefill_tokens + now.decode_tokens
+    if scheduled == 0:
+        return 0
+    linear = cost.linear_s[scheduled] + cost.sampled_s[now.sampled]
+    attention = cost.pair_s * now.prefill_pairs - cost.context_s * now.prefill_ctx
+    seconds = (linear + cost.context_s * now.ctx) + max(0.0, attention)
+    return max(1, int(np.rint(1e9 * seconds)))
+
+
+@inline_njit
+def finish_step(s):
+    """The step has run: count it, hand out its tokens (3.19), let the finished go. A step in which nothing at
+    all happened is `dead`: only an arrival or a deadline can change anything, and the clock waits for it."""
+    now = s.now[0]
+    account(s, now.step_end)
+    line = s.timeline[now.t // now.bin_width]
+    line.steps += 1
+    line.prefill_tokens += now.prefill_tokens
+    line.decode_tokens += now.decode_tokens
+    line.preemptions += now.num_victims
+    if hand_out_tokens(s) > 0:
+        drop_finished(s)
+    now.num_steps += 1
+    now.in_step = 0
+    now.log_running_after = now.num_running
+    now.log_waiting_after = num_waiting(now) - now.received_in_step
+    now.log_free_after = now.free_blocks
+    now.dead = now.num_scheduled + now.num_victims + now.num_dropped == 0
+    if not now.dead:
+        now.t = now.step_end
+
+
+@inline_njit
+def hand_out_tokens(s):
+    """One token for every scheduled request that is past its prefill, in scheduling order; those for whom it is
+    the last free their blocks at once. Returns how many ended."""
+    now, req, step = s.now[0], s.requests, s.step
+    last_gap = -1
+    bucket = ended = 0
+    for k in range(now.num_scheduled):
+        if not step[k].emits:
+            continue
+        r = step[k].request
+        row = req[r]
+        row.generated += 1
+        now.total_generated += 1
+        if row.first_token_at < 0:
+            row.first_token_at = now.step_end
+            now.queued_tokens -= row.prompt
+            free = now.free_blocks
+            record(s, now.step_end, now.num_steps, EVENT_FIRST_TOKEN, r, NO_CAUSE, free, 0, 0, -1)
+        else:
+            gap = now.step_end - row.last_token_at
+            if gap != last_gap:
+                last_gap, bucket = gap, gap_bucket(gap)
+            s.gap_counts[bucket] += 1
+            now.gap_sum += gap
+            now.gap_count += 1
+        row.last_token_at = now.step_end
+        if row.generated >= row.output:
+            end_in_step(s, k, FINISHED, NO_CAUSE, EVENT_FINISH)
+            ended += 1
+        elif row.prompt + row.generated >= s.settings.max_model_len:
+            end_in_step(s, k, CAPPED, CAUSE_MAX_MODEL_LEN, EVENT_CAP)
+            ended += 1
+    return ended
+
+
+@njit
+def end_in_step(s, k, outcome, cause, kind):
+    """The `k`-th request of the step has made its last token."""
+    now, entry = s.now[0], s.step[k]
+    entry.ended = 1
+    free_before = now.free_blocks
+    release(s, s.requests[entry.request])
+    end_request(s, entry.request, outcome, cause, now.step_end)
+    record(s, now.step_end, now.num_steps, kind, entry.request, cause, free_before, 0, 0, -1)
+
+
+@inline_njit
+def drop_finished(s):
+    """Close the gaps in the running list."""
+    now, running = s.now[0], s.queues.running
+    kept = 0
+    for x in range(now.num_running):
+        r = running[x]
+        running[kept] = r
+        kept += s.requests[r].status == RUNNING
+    now.num_running = kept

@@ -1,0 +1,303 @@
+"""The engine's state: a NamedTuple of one-dimensional arrays, and `pack()`, which fixes every dtype.
+
+A request is a row number. Everything that changes once a step lives in `now`, a single record. Times are int64
+nanoseconds (in lockstep mode: step indices), amounts of memory are blocks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+NEVER = np.iinfo(np.int64).max
+
+# Codes stored in int8 columns; the names are the words of the results contract.
+OUTCOMES = ("", "finished", "capped", "rejected", "unservable", "timed_out", "oom", "unfinished")
+NO_OUTCOME, FINISHED, CAPPED, REJECTED, UNSERVABLE, TIMED_OUT, OOM, UNFINISHED = range(len(OUTCOMES))
+
+KINDS = (
+    "load_oom", "start_oom", "arrive", "reject", "admit", "resume", "wait", "preempt",
+    "first_token", "finish", "cap", "time_out", "unservable", "oom",
+)  # fmt: skip
+(
+    EVENT_LOAD_OOM, EVENT_START_OOM, EVENT_ARRIVE, EVENT_REJECT, EVENT_ADMIT, EVENT_RESUME, EVENT_WAIT, EVENT_PREEMPT,
+    EVENT_FIRST_TOKEN, EVENT_FINISH, EVENT_CAP, EVENT_TIME_OUT, EVENT_UNSERVABLE, EVENT_OOM,
+) = range(len(KINDS))  # fmt: skip
+
+CAUSES = (
+    "", "empty_prompt", "no_output_requested", "prompt_ge_max_model_len", "max_tokens_gt_max_model_len",
+    "prompt_plus_max_tokens_gt_max_model_len", "queue_full", "queued_tokens_full",
+    "preemption_in_step", "token_budget", "max_num_seqs", "prefill_interval",
+    "pool_full_gate", "pool_full_watermark", "pool_full",
+    "pool_full_growth", "self_preempted", "priority_victim",
+    "deadline", "never_fits", "max_model_len", "horizon", "stalled",
+    "weights", "activations", "cuda_graphs", "one_max_length_request",
+)  # fmt: skip
+(
+    NO_CAUSE, EMPTY_PROMPT, NO_OUTPUT_REQUESTED, PROMPT_GE_MAX_MODEL_LEN, MAX_TOKENS_GT_MAX_MODEL_LEN,
+    PROMPT_PLUS_MAX_TOKENS_GT_MAX_MODEL_LEN, QUEUE_FULL, QUEUED_TOKENS_FULL,
+    PREEMPTION_IN_STEP, TOKEN_BUDGET, MAX_NUM_SEQS, PREFILL_INTERVAL,
+    POOL_FULL_GATE, POOL_FULL_WATERMARK, POOL_FULL,
+    POOL_FULL_GROWTH, SELF_PREEMPTED, PRIORITY_VICTIM,
+    DEADLINE, NEVER_FITS, CAUSE_MAX_MODEL_LEN, CAUSE_HORIZON, CAUSE_STALLED,
+    CAUSE_WEIGHTS, CAUSE_ACTIVATIONS, CAUSE_CUDA_GRAPHS, CAUSE_ONE_MAX_LENGTH_REQUEST,
+) = range(len(CAUSES))  # fmt: skip
+
+# Where a request is.
+PENDING, WAITING, RUNNING, PREEMPTED, ENDED = range(5)
+
+# Which length check the front end makes (3.21).
+FRONTENDS = ("engine", "openai", "strict")
+FRONTEND_ENGINE, FRONTEND_OPENAI, FRONTEND_STRICT = range(3)
+
+# Why `advance` returned.
+STATUSES = (
+    "done", "stalled", "horizon", "reached", "max_steps", "paused", "events_full", "timeline_full", "broken",
+)  # fmt: skip
+DONE, STALLED, HORIZON, REACHED, MAX_STEPS, PAUSED, EVENTS_FULL, TIMELINE_FULL, BROKEN = range(len(STATUSES))
+
+# Gaps between tokens are counted in a histogram with GAP_SUBBUCKETS buckets for each power of two, so
+# percentiles read from it are within 1 part in 2,048 of the exact ones.
+GAP_BITS = 10
+GAP_SUBBUCKETS = 1 << GAP_BITS
+GAP_BUCKETS = (64 - GAP_BITS) * GAP_SUBBUCKETS
+
+
+class Settings(NamedTuple):
+    """Scheduler and run settings as plain int64; -1 or NEVER stands for "none". Names are vLLM's."""
+
+    block_size: int
+    num_gpu_blocks: int  # block 0 is the null block: N - 1 are usable
+    max_num_seqs: int  # the admission cap: max_num_active_seqs where that is given
+    max_num_batched_tokens: int
+    max_model_len: int
+    enable_chunked_prefill: int
+    long_prefill_token_threshold: int
+    long_prefill_token_threshold_adaptive: int
+    scheduler_reserve_full_isl: int
+    watermark_blocks: int
+    prefill_schedule_interval: int
+    max_num_queued_reqs: int  # -1: no limit
+    max_num_queued_tokens: int  # -1: no limit
+    frontend: int
+    deadline_ns: int  # NEVER: none
+    until_ns: int  # NEVER: none
+    max_concurrency: int  # 0: open loop
+    strict: int
+    lockstep: int
+    identities: int  # 1: the blocks variant (which block is where); 0: counts only
+    record_events: int
+    check: int  # 1: check the invariants at every event
+
+
+class Cost(NamedTuple):
+    """Step time: see `kvsim.steptime`, which explains the formula that `loop.step_duration` evaluates."""
+
+    linear_s: np.ndarray  # float64, by scheduled tokens
+    sampled_s: np.ndarray  # float64, by sampled tokens
+    context_s: float
+    pair_s: float
+
+
+# One row per request, in trace order (= order of receipt). Rows, not columns: whatever happens to a request
+# touches most of its fields at once, and one array compiles several times faster than twenty.
+REQUEST = np.dtype(
+    [
+        ("arrival", np.int64),  # becomes the time of sending in a closed loop
+        ("scheduled_at", np.int64),  # -1: never, as for the other times
+        ("first_token_at", np.int64),
+        ("last_token_at", np.int64),
+        ("finished_at", np.int64),
+        ("hit_tokens", np.int64),
+        ("recomputed", np.int64),
+        ("scheduled_tokens", np.int64),
+        ("prompt", np.int32),
+        ("output", np.int32),
+        ("generated", np.int32),
+        ("computed", np.int32),  # tokens whose KV is (being) computed
+        ("num_blocks", np.int32),
+        ("peak_blocks", np.int32),
+        ("num_preemptions", np.int32),
+        ("slot", np.int32),  # row of the block tables, -1: none
+        ("status", np.int8),
+        ("prefilling", np.int8),  # the last step that scheduled it left known tokens to compute (3.18)
+        ("outcome", np.int8),
+        ("cause", np.int8),
+    ],
+    align=True,
+)
+
+
+class Queues(NamedTuple):
+    """Row numbers, int64. Waiting = `preempted` (a stack, its top first), then `received` from its head on."""
+
+    running: np.ndarray  # [max_num_seqs], in order of admission
+    preempted: np.ndarray  # [max_num_seqs + 1]
+    received: np.ndarray  # [number of requests], each row enters once
+    victims: np.ndarray  # [max_num_seqs], preempted in the last step, in order
+
+
+# What the last `schedule()` decided, in scheduling order.
+STEP = np.dtype(
+    [
+        ("request", np.int64),
+        ("tokens", np.int64),
+        ("new_from", np.int64),  # where in `Pool.table` its new blocks start
+        ("num_new", np.int64),
+        ("emits", np.int8),  # it makes a token (3.19)
+        ("ended", np.int8),  # that token was its last
+    ],
+    align=True,
+)
+
+
+class Pool(NamedTuple):
+    """The block pool. Counts alone live in `now`; with identities the free list is a stack: without content
+    keys every freed block goes to the front of the list, from where blocks are taken (1.2, 1.6)."""
+
+    free: np.ndarray  # int32 stack, its top is the front of the free list
+    table: np.ndarray  # int32, `stride` entries for each slot
+    free_slots: np.ndarray  # int32 stack
+    owners: np.ndarray  # int32[num_gpu_blocks], scratch of `check_integrity`
+
+
+# A row of the event buffer; `now.num_events` rows are in use. Python empties it when `advance` says it is full.
+EVENT = np.dtype(
+    [
+        ("time", np.int64),
+        ("step", np.int64),
+        ("request", np.int64),
+        ("tokens_lost", np.int64),
+        ("for_request", np.int64),
+        ("blocks_free_before", np.int32),
+        ("blocks_free_after", np.int32),
+        ("blocks_needed", np.int32),
+        ("kind", np.int8),
+        ("cause", np.int8),
+    ],
+    align=True,
+)
+
+# A time bin: areas are level x ns, the rest are counts and maxima.
+BIN = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            "used_area", "used_max", "running_area", "running_max", "waiting_area", "waiting_max",
+            "wasted_area",  # token places allocated and not holding a token, x ns
+            "prefill_tokens", "decode_tokens", "steps", "preemptions", "rejections",
+        )
+    ]
+)  # fmt: skip
+
+
+class State(NamedTuple):
+    settings: Settings
+    cost: Cost
+    requests: np.ndarray  # REQUEST[number of requests]
+    queues: Queues
+    step: np.ndarray  # STEP[max_num_seqs]
+    pool: Pool
+    events: np.ndarray  # EVENT[capacity]
+    timeline: np.ndarray  # BIN[number of bins]
+    used_time: np.ndarray  # int64[num_gpu_blocks], ns spent with that many blocks in use
+    gap_counts: np.ndarray  # int64[GAP_BUCKETS], gaps between two tokens of a request
+    now: np.ndarray  # one record of NOW
+
+
+# The scalars that change. One record, so that they are passed and kept in one piece.
+NOW = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            # clock
+            "t", "in_step", "step_start", "step_end", "accounted", "num_steps", "executed", "bin_width",
+            # arrivals
+            "next_row", "next_expiry", "in_flight", "slot_free_at",
+            # queues
+            "num_running", "num_preempted", "received_head", "received_tail", "queued_tokens",
+            # pool
+            "free_blocks", "held_tokens", "num_free_slots", "table_stride", "peak_used",
+            # the step being scheduled
+            "budget", "threshold", "defer", "cap_bound", "last_prefill", "num_scheduled", "num_victims",
+            "num_dropped", "sampled", "prefill_step", "prefill_tokens", "decode_tokens", "ctx", "prefill_ctx",
+            "prefill_pairs", "received_in_step", "saw_prefill",
+            # rows of the step log
+            "log_running", "log_waiting", "log_free", "log_running_after", "log_waiting_after", "log_free_after",
+            # last `wait` event
+            "wait_request", "wait_cause",
+            # livelock of a lonely request (strict)
+            "lonely_request", "lonely_tokens", "livelock", "dead",
+            # totals
+            "num_events", "total_preemptions", "total_admissions", "total_scheduled", "total_prefill",
+            "total_decode", "total_generated", "total_rejected", "gap_sum", "gap_count", "num_ended", "needs", "broken",
+        )
+    ]
+)  # fmt: skip
+
+
+def pack(
+    *,
+    arrival_ns: np.ndarray,
+    prompt_tokens: np.ndarray,
+    output_tokens: np.ndarray,
+    settings: Settings,
+    cost: Cost,
+    bin_width_ns: int,
+    num_bins: int = 2048,
+    event_capacity: int = 4096,
+) -> State:
+    """The state for `n` requests, every dtype and contiguity fixed, so that `advance` has one signature.
+
+    `arrival_ns` int64[n] non-decreasing; `prompt_tokens`, `output_tokens` int32[n]. The input is copied where
+    the engine writes. Blocks are taken from the front of a free list 1, 2, ..., N-1 (1.2).
+    """
+    n = len(arrival_ns)
+    seqs = settings.max_num_seqs
+
+    requests = table(REQUEST, n)
+    requests.arrival = arrival_ns
+    requests.prompt = prompt_tokens
+    requests.output = output_tokens
+    for name in ("scheduled_at", "first_token_at", "last_token_at", "finished_at", "slot"):
+        requests[name] = -1
+    usable = settings.num_gpu_blocks - 1
+    stride = min(usable, -(-settings.max_model_len // settings.block_size)) if settings.identities else 0
+    pool = Pool(
+        free=np.arange(usable if settings.identities else 0, 0, -1, dtype=np.int32),
+        table=np.empty(seqs * stride, np.int32),
+        free_slots=np.arange(seqs if settings.identities else 0, 0, -1, dtype=np.int32) - 1,
+        owners=np.zeros(settings.num_gpu_blocks if settings.check else 0, np.int32),
+    )
+    now = table(NOW, 1)
+    now.free_blocks = usable
+    now.num_free_slots = len(pool.free_slots)
+    now.table_stride = stride
+    now.bin_width = bin_width_ns
+    now.last_prefill = -settings.prefill_schedule_interval
+    now.wait_request = -1
+    now.lonely_request = -1
+    return State(
+        settings=Settings(*(int(value) for value in settings)),
+        cost=Cost(
+            np.ascontiguousarray(cost.linear_s, np.float64),
+            np.ascontiguousarray(cost.sampled_s, np.float64),
+            float(cost.context_s),
+            float(cost.pair_s),
+        ),
+        requests=requests,
+        queues=Queues(*(np.zeros(size, np.int64) for size in (seqs, seqs + 1, n, seqs))),
+        step=table(STEP, seqs),
+        pool=pool,
+        events=table(EVENT, event_capacity if settings.record_events else 0),
+        timeline=table(BIN, num_bins),
+        used_time=np.zeros(settings.num_gpu_blocks, np.int64),
+        gap_counts=np.zeros(GAP_BUCKETS, np.int64),
+        now=now,
+    )
+
+
+def table(dtype: np.dtype, size: int) -> np.recarray:
+    """`size` zeroed rows whose fields are attributes."""
+    return np.zeros(size, dtype).view(np.recarray)

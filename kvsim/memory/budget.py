@@ -1,0 +1,394 @@
+"""The budget of a GPU: what vLLM measures when it starts, term by term, and the KV blocks that are left.
+
+    available = ceil(total * gpu_memory_utilization) - weights - non_torch - activation_peak [- cuda_graphs]
+    num_gpu_blocks = available // bytes_per_block          (scheduler rules 5.1-5.7, memory.md)
+
+Every constant below is a physical quantity with its source; none belongs to a model or a row of a table.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import msgspec
+
+from kvsim.catalog.architecture import LayerGroup, ModelSpec
+from kvsim.errors import UserError
+from kvsim.formats import weight_format
+from kvsim.memory.weights import pipeline_stages, rank_weight_bytes
+from kvsim.specs import Deployment
+from kvsim.units import GIB, MIB, format_gib
+
+# CUDA context and driver allocations of a rank, outside torch and outside the budget: it lives in
+# 1 - gpu_memory_utilization (start-up logs: 79.19 GiB total, 78.68 free at TP1, 77.66 at TP2 on H100).
+CONTEXT_BYTES = {"one_gpu": round(0.51 * GIB), "many_gpus": round(1.53 * GIB)}
+
+# What stays allocated outside torch after profiling: cuBLAS workspaces on one GPU; NCCL and custom
+# all-reduce buffers in a tensor-parallel group, a little more for every doubling (logs: 0.25 at TP1,
+# 2.07 at TP2, 2.17 at TP4; 0.07 with pipeline parallelism only; 0.13 at TP1 before 0.18).
+NON_TORCH_ONE_GPU = round(0.25 * GIB)
+NON_TORCH_ONE_GPU_BEFORE_0_18 = round(0.13 * GIB)
+NON_TORCH_PIPELINE = round(0.07 * GIB)
+NON_TORCH_TP2 = round(2.07 * GIB)
+NON_TORCH_PER_DOUBLING = round(0.10 * GIB)
+
+# CUDA graphs: a private pool plus the kernel nodes of 51 captured batch sizes in every layer. A line
+# through the logged sizes of 50 starts (median 0.95 GiB), 0.18 GiB mean error; 0.9 for all: 0.26.
+CUDA_GRAPH_POOL = round(0.5 * GIB)
+CUDA_GRAPH_PER_LAYER = 14 * MIB
+
+# Bytes the sampler holds for one logit: 14.7 since vLLM 0.17 (logits, their fp32 copy, sorted values and
+# indices, probabilities), 38.1 before (more fp32 copies alive at once).
+SAMPLER_BYTES_PER_LOGIT = 14.7
+SAMPLER_BYTES_PER_LOGIT_BEFORE_0_17 = 38.1
+# Buffers for sending activations between pipeline stages and a second batch in flight.
+PIPELINE_ACTIVATION_FACTOR = 1.15
+
+
+class KvGroup(msgspec.Struct, frozen=True, kw_only=True):
+    """Layers that share a block table. `page_bytes` is one block of one layer on one rank."""
+
+    kind: str
+    layers: int
+    page_bytes: int
+    block_size: int
+    window: int | None = None
+
+    def pages(self, max_model_len: int, max_in_flight_tokens: int) -> int:
+        """The most blocks one request of `max_model_len` tokens holds in this group (rule 5.6)."""
+        tokens = max_model_len
+        if self.kind == "sliding":
+            tokens = min(self.window - 1 + max_in_flight_tokens, max_model_len)
+            return -(-tokens // self.block_size) + 1
+        if self.kind == "chunked":
+            tokens = min(self.window + max_in_flight_tokens, max_model_len)
+        return -(-tokens // self.block_size)
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """Why an engine does not start. kind: load_oom or start_oom; cause: weights, activations, cuda_graphs
+    or one_max_length_request; `short_bytes` are missing on each GPU."""
+
+    kind: str
+    cause: str
+    short_bytes: int
+    sentence: str
+
+
+class Budget(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes on the GPU that binds (the pipeline stage with the fewest blocks), and the pool they leave.
+
+    `kv_bytes` is what is available for KV blocks; `num_gpu_blocks` counts the null block, as vLLM does.
+    `context_bytes` is information: it is outside `requested_bytes`. `failure` is None if the engine starts.
+    """
+
+    total_bytes: int
+    requested_bytes: int
+    weights_bytes: int
+    activation_bytes: int
+    non_torch_bytes: int
+    cuda_graph_bytes: int
+    context_bytes: int
+    kv_bytes: int
+    weights_by_component: dict[str, int]
+    groups: tuple[KvGroup, ...]
+    bytes_per_block: int
+    num_gpu_blocks: int
+    block_size: int
+    max_model_len: int
+    kv_cache_tokens: int
+    max_concurrency: float
+    blocks_for_max_model_len: int
+    binding_rank: str
+    verdict: str
+    failure: Failure | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bytes_per_token(self) -> float:
+        """KV bytes on one GPU for one more token while no window is full."""
+        return sum(g.layers * g.page_bytes / g.block_size for g in self.groups)
+
+    @property
+    def log_lines(self) -> tuple[str, ...]:
+        """What vLLM prints when it starts with this budget, word for word."""
+        if self.failure is not None:
+            return ()
+        return (
+            f"Available KV cache memory: {self.kv_bytes / GIB:.2f} GiB",
+            f"GPU KV cache size: {self.kv_cache_tokens:,} tokens, Maximum concurrency for"
+            f" {self.max_model_len:,} tokens per request: {self.max_concurrency:.2f}x",
+        )
+
+    def __str__(self) -> str:
+        words = {"fits": "FITS", "tight": "TIGHT", "does_not_fit": "DOES NOT FIT"}
+        lines = [words[self.verdict] + (f": {self.failure.sentence}" if self.failure else "")]
+        for name, size in (
+            ("GPU memory", self.total_bytes),
+            ("for the engine", self.requested_bytes),
+            ("weights", self.weights_bytes),
+            ("activation peak", self.activation_bytes),
+            ("outside torch", self.non_torch_bytes),
+            ("CUDA graphs", self.cuda_graph_bytes),
+            ("KV cache", self.kv_bytes),
+        ):
+            lines.append(f"  {name:<16}{format_gib(size):>12}")
+        lines.append(
+            f"  {self.num_gpu_blocks:,} blocks of {self.block_size} tokens and {self.bytes_per_block:,} bytes,"
+            f" on {self.binding_rank}"
+        )
+        lines += [f"  {line}" for line in self.log_lines] + [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def fit(dep: Deployment) -> Budget:
+    """The memory budget of a deployment as vLLM would find it on start-up, for every pipeline stage, and
+    the stage that binds.
+
+    Never raises because something does not fit: that is `Budget.failure`. Raises UserError for a model
+    whose layers cannot be sized yet, and for flags that ask for memory which the GPU does not have.
+    """
+    check_supported(dep.model)
+    budgets = [_stage_budget(dep, stage) for stage in range(dep.settings.pipeline_parallel_size)]
+    # a stage that cannot start binds before one that can; then the one with the fewest blocks
+    return min(budgets, key=lambda b: (b.failure is None, b.num_gpu_blocks))
+
+
+def check_supported(model: ModelSpec) -> None:
+    """Raise UserError naming the model and the kind of layer that is not supported yet."""
+    for group in model.layer_groups:
+        if group.dsa_index_elems_per_token_per_layer:
+            kind = "sparse-attention index"
+        elif group.kind in ("full", "mla"):
+            continue
+        else:
+            names = {"linear_state": f"{group.variant} state", "no_cache": "cache-free"}
+            kind = names.get(group.kind, group.kind)
+        why = f" ({group.note})" if group.note else ""
+        raise UserError(
+            f"{model.name} has {group.layers} {kind} layers{why}, which are not supported yet; full attention"
+            " and MLA are"
+        )
+    if not model.parts:
+        raise UserError(f"{model.name}: there is no weight formula for model_type {model.model_type!r} yet")
+
+
+def _stage_budget(dep: Deployment, stage: int) -> Budget:
+    s = dep.settings
+    weights = rank_weight_bytes(dep, stage)
+    weights_bytes = sum(weights.values())
+    activation = activation_peak_bytes(dep, stage)
+    non_torch = non_torch_bytes(dep)
+    graphs = cuda_graph_bytes(dep, stage)
+    many = s.tensor_parallel_size > 1 or s.pipeline_parallel_size > 1
+    context = CONTEXT_BYTES["many_gpus" if many else "one_gpu"]
+    # Fraction: 0.92 means 92/100, and a ceiling must not see float noise
+    requested = math.ceil(dep.gpu.total_bytes * Fraction(str(s.gpu_memory_utilization)))
+    free_at_start = dep.gpu.total_bytes - context
+    notes: list[str] = []
+    budgeted_graphs = graphs if s.version >= (0, 21) else 0
+    fixed = weights_bytes + non_torch + activation + budgeted_graphs
+    if s.kv_cache_memory_bytes is None:
+        if requested > free_at_start:
+            raise UserError(
+                f"gpu_memory_utilization {s.gpu_memory_utilization:g} asks for {format_gib(requested)}, but"
+                f" only {format_gib(free_at_start)} of {dep.gpu.name} are free once CUDA has started; lower"
+                f" it to {math.floor(100 * free_at_start / dep.gpu.total_bytes) / 100:g}"
+            )
+        kv_bytes = requested - fixed
+    else:
+        requested, kv_bytes = free_at_start, s.kv_cache_memory_bytes
+        notes.append("kv_cache_memory_bytes sets the pool; gpu_memory_utilization is not used")
+    groups = kv_groups(dep, stage)
+    bytes_per_block = max(g.layers * g.page_bytes for g in groups)
+    num_blocks = max(0, kv_bytes) // bytes_per_block
+    pages = sum(g.pages(s.max_model_len, s.max_num_batched_tokens) for g in groups)
+    failure = _start_failure(dep, requested, weights_bytes, non_torch, activation, budgeted_graphs)
+    if failure is None and s.kv_cache_memory_bytes and kv_bytes > requested - fixed:
+        raise UserError(
+            f"kv_cache_memory_bytes asks for {format_gib(kv_bytes)}, but only {format_gib(requested - fixed)}"
+            f" are left on {dep.gpu.name} beside {format_gib(fixed)} for everything else; lower it"
+        )
+    if s.num_gpu_blocks_override is not None:
+        notes.append(
+            f"num_gpu_blocks_override {s.num_gpu_blocks_override} replaces the {num_blocks:,} blocks that"
+            " memory gives, and skips the check that one request of max_model_len fits"
+        )
+        num_blocks = s.num_gpu_blocks_override
+    elif failure is None:
+        failure = _one_request_failure(dep, groups, pages, num_blocks, bytes_per_block, kv_bytes)
+    concurrency = num_blocks / pages
+    tight = concurrency < 2
+    return Budget(
+        total_bytes=dep.gpu.total_bytes,
+        requested_bytes=requested,
+        weights_bytes=weights_bytes,
+        activation_bytes=activation,
+        non_torch_bytes=non_torch,
+        cuda_graph_bytes=graphs,
+        context_bytes=context,
+        kv_bytes=kv_bytes,
+        weights_by_component=weights,
+        groups=groups,
+        bytes_per_block=bytes_per_block,
+        num_gpu_blocks=num_blocks,
+        block_size=s.block_size,
+        max_model_len=s.max_model_len,
+        kv_cache_tokens=int(concurrency * s.max_model_len),
+        max_concurrency=concurrency,
+        blocks_for_max_model_len=pages,
+        binding_rank=_rank_name(dep, stage),
+        verdict="does_not_fit" if failure else "tight" if tight else "fits",
+        failure=failure,
+        notes=tuple(notes),
+    )
+
+
+# ---------------------------------------------------------------- the terms
+
+
+def activation_peak_bytes(dep: Deployment, stage: int = 0) -> int:
+    """The most memory the profiling pass holds at once, beyond what stays allocated.
+
+    The sampler works on max_num_seqs rows of logits on the last stage, the forward pass on
+    max_num_batched_tokens rows of activations; they do not overlap, so the larger one counts. Expert
+    layers have their own work space (memory.md, "Activation peak"). Source: vLLM start-up logs.
+    """
+    s, model = dep.settings, dep.model
+    b = weight_format(dep.dtype).bits // 8
+    tokens, hidden, tp = s.max_num_batched_tokens, model.hidden_size, s.tensor_parallel_size
+    per_logit = SAMPLER_BYTES_PER_LOGIT if s.version >= (0, 17) else SAMPLER_BYTES_PER_LOGIT_BEFORE_0_17
+    sampler = per_logit * s.max_num_seqs * model.vocab_size + 1.5 * tokens * hidden * b
+    widths = [p.cols for p in model.parts if p.component == "mlp" and p.name.endswith("up_proj")]
+    matrices = 3 if model.gated_mlp else 2
+    forward = tokens * b * (matrices * max(widths, default=0) / tp + 4 * hidden)
+    work = 0.0
+    if model.num_experts:
+        width = model.moe_intermediate_size / (1 if s.enable_expert_parallel else tp)
+        rows = tokens * model.num_experts_per_tok
+        work = rows * (max(2 * width, hidden) + max(width, hidden)) * b
+    is_last = stage == s.pipeline_parallel_size - 1
+    peak = (max(sampler, forward) if is_last else forward) + work
+    return round(peak * (PIPELINE_ACTIVATION_FACTOR if s.pipeline_parallel_size > 1 else 1))
+
+
+def non_torch_bytes(dep: Deployment) -> int:
+    """Memory outside torch that stays allocated after profiling."""
+    s = dep.settings
+    if s.tensor_parallel_size > 1:
+        doublings = math.log2(s.tensor_parallel_size) - 1
+        return NON_TORCH_TP2 + round(NON_TORCH_PER_DOUBLING * doublings)
+    if s.pipeline_parallel_size > 1:
+        return NON_TORCH_PIPELINE
+    return NON_TORCH_ONE_GPU if s.version >= (0, 18) else NON_TORCH_ONE_GPU_BEFORE_0_18
+
+
+def cuda_graph_bytes(dep: Deployment, stage: int = 0) -> int:
+    """CUDA graphs of a rank: 0 with enforce_eager. Before 0.21 they are not in the budget."""
+    if dep.settings.enforce_eager:
+        return 0
+    layers = pipeline_stages(dep.model.num_hidden_layers, dep.settings.pipeline_parallel_size)[stage]
+    return CUDA_GRAPH_POOL + CUDA_GRAPH_PER_LAYER * len(layers)
+
+
+def kv_groups(dep: Deployment, stage: int = 0) -> tuple[KvGroup, ...]:
+    """The groups of one rank. Full attention holds K and V of its share of the KV heads, at least one;
+    MLA holds one latent vector, replicated on every rank (rule 5.3)."""
+    s, layers = dep.settings, dep.model.num_hidden_layers
+    stage_layers = len(pipeline_stages(layers, s.pipeline_parallel_size)[stage])
+    return tuple(
+        KvGroup(
+            kind=group.kind,
+            layers=stage_layers,
+            page_bytes=dep.kv_format.bytes(s.block_size * rank_elems_per_token(group, s.tensor_parallel_size)),
+            block_size=s.block_size,
+        )
+        for group in dep.model.layer_groups
+    )
+
+
+def rank_elems_per_token(group: LayerGroup, tp: int) -> int:
+    """Elements that one token keeps in one layer on one rank."""
+    if group.kind == "mla":
+        return group.kv_lora_rank + group.qk_rope_head_dim
+    return 2 * max(1, group.kv_heads // tp) * group.head_dim
+
+
+# ---------------------------------------------------------------- what breaks
+
+
+def _start_failure(
+    dep: Deployment, requested: int, weights: int, non_torch: int, activation: int, graphs: int
+) -> Failure | None:
+    """The first term, in the order of starting, that goes beyond what the engine may use."""
+    who = f"{dep.model.name} on {dep.gpu.name}"
+    s = dep.settings
+    share = f"of gpu_memory_utilization {s.gpu_memory_utilization:g}"
+    allowed = f"the {format_gib(requested)} {'free on the GPU' if s.kv_cache_memory_bytes else share}"
+    per = " on each GPU" if dep.num_gpus > 1 else ""
+    if weights > requested:
+        return Failure(
+            kind="load_oom",
+            cause="weights",
+            short_bytes=weights - requested,
+            sentence=f"{who} does not load: weights of {format_gib(weights)}{per} are"
+            f" {format_gib(weights - requested)} more than {allowed}",
+        )
+    short = weights + non_torch + activation - requested
+    if short >= 0:
+        return Failure(
+            kind="start_oom",
+            cause="activations",
+            short_bytes=short,
+            sentence=f"{who} does not start: weights of {format_gib(weights)}{per}, an activation peak of"
+            f" {format_gib(activation)} and {format_gib(non_torch)} outside torch are {format_gib(short)}"
+            f" more than {allowed}",
+        )
+    if short + graphs >= 0:
+        return Failure(
+            kind="start_oom",
+            cause="cuda_graphs",
+            short_bytes=short + graphs,
+            sentence=f"{who} does not start: CUDA graphs of {format_gib(graphs)}{per} are"
+            f" {format_gib(short + graphs)} more than {allowed} leaves for them; enforce_eager does without",
+        )
+    return None
+
+
+def _one_request_failure(
+    dep: Deployment,
+    groups: tuple[KvGroup, ...],
+    pages: int,
+    num_blocks: int,
+    bytes_per_block: int,
+    kv_bytes: int,
+) -> Failure | None:
+    """Rule 5.6: the blocks without the null block must hold one request of max_model_len."""
+    s = dep.settings
+    if num_blocks - 1 >= pages:
+        return None
+    low, high = 0, s.max_model_len  # the longest that fits, by bisection
+    while low < high:
+        middle = (low + high + 1) // 2
+        if sum(g.pages(middle, s.max_num_batched_tokens) for g in groups) <= num_blocks - 1:
+            low = middle
+        else:
+            high = middle - 1
+    short = (pages + 1) * bytes_per_block - kv_bytes
+    longest = f"the longest max_model_len that fits is {low:,}" if low > 0 else "no length fits"
+    return Failure(
+        kind="start_oom",
+        cause="one_max_length_request",
+        short_bytes=short,
+        sentence=f"{dep.model.name} on {dep.gpu.name} does not start: one request of max_model_len"
+        f" {s.max_model_len:,} needs {format_gib(pages * bytes_per_block)} of KV cache beside the null block,"
+        f" {format_gib(short)} more than the {format_gib(kv_bytes)} there are; {longest}",
+    )
+
+
+def _rank_name(dep: Deployment, stage: int) -> str:
+    s = dep.settings
+    if s.pipeline_parallel_size > 1:
+        return f"pipeline stage {stage + 1} of {s.pipeline_parallel_size}"
+    return f"each of {s.tensor_parallel_size} GPUs" if s.tensor_parallel_size > 1 else "one GPU"

@@ -1,0 +1,279 @@
+"""`simulate()`: a deployment and a trace become engine columns, the engine runs, the columns become a Result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvsim.engine import state as st
+from kvsim.errors import UserError
+from kvsim.units import NS_PER_MS, NS_PER_S
+
+if TYPE_CHECKING:
+    from kvsim.result import Result
+    from kvsim.specs import Deployment
+    from kvsim.steptime import StepCost
+    from kvsim.trace import Trace
+
+EVENTS_BY_DEFAULT_UP_TO = 200_000  # requests; above that `record` defaults to "requests"
+RECORD_LEVELS = ("summary", "requests", "events")
+MAX_BINS = 1_000_000
+
+
+@dataclass
+class EngineRun:
+    """What the engine leaves behind: the final state, every event, and how it ended."""
+
+    state: st.State
+    events: np.recarray  # state.EVENT
+    ended: str  # "done", "stalled" or "horizon"
+    num_calls: int = 0
+
+
+@dataclass
+class Progress:
+    """Handed to a progress callback between two calls of the engine."""
+
+    num_ended: int
+    num_requests: int
+    time_ns: int
+    extra: dict = field(default_factory=dict)
+
+
+def simulate(
+    trace: Trace,
+    deployment: Deployment,
+    *,
+    step_time: tuple[float, float, float] | StepCost | None = None,
+    record: str | None = None,
+    bin_s: float | None = None,
+    deadline_s: float | None = None,
+    until_s: float | None = None,
+    max_concurrency: int | None = None,
+    strict: bool = False,
+    check: bool = False,
+    goodput: dict[str, float] | None = None,
+    seed: int | None = None,
+    command: str | None = None,
+    load_s: float = 0.0,
+    progress: Callable[[Progress], None] | None = None,
+    on_step: Callable[[st.State], None] | None = None,
+) -> Result:
+    """Replay `trace` on `deployment` and return a `Result`.
+
+    step_time: `(a0, a1, a2)` seconds, a step of n scheduled tokens over ctx context tokens lasts
+        rint(1e9 * ((a0 + a1*n) + a2*ctx)) ns; or a StepCost; None: the roofline of `steptime`.
+    record: "summary", "requests" or "events" (default: events up to 200,000 requests, then requests).
+    bin_s: width of a timeline bin in seconds; None: about 1,000 bins.
+    deadline_s: a request not finished that many seconds after its arrival is removed (`timed_out`).
+    until_s: the run ends at the first `schedule()` at or after this time (`unfinished`).
+    max_concurrency: closed loop, at most that many requests in flight.
+    strict: keep the engine's own behaviour where a request can never fit (it blocks or livelocks).
+    check: verify the invariants of the pool at every event (slow).
+    goodput: objectives in ms by "ttft", "tpot", "e2el"; `request_goodput` counts requests that meet them all.
+    progress: called between two calls of the engine, at least every 50 ms; it may raise to stop the run.
+    on_step: called after every step with the engine's state (the step log).
+
+    If the deployment cannot start, nothing is replayed: the result's verdict is `does_not_start` and its one
+    event says which term breaks it. Raises UserError for a trace or an option that cannot be used.
+    """
+    from kvsim import memory, steptime
+    from kvsim.result import Result
+
+    prepare_started = time.perf_counter()
+    record = _record_level(record, len(trace))
+    settings = deployment.settings
+    budget = memory.fit(deployment)
+    options = {
+        "step_time": list(step_time) if type(step_time) is tuple else None,
+        "record": record,
+        "bin_s": bin_s,
+        "deadline_s": deadline_s,
+        "until_s": until_s,
+        "max_concurrency": max_concurrency,
+        "strict": strict,
+        "goodput": goodput,
+    }
+    common = {
+        "trace": trace, "deployment": deployment, "budget": budget, "options": options, "seed": seed,
+        "command": command, "load_s": load_s,
+    }  # fmt: skip
+    if budget.failure is not None:
+        return Result.not_started(**common)
+    if not trace.has_arrivals:
+        raise UserError(f"{trace.source} has no arrival times; give a rate in requests per second (--rate R)")
+    if type(step_time) is tuple:
+        cost = steptime.constant_step(*step_time, settings.max_num_batched_tokens, settings.max_num_seqs)
+    else:
+        cost = step_time or steptime.roofline(deployment)
+    engine_settings = pack_settings(
+        settings,
+        budget.num_gpu_blocks,
+        frontend="openai",
+        deadline_ns=_ns(deadline_s, "deadline"),
+        until_ns=_ns(until_s, "until"),
+        max_concurrency=max_concurrency,
+        strict=strict,
+        check=check,
+        identities=check or on_step is not None,
+        record_events=record == "events",
+    )
+    span = int(trace.arrival_ns[-1]) if len(trace) else 0
+    state = st.pack(
+        arrival_ns=trace.arrival_ns,
+        prompt_tokens=trace.prompt_tokens,
+        output_tokens=trace.output_tokens,
+        settings=engine_settings,
+        cost=st.Cost(cost.linear_s, cost.sampled_s, cost.context_s, cost.pair_s),
+        bin_width_ns=_ns(bin_s, "bin") if bin_s else _nice_width(span // 1000),
+    )
+    engine_started = time.perf_counter()
+    run = drive(state, fixed_bins=bin_s is not None, progress=progress, on_step=on_step)
+    finished = time.perf_counter()
+    return Result.from_engine(
+        run, prepare_s=engine_started - prepare_started, engine_s=finished - engine_started, **common
+    )
+
+
+def pack_settings(
+    settings,
+    num_gpu_blocks: int,
+    *,
+    frontend: str = "engine",
+    deadline_ns: int | None = None,
+    until_ns: int | None = None,
+    max_concurrency: int | None = None,
+    strict: bool = False,
+    lockstep: bool = False,
+    check: bool = False,
+    identities: bool = False,
+    record_events: bool = True,
+) -> st.Settings:
+    """Engine settings as the integers of `state.Settings`. `settings` has vLLM's attribute names
+    (`specs.EngineSettings`, or anything shaped like it)."""
+
+    def or_none(value, none):
+        return none if value is None else value
+
+    return st.Settings(
+        block_size=settings.block_size,
+        num_gpu_blocks=num_gpu_blocks,
+        max_num_seqs=or_none(settings.max_num_active_seqs, settings.max_num_seqs),
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_model_len=settings.max_model_len,
+        enable_chunked_prefill=settings.enable_chunked_prefill,
+        long_prefill_token_threshold=settings.long_prefill_token_threshold,
+        long_prefill_token_threshold_adaptive=settings.long_prefill_token_threshold_adaptive,
+        scheduler_reserve_full_isl=settings.scheduler_reserve_full_isl,
+        watermark_blocks=int(settings.watermark * num_gpu_blocks),
+        prefill_schedule_interval=settings.prefill_schedule_interval,
+        max_num_queued_reqs=or_none(settings.max_num_queued_reqs, -1),
+        max_num_queued_tokens=or_none(settings.max_num_queued_tokens, -1),
+        frontend=st.FRONTENDS.index(frontend),
+        deadline_ns=or_none(deadline_ns, st.NEVER),
+        until_ns=or_none(until_ns, st.NEVER),
+        max_concurrency=or_none(max_concurrency, 0),
+        strict=strict,
+        lockstep=lockstep,
+        identities=identities,
+        record_events=record_events,
+        check=check,
+    )
+
+
+def drive(
+    state: st.State,
+    *,
+    fixed_bins: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    on_step: Callable[[st.State], None] | None = None,
+) -> EngineRun:
+    """Call `advance` until the run is over: empty the event buffer, widen or add bins, report in between."""
+    from kvsim.engine.loop import advance
+
+    chunks: list[np.recarray] = []
+    num_calls = 0
+    while True:
+        status = advance(state, st.NEVER, 1 if on_step else -1)
+        num_calls += 1
+        now = state.now[0]
+        if status == st.EVENTS_FULL:
+            state = _empty_events(state, chunks)
+        elif status == st.TIMELINE_FULL:
+            state = _more_bins(state, int(now.needs)) if fixed_bins else _wider_bins(state, int(now.needs))
+        elif status == st.BROKEN:
+            raise AssertionError(
+                f"the engine broke invariant {int(now.broken)} at step {int(now.num_steps)}; please report this run"
+            )
+        elif status == st.MAX_STEPS:
+            on_step(state)
+        elif status != st.PAUSED:
+            chunks.append(state.events[: now.num_events])
+            return EngineRun(state, np.concatenate(chunks), st.STATUSES[status], num_calls)
+        if progress is not None:
+            progress(Progress(int(now.num_ended), len(state.requests), int(now.t)))
+
+
+def _empty_events(state: st.State, chunks: list[np.recarray]) -> st.State:
+    """Move the events out of the buffer; grow it when the next step may need more than all of it."""
+    now = state.now[0]
+    chunks.append(state.events[: now.num_events].copy())
+    now.num_events = 0
+    capacity = len(state.events)
+    if now.needs <= capacity:
+        return state
+    return state._replace(events=st.table(st.EVENT, max(2 * capacity, int(now.needs))))
+
+
+def _wider_bins(state: st.State, time_ns: int) -> st.State:
+    """Merge pairs of bins, so that half as many bins of double width reach as far, until `time_ns` is within."""
+    now, line = state.now[0], state.timeline
+    half = len(line) // 2
+    while time_ns // now.bin_width >= len(line):
+        for name in line.dtype.names:
+            pairs = line[name].reshape(half, 2)
+            line[name][:half] = pairs.max(axis=1) if name.endswith("_max") else pairs.sum(axis=1)
+        line[half:] = 0
+        now.bin_width *= 2
+    return state
+
+
+def _more_bins(state: st.State, time_ns: int) -> st.State:
+    """Add bins of the same width until `time_ns` is within."""
+    width = int(state.now[0].bin_width)
+    need = time_ns // width + 1
+    if need > MAX_BINS:
+        raise UserError(f"--bin {width / NS_PER_S:g} makes more than {MAX_BINS:,} bins; give a wider bin")
+    timeline = st.table(st.BIN, max(need, 2 * len(state.timeline)))
+    timeline[: len(state.timeline)] = state.timeline
+    return state._replace(timeline=timeline)
+
+
+def _nice_width(width_ns: int) -> int:
+    """The first of 1, 2, 5, 10, ... ms that is not below `width_ns`."""
+    width = NS_PER_MS
+    while True:
+        for factor in (1, 2, 5):
+            if width * factor >= width_ns:
+                return width * factor
+        width *= 10
+
+
+def _record_level(record: str | None, num_requests: int) -> str:
+    if record is None:
+        return "events" if num_requests <= EVENTS_BY_DEFAULT_UP_TO else "requests"
+    if record not in RECORD_LEVELS:
+        raise UserError(f"--record {record!r} is not one of summary, requests, events")
+    return record
+
+
+def _ns(seconds: float | None, flag: str) -> int | None:
+    if seconds is None:
+        return None
+    if not 0 < seconds < 9e9:
+        raise UserError(f"--{flag} {seconds!r} is not a number of seconds above 0")
+    return round(seconds * NS_PER_S)

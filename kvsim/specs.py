@@ -1,0 +1,687 @@
+"""What is deployed: a model, a GPU and engine settings, resolved as vLLM resolves them.
+
+Everything here is frozen data. `deployment()` fills in the defaults that vLLM's API server would choose
+(scheduler rules, Part 0) and says in `notes` which of them the GPU's memory decided. `ENGINE_FLAGS` is the
+one list of engine settings: argument parsers and pasted `vllm serve` lines are both read with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from kvsim import catalog, formats
+from kvsim.catalog.architecture import LayerGroup, ModelSpec, Part, from_config, from_entry
+from kvsim.errors import UserError, did_you_mean
+from kvsim.units import GIB, MIB, format_gib, parse_bytes, parse_count
+
+__all__ = [
+    "Deployment",
+    "EngineSettings",
+    "GpuSpec",
+    "LayerGroup",
+    "ModelSpec",
+    "Part",
+    "add_engine_arguments",
+    "check_simulated",
+    "deployment",
+    "load_gpu",
+    "load_model",
+    "parse_vllm_serve",
+    "settings_from_args",
+    "warnings_from_args",
+]
+
+
+class GpuSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """An accelerator. `total_bytes` is what the CUDA runtime reports and what engines divide up;
+    `memory_total_bytes` is what nvidia-smi prints. Bandwidths are decimal GB/s, `link_gb_s` one direction
+    per GPU, TFLOPS dense."""
+
+    name: str
+    full_name: str
+    vendor: str
+    arch: str
+    compute_capability: str | None = None
+    form_factor: str = ""
+    memory_marketed_gb: float = 0
+    memory_total_bytes: int
+    total_bytes: int
+    mem_bandwidth_gb_s: float
+    tflops_dense: dict[str, float | None]
+    link_gb_s: float
+    has_nvlink: bool = False
+    source: str = ""
+    unverified: tuple[str, ...] = ()
+    notes: str | None = None
+
+    def tflops(self, compute: str) -> float:
+        """Dense peak for a `Format.compute`; formats without their own units run at the 16-bit rate."""
+        peak = self.tflops_dense.get("fp16_bf16") or 0.0
+        # without a measured fp32 entry: TF32 tensor cores run at half the 16-bit rate
+        return peak / 2 if compute == "fp32" else self.tflops_dense.get(compute) or peak
+
+
+class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Engine settings under vLLM's names, with the defaults of vLLM's API server.
+
+    None means: the engine decides (in a `Deployment` the first three below are always numbers).
+    enable_prefix_caching and async_scheduling are on in vLLM; they are off here until they are simulated.
+    """
+
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
+    enable_expert_parallel: bool = False
+    dtype: str = "auto"
+    quantization: str | None = None
+    kv_cache_dtype: str = "auto"
+    gpu_memory_utilization: float = 0.92
+    kv_cache_memory_bytes: int | None = None
+    num_gpu_blocks_override: int | None = None
+    block_size: int = 16
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    long_prefill_token_threshold: int = 0
+    long_prefill_token_threshold_adaptive: bool = False
+    enable_chunked_prefill: bool = True
+    enable_prefix_caching: bool = False
+    async_scheduling: bool = False
+    scheduling_policy: str = "fcfs"
+    watermark: float = 0.0
+    scheduler_reserve_full_isl: bool = True
+    max_num_queued_reqs: int | None = None
+    max_num_queued_tokens: int | None = None
+    prefill_schedule_interval: int = 1
+    max_num_active_seqs: int | None = None
+    performance_mode: str = "balanced"
+    enforce_eager: bool = False
+    engine: str = "vllm"
+    engine_version: str = "0.33.0"
+    allocator: str = "paged"
+    prefix_unit: int | None = None
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """(major, minor) of `engine_version`; memory rules are selected by it."""
+        major, minor = self.engine_version.split(".")[:2]
+        return int(major), int(minor)
+
+
+class Deployment(msgspec.Struct, frozen=True, kw_only=True):
+    """A model on a GPU under resolved settings. `asked` is what the user set; the rest was decided here.
+    `notes` are sentences for the user: what GPU memory decided, what is off, what was substituted."""
+
+    model: ModelSpec
+    gpu: GpuSpec
+    settings: EngineSettings
+    asked: dict[str, object] = {}
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_gpus(self) -> int:
+        s = self.settings
+        return s.tensor_parallel_size * s.pipeline_parallel_size * s.data_parallel_size
+
+    @property
+    def dtype(self) -> str:
+        """Activations, and weights and KV cache where nothing else is said: float16, bfloat16, float32."""
+        return _resolve_dtype(self.model, self.gpu, self.settings)[0]
+
+    @property
+    def weight_format(self) -> formats.Format:
+        """Of the linear layers: `quantization`, else the checkpoint's own, else the dtype."""
+        return formats.weight_format(self.settings.quantization or self.model.weight_format or self.dtype)
+
+    @property
+    def kv_format(self) -> formats.Format:
+        kv = self.settings.kv_cache_dtype
+        return formats.kv_format(self.dtype if kv == "auto" else kv)
+
+    def replace(self, *, model: str | ModelSpec | None = None, gpu: str | GpuSpec | None = None, **settings):
+        """The same deployment with something else asked for; defaults are decided afresh."""
+        asked = {**self.asked, **settings}
+        return deployment(model or self.model, gpu=gpu or self.gpu, **asked)
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load_model(name: str | Path) -> ModelSpec:
+    """A model by catalogue id, alias or Hugging Face id (any case), or from a config.json or its directory.
+
+    Raises UserError: a misspelt name with the closest ones; a file that is not there, not JSON, of an
+    unknown model_type, without a needed field, or contradicting itself, naming the file and the field.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        path = path / "config.json"
+        if not path.exists():
+            raise UserError(f"{path}: there is no config.json in this directory")
+    text = str(name)
+    if path.is_file():
+        return _read_config(path)
+    if text.endswith(".json") or text.startswith((".", "/", "~")):
+        raise UserError(f"{path}: there is no such file")
+    return from_entry(catalog.find("models", text))
+
+
+def _read_config(path: Path) -> ModelSpec:
+    try:
+        config = msgspec.json.decode(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: holds no JSON object, so it is no model config.json")
+    name = config.get("_name_or_path") or (path.parent.name if path.name == "config.json" else path.stem)
+    facts = {"source": str(path)}
+    if isinstance(config.get("text_config"), dict):
+        facts["notes"] = "only text_config is counted; a vision or audio tower comes on top"
+    return from_config(config, name=str(name), where=str(path), facts=facts)
+
+
+# The CUDA runtime reports less than nvidia-smi: pages that the driver keeps (shared spec, memory.md).
+DRIVER_RESERVED_BYTES = round(0.45 * GIB)
+
+
+def load_gpu(name: str) -> GpuSpec:
+    """An accelerator by catalogue id, alias or name (any case). UserError with the closest names."""
+    e = catalog.find("gpus", str(name))
+    torch_total = e["memory_torch_total_gib"]
+    links = e["interconnect_gb_s"]
+    nvlink = links["scale_up_bidirectional_per_gpu"]
+    return GpuSpec(
+        name=e["id"],
+        full_name=e["name"],
+        vendor=e["vendor"],
+        arch=e["arch"],
+        compute_capability=e["compute_capability"],
+        form_factor=e["form_factor"],
+        memory_marketed_gb=e["memory_marketed_gb"],
+        memory_total_bytes=e["memory_total_mib"] * MIB,
+        total_bytes=(
+            round(torch_total * GIB) if torch_total else e["memory_total_mib"] * MIB - DRIVER_RESERVED_BYTES
+        ),
+        mem_bandwidth_gb_s=e["mem_bandwidth_gb_s"],
+        tflops_dense=e["tflops_dense"],
+        link_gb_s=nvlink / 2 if nvlink else links["pcie_one_direction"] or 0.0,
+        has_nvlink=bool(nvlink),
+        source=e["source"],
+        unverified=tuple(e["unverified"]),
+        notes=e["notes"],
+    )
+
+
+# ---------------------------------------------------------------- resolving
+
+
+def deployment(model: str | Path | ModelSpec, *, gpu: str | GpuSpec, **settings) -> Deployment:
+    """A deployment under vLLM's rules: `settings` are `EngineSettings` fields, None means not given.
+
+    Decides max_model_len, max_num_seqs and max_num_batched_tokens as the API server does (rules, Part 0).
+    Raises UserError in one sentence for an unknown or impossible setting, a model that tensor parallelism
+    cannot divide, a format that the GPU cannot run, and what kvsim does not simulate yet.
+    """
+    model = model if isinstance(model, ModelSpec) else load_model(model)
+    gpu = gpu if isinstance(gpu, GpuSpec) else load_gpu(gpu)
+    asked = {name: value for name, value in settings.items() if value is not None}
+    given = _read_settings(asked)
+    _check_ranges(given)
+    _refuse_not_built(given)
+    _check_parallel(model, given)
+    notes = [*_format_notes(model, gpu, given)]
+    resolved, more = _resolve_sizes(model, gpu, given)
+    notes += more
+    if given.engine == "vllm":
+        notes.append(
+            "prefix caching and asynchronous scheduling are off: vLLM turns both on, kvsim does not simulate"
+            " them yet"
+        )
+    return Deployment(model=model, gpu=gpu, settings=resolved, asked=asked, notes=tuple(notes))
+
+
+def _read_settings(asked: dict) -> EngineSettings:
+    fields = {f.name: f for f in msgspec.structs.fields(EngineSettings)}
+    values = {}
+    for name, value in asked.items():
+        if name not in fields:
+            raise UserError(f"there is no engine setting {name!r}{did_you_mean(name, fields)}")
+        wants = fields[name].type
+        if isinstance(value, str) and int in getattr(wants, "__args__", (wants,)):
+            value = parse_bytes(value) if name == "kv_cache_memory_bytes" else parse_count(value)
+        elif isinstance(value, Path):
+            value = str(value)
+        elif hasattr(value, "item"):  # a NumPy number out of a sweep
+            value = value.item()
+        try:
+            values[name] = msgspec.convert(value, wants)
+        except msgspec.ValidationError as error:
+            raise UserError(f"{name} is {value!r}: {str(error)[0].lower()}{str(error)[1:]}") from None
+    return EngineSettings(**values)
+
+
+_AT_LEAST_ONE = (
+    "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "block_size", "max_model_len",
+    "max_num_seqs", "max_num_batched_tokens", "prefill_schedule_interval", "max_num_active_seqs",
+    "max_num_queued_reqs", "max_num_queued_tokens", "kv_cache_memory_bytes", "prefix_unit",
+)  # fmt: skip
+
+
+def _check_ranges(s: EngineSettings) -> None:
+    if s.max_model_len == -1:
+        raise UserError("max_model_len -1 (the longest that fits) is not built yet; give a number of tokens")
+    for name in _AT_LEAST_ONE:
+        value = getattr(s, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
+    if s.num_gpu_blocks_override is not None and s.num_gpu_blocks_override < 2:
+        raise UserError(
+            f"num_gpu_blocks_override is {s.num_gpu_blocks_override}; it must be at least 2, because block 0"
+            " is the null block"
+        )
+    if s.long_prefill_token_threshold < 0:
+        raise UserError("long_prefill_token_threshold must not be negative; 0 switches it off")
+    if not 0 < s.gpu_memory_utilization <= 1:
+        raise UserError(
+            f"gpu_memory_utilization is {s.gpu_memory_utilization:g}; it is a fraction of the GPU's memory,"
+            " above 0 and at most 1"
+        )
+    if not 0 <= s.watermark < 1:
+        raise UserError(f"watermark is {s.watermark:g}; it is a fraction of all blocks, from 0 up to below 1")
+    for name, known in _CHOICES.items():
+        value = getattr(s, name)
+        if value not in known:
+            raise UserError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
+    if not re.fullmatch(r"\d+\.\d+(\..*)?", s.engine_version):
+        raise UserError(f"engine_version is {s.engine_version!r}; write it like 0.33.0")
+
+
+_CHOICES = {
+    "scheduling_policy": ("fcfs", "priority"),
+    "engine": ("vllm", "sglang", "llama.cpp", "tensorrt-llm"),
+    "allocator": ("paged", "reserve_max", "reserve_final", "contiguous"),
+    "performance_mode": ("balanced", "interactivity", "throughput"),
+}
+
+
+def _refuse_not_built(s: EngineSettings) -> None:
+    """What vLLM can do and kvsim cannot yet; a wrong simulation would be worse than none."""
+    if s.enable_prefix_caching:
+        raise UserError("prefix caching is not simulated yet; leave enable_prefix_caching off")
+    if s.async_scheduling:
+        raise UserError("asynchronous scheduling is not simulated yet; leave async_scheduling off")
+    if s.scheduling_policy != "fcfs":
+        raise UserError("the priority policy is not simulated yet; use scheduling_policy fcfs")
+    if s.engine != "vllm":
+        raise UserError(f"engine {s.engine} is not modelled yet; use engine vllm")
+    if s.allocator != "paged":
+        raise UserError(f"allocator {s.allocator} is not built yet; use allocator paged")
+    if s.data_parallel_size > 1:
+        raise UserError(
+            f"data_parallel_size {s.data_parallel_size} is not simulated yet; simulate one replica with its"
+            " share of the traffic (data_parallel_size 1)"
+        )
+
+
+def check_simulated(dep: Deployment) -> None:
+    """Raise UserError for what memory can be computed for but whose steps cannot be simulated yet."""
+    if dep.settings.pipeline_parallel_size > 1:
+        raise UserError(
+            f"pipeline_parallel_size {dep.settings.pipeline_parallel_size} is not simulated yet, only its"
+            " memory is; use tensor_parallel_size instead"
+        )
+
+
+def _check_parallel(model: ModelSpec, s: EngineSettings) -> None:
+    tp, pp = s.tensor_parallel_size, s.pipeline_parallel_size
+    heads, kv = model.num_attention_heads, model.num_key_value_heads
+    if heads % tp:
+        raise UserError(
+            f"tensor_parallel_size {tp} does not divide the {heads} attention heads of {model.name};"
+            f" use one of {_divisors(heads)}"
+        )
+    if model.attention != "mla" and kv % tp and tp % kv:
+        raise UserError(
+            f"tensor_parallel_size {tp} neither divides nor is a multiple of the {kv} KV heads of"
+            f" {model.name}"
+        )
+    for part in model.parts:
+        if part.split == "tp" or (part.split == "experts" and not s.enable_expert_parallel):
+            width = part.rows if part.name.endswith(("down_proj", "o_proj")) else part.cols
+            if width % tp:
+                raise UserError(
+                    f"tensor_parallel_size {tp} does not divide the width {width} of {part.name} in"
+                    f" {model.name}"
+                )
+    if pp > model.num_hidden_layers:
+        raise UserError(
+            f"pipeline_parallel_size {pp} exceeds the {model.num_hidden_layers} layers of {model.name}"
+        )
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in (1, 2, 4, 8, 16) if n % d == 0)
+
+
+def _resolve_dtype(model: ModelSpec, gpu: GpuSpec, s: EngineSettings) -> tuple[str, str | None]:
+    """The dtype, and a note if the GPU changed it. 'auto' is the checkpoint's own, never 32 bit."""
+    if s.dtype != "auto":
+        return formats.dtype_name(s.dtype), None
+    own = formats.DTYPES.get(model.dtype, model.dtype)
+    dtype = "float16" if own == "float32" or own not in ("float16", "bfloat16") else own
+    if dtype == "bfloat16" and _capability(gpu) < formats.WEIGHT_FORMATS["bf16"].min_capability:
+        return "float16", f"dtype float16: {gpu.name} has no bfloat16"
+    return dtype, None
+
+
+def _capability(gpu: GpuSpec) -> float:
+    """NVIDIA compute capability as a number; other vendors are judged by their peak rates."""
+    try:
+        return float(gpu.compute_capability) if gpu.vendor == "nvidia" else 99.0
+    except (TypeError, ValueError):
+        return 99.0
+
+
+def _format_notes(model: ModelSpec, gpu: GpuSpec, s: EngineSettings) -> list[str]:
+    """Check that the GPU can run the formats; sentences about what it runs instead."""
+    if gpu.vendor not in ("nvidia", "amd"):
+        raise UserError(f"{gpu.name} is no GPU, so vLLM's memory rules for GPUs do not apply to it")
+    dtype, note = _resolve_dtype(model, gpu, s)
+    weights = formats.weight_format(s.quantization or model.weight_format or dtype)
+    if s.kv_cache_dtype != "auto":
+        formats.kv_format(s.kv_cache_dtype)
+    notes = [note] if note else []
+    for f in (formats.weight_format(dtype), weights):
+        if _capability(gpu) < f.min_capability:
+            raise UserError(
+                f"{gpu.name} cannot run {f.name}: it needs compute capability {f.min_capability:g},"
+                f" this is {gpu.compute_capability}"
+            )
+    if weights.compute in ("fp8", "int8") and gpu.tflops_dense.get(weights.compute) is None:
+        if gpu.vendor != "nvidia":
+            raise UserError(f"{gpu.name} cannot run {weights.name}: it has no {weights.compute} units")
+        notes.append(
+            f"{weights.name} weights on {gpu.name}: no {weights.compute} units, so products run at 16 bit"
+        )
+    return notes
+
+
+def _resolve_sizes(model: ModelSpec, gpu: GpuSpec, s: EngineSettings) -> tuple[EngineSettings, list[str]]:
+    """max_model_len, max_num_seqs and max_num_batched_tokens (rules, Part 0, API-server column)."""
+    max_len = s.max_model_len or model.max_position_embeddings
+    if max_len > model.max_position_embeddings:
+        raise UserError(
+            f"max_model_len {max_len} exceeds the {model.max_position_embeddings} positions of {model.name};"
+            " lower it"
+        )
+    default_budget, default_seqs, why = _size_defaults(gpu)
+    if s.performance_mode == "throughput":
+        default_budget, default_seqs, why = 2 * default_budget, 2 * default_seqs, f"{why}; doubled"
+    budget, seqs = s.max_num_batched_tokens, s.max_num_seqs or default_seqs
+    if budget is None:
+        budget = default_budget if s.enable_chunked_prefill else max(default_budget, max_len)
+        budget = min(budget, seqs * max_len)
+        why += "; tokens set by max_model_len" if budget != default_budget else ""
+    if s.max_num_seqs is None:
+        why += "; sequences cut to the tokens of a step" if budget < seqs else ""
+        seqs = min(seqs, budget)
+    if budget < seqs:
+        raise UserError(
+            f"max_num_batched_tokens {budget} is less than max_num_seqs {seqs}; every running sequence needs"
+            " a token in a step"
+        )
+    if not s.enable_chunked_prefill and budget < max_len:
+        raise UserError(
+            f"max_num_batched_tokens {budget} is less than max_model_len {max_len}; without chunked prefill"
+            " a whole prompt must fit into a step"
+        )
+    if s.long_prefill_token_threshold > max_len:
+        raise UserError(
+            f"long_prefill_token_threshold {s.long_prefill_token_threshold} exceeds max_model_len {max_len}"
+        )
+    if s.max_num_active_seqs is not None and s.max_num_active_seqs > seqs:
+        raise UserError(f"max_num_active_seqs {s.max_num_active_seqs} exceeds max_num_seqs {seqs}")
+    decided = []
+    if s.max_num_seqs is None:
+        decided.append(f"max_num_seqs {seqs}")
+    if s.max_num_batched_tokens is None:
+        decided.append(f"max_num_batched_tokens {budget}")
+    notes = []
+    if decided:
+        kind = "defaults" if len(decided) > 1 else "default"
+        notes.append(f"{' and '.join(decided)}: vLLM's server {kind} for {gpu.name} ({why})")
+    resolved = msgspec.structs.replace(
+        s, max_model_len=max_len, max_num_seqs=seqs, max_num_batched_tokens=budget
+    )
+    return resolved, notes
+
+
+def _size_defaults(gpu: GpuSpec) -> tuple[int, int, str]:
+    """(max_num_batched_tokens, max_num_seqs, what decided) by total device memory."""
+    is_a100 = "a100" in gpu.full_name.lower()
+    if gpu.total_bytes >= 160 * GIB:
+        return 16384, 1024, f"{format_gib(gpu.total_bytes)}, at least 160"
+    if gpu.total_bytes >= 70 * GIB and not is_a100 and "gb10" not in gpu.full_name.lower().split():
+        return 8192, 1024, f"{format_gib(gpu.total_bytes)}, at least 70"
+    return 2048, 256, "A100" if is_a100 else f"{format_gib(gpu.total_bytes)}, less than 70"
+
+
+# ---------------------------------------------------------------- flags
+
+
+class Flag(NamedTuple):
+    """An engine setting on a command line. `kind`: count (32k is 32,000), bytes, float, str or bool."""
+
+    name: str
+    kind: str
+    help: str
+    short: str = ""
+
+
+ENGINE_FLAGS = (
+    Flag("tensor_parallel_size", "count", "GPUs that share every layer", "-tp"),
+    Flag("pipeline_parallel_size", "count", "groups of GPUs that share the layers out", "-pp"),
+    Flag("data_parallel_size", "count", "replicas", "-dp"),
+    Flag("enable_expert_parallel", "bool", "deal whole experts out instead of splitting each"),
+    Flag("dtype", "str", "auto, bfloat16, float16 or float32"),
+    Flag("quantization", "str", "weight format: fp8, int8, awq, gptq, ... (default: the checkpoint's)", "-q"),
+    Flag("kv_cache_dtype", "str", "auto, bfloat16, float16, fp8, fp8_e4m3 or fp8_e5m2"),
+    Flag("gpu_memory_utilization", "float", "fraction of GPU memory for the engine"),
+    Flag("kv_cache_memory_bytes", "bytes", "size of the KV pool a GPU, instead of what is left over"),
+    Flag("num_gpu_blocks_override", "count", "blocks in the pool, the null block included"),
+    Flag("block_size", "count", "tokens a block"),
+    Flag("max_model_len", "count", "longest sequence, prompt and output (default: the model's)"),
+    Flag("max_num_seqs", "count", "sequences that run at once (default: by GPU memory)"),
+    Flag("max_num_batched_tokens", "count", "tokens a step (default: by GPU memory)"),
+    Flag("long_prefill_token_threshold", "count", "cap on a prefill's tokens a step; 0 is off"),
+    Flag("long_prefill_token_threshold_adaptive", "bool", "raise that cap to a fair share of the step"),
+    Flag("enable_chunked_prefill", "bool", "split long prompts over steps"),
+    Flag("enable_prefix_caching", "bool", "reuse blocks of equal prefixes (not simulated yet)"),
+    Flag("async_scheduling", "bool", "schedule a step ahead (not simulated yet)"),
+    Flag("scheduling_policy", "str", "fcfs or priority (not simulated yet)"),
+    Flag("watermark", "float", "fraction of blocks kept free at admission"),
+    Flag("scheduler_reserve_full_isl", "bool", "admit only when the whole known sequence fits"),
+    Flag("max_num_queued_reqs", "count", "refuse requests above this many unfinished ones"),
+    Flag("max_num_queued_tokens", "count", "refuse requests above this many queued prompt tokens"),
+    Flag("prefill_schedule_interval", "count", "steps between prefills; 1 is off"),
+    Flag("max_num_active_seqs", "count", "admission cap below max_num_seqs"),
+    Flag("performance_mode", "str", "balanced, interactivity or throughput (doubles the size defaults)"),
+    Flag("enforce_eager", "bool", "no CUDA graphs, and none of their memory"),
+    Flag("engine", "str", "whose rules; vllm"),
+    Flag("engine_version", "str", "release whose memory rules apply"),
+    Flag("allocator", "str", "how KV memory is handed out; paged"),
+    Flag("prefix_unit", "count", "tokens that one prefix id of the trace stands for"),
+)
+_NOT_VLLM = ("engine", "engine_version", "allocator", "prefix_unit")
+
+_ALIASES = {"device-memory-utilization": "gpu-memory-utilization"}
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser, *, pasted: bool = False) -> None:
+    """Add every engine flag to a parser: the modelled ones with help, vLLM's others hidden, to be warned of.
+
+    Only what the user gives appears in the parsed namespace. The parser should have allow_abbrev=False.
+    `pasted` adds the short names of flags that are not modelled and leaves out those that vLLM has not;
+    without it --seed is left to the command.
+    """
+    group = parser if pasted else parser.add_argument_group("engine settings", "spelled as vLLM spells them")
+    defaults = {f.name: f.default for f in msgspec.structs.fields(EngineSettings)}
+    for flag in ENGINE_FLAGS:
+        if pasted and flag.name in _NOT_VLLM:
+            continue
+        names = ["--" + flag.name.replace("_", "-")]
+        names += [f"--{a}" for a, target in _ALIASES.items() if f"--{target}" in names and pasted]
+        names += [flag.short] if flag.short else []
+        options = {"dest": flag.name, "default": argparse.SUPPRESS}
+        if flag.kind == "bool":
+            names += ["-ep"] if pasted and flag.name == "enable_expert_parallel" else []
+            options["help"] = f"{flag.help} (default: {'on' if defaults[flag.name] else 'off'})"
+            group.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
+            continue
+        default = "" if defaults[flag.name] is None else f" (default: {defaults[flag.name]})"
+        metavar = {"count": "N", "bytes": "BYTES", "float": "X", "str": "NAME"}[flag.kind]
+        options |= {"help": flag.help + default, "metavar": metavar, "type": _VALUE[flag.kind]}
+        group.add_argument(*names, **options)
+    known = _known_flags()
+    short = {name: s for s, name in known.short.items()} if pasted else {}
+    for name, kind in known.kinds().items():
+        if name == "seed" and not pasted:
+            continue
+        names = [f"--{name}"] + ([short[name]] if name in short else [])
+        options = {"dest": _unmodelled_dest(name), "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        if kind == "bool":
+            parser.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
+        else:
+            parser.add_argument(*names, nargs="+" if kind == "list" else None, **options)
+
+
+class _KnownFlags(msgspec.Struct):
+    """catalog/vllm_flags.json: names by kind (bool, value, list) of flags that kvsim knows, not models."""
+
+    matters: dict[str, list[str]]
+    harmless: dict[str, list[str]]
+    short: dict[str, str]
+
+    def kinds(self) -> dict[str, str]:
+        """Flag name to "bool", "value" or "list"."""
+        both = (*self.matters.items(), *self.harmless.items())
+        return {name: kind for kind, names in both for name in names}
+
+
+def _known_flags() -> _KnownFlags:
+    return msgspec.json.decode((files("kvsim.catalog") / "vllm_flags.json").read_bytes(), type=_KnownFlags)
+
+
+def _argument(parse):
+    """A parser of kvsim.units for argparse, which shows only the messages of its own exception."""
+
+    def convert(text: str):
+        try:
+            return parse(text)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
+
+
+def _count(text: str) -> int:
+    return -1 if text in ("-1", "auto") else parse_count(text)
+
+
+def _bytes(text: str) -> int:
+    """vLLM's 25G (binary) and 25g (decimal), and also 25GiB and 25GB."""
+    return parse_count(text) if re.fullmatch(r"[0-9.]+[kKmMgG]?", text) else parse_bytes(text)
+
+
+_VALUE = {"count": _argument(_count), "bytes": _argument(_bytes), "float": float, "str": str}
+
+
+def settings_from_args(args: argparse.Namespace) -> dict[str, object]:
+    """The engine settings that were given on the command line, for `deployment(**settings)`."""
+    return {flag.name: getattr(args, flag.name) for flag in ENGINE_FLAGS if hasattr(args, flag.name)}
+
+
+def _unmodelled_dest(name: str) -> str:
+    """Where argparse puts a flag that is only warned about."""
+    return "unmodelled_" + name.replace("-", "_")
+
+
+def warnings_from_args(args: argparse.Namespace) -> list[str]:
+    """One sentence for the given flags that matter but are not modelled, one for those that do not matter."""
+    known = _known_flags()
+    out = []
+    for group, sentence in (
+        (known.matters, "not modelled, so ignored, although vLLM would behave differently"),
+        (known.harmless, "ignored, since it makes no difference to the simulation"),
+    ):
+        names = [f"--{n}" for kind in group.values() for n in kind if hasattr(args, _unmodelled_dest(n))]
+        if names:
+            out.append(f"{', '.join(names)}: {sentence}")
+    return out
+
+
+class _ServeParser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"vllm serve: {message}")
+
+
+def parse_vllm_serve(argv: list[str]) -> tuple[str | None, dict[str, object], list[str]]:
+    """Read a pasted `vllm serve MODEL --flag ...` line: (model or None, engine settings, warnings).
+
+    Takes what vLLM takes: --flag value, --flag=value, underscores for dashes, --no-flag, -tp and the like,
+    32k and 32K, JSON keys after a dot. Everything up to `serve` (environment, `vllm`) is skipped. Raises
+    UserError for a flag that vLLM does not have, with the closest one, and for a value that cannot be read.
+    """
+    for i, word in enumerate(argv):
+        if word == "serve" or word.endswith("api_server"):
+            argv = argv[i + 1 :]
+            break
+    parser = _ServeParser(prog="vllm serve", add_help=False, allow_abbrev=False)
+    parser.add_argument("--model", default=None)
+    add_engine_arguments(parser, pasted=True)
+    args, rest = parser.parse_known_args(_vllm_spelling([w for w in argv if w.strip("\\\n ")]))
+    unknown = [word for word in rest if word.startswith("-")]
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        raise UserError(f"vllm serve has no flag {flag}{did_you_mean(flag, flag_names())}")
+    if len(rest) > 1:
+        raise UserError(f"vllm serve: {rest[1]!r} is neither a flag nor the value of one")
+    return (rest[0] if rest else args.model), settings_from_args(args), warnings_from_args(args)
+
+
+def flag_names() -> list[str]:
+    """Every engine flag that is known, modelled or not, with its dashes."""
+    modelled = ["--" + f.name.replace("_", "-") for f in ENGINE_FLAGS if f.name not in _NOT_VLLM]
+    return [*modelled, *(f"--{name}" for name in _known_flags().kinds())]
+
+
+def _vllm_spelling(argv: list[str]) -> list[str]:
+    """Underscores become dashes, `--flag.key=value` `--flag=value`, `--flag=True` and `--flag True` `--flag`.
+    """
+    bools = {"--" + f.name.replace("_", "-") for f in ENGINE_FLAGS if f.kind == "bool"}
+    bools |= {f"--{name}" for name, kind in _known_flags().kinds().items() if kind == "bool"}
+    out: list[str] = []
+    for word in argv:
+        if word.lower() in ("true", "false") and out and out[-1] in bools:
+            if word.lower() == "false":
+                out[-1] = "--no-" + out[-1][2:]
+            continue
+        if word.startswith("-") and not re.match(r"-[\d.]", word):
+            flag, equals, value = word.partition("=")
+            if flag.startswith("--"):
+                flag = flag.replace("_", "-")
+            flag = re.match(r"-O|[^.]*", flag)[0] if not flag.startswith("-O") else flag
+            if flag in bools and value.lower() in ("true", "false"):
+                flag = flag if value.lower() == "true" else "--no-" + flag[2:]
+                equals = value = ""
+            word = flag + equals + value
+        out.append(word)
+    return out

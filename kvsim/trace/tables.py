@@ -1,0 +1,158 @@
+"""CSV traces, by two readers that agree: pyarrow's for speed, Python's for exact sentences about exact lines.
+
+The fast one gives up at the first thing it does not like; the slow one then reads the file again from the start and
+either raises the UserError or accepts what pyarrow is too strict for ("374.0", blank cells below the table).
+Both keep memory to the columns and one block of text.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import zlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from kvsim.trace.rows import Rows, converters, frozen, growing, objects, positions, shown
+from kvsim.trace.schemas import Schema
+from kvsim.trace.source import Source, numbered_lines
+from kvsim.trace.values import DECIMALS, stamp_ns
+
+_BLOCK = 8 * 2**20
+
+
+def header(source: Source) -> list[str]:
+    """Column names: the first line that is not blank."""
+    return next((fields for _, fields in records(source) if not _blank(fields)), [])
+
+
+def read(source: Source, schema: Schema, names: Sequence[str]) -> Rows:
+    """All rows, or UserError that names file, line, column and value."""
+    rows = read_fast(source, schema, names)
+    return read_slow(source, schema, names) if rows is None else rows
+
+
+def read_slow(source: Source, schema: Schema, names: Sequence[str]) -> Rows:
+    """Row by row in Python: the definition of what a CSV trace may hold."""
+    at = positions(schema, names)
+    convert = converters(schema)
+    columns = growing(list(at))
+    empty, first_empty = 0, 0
+    for line, fields in _body(source):
+        if _blank(fields):
+            if fields:  # not just an empty line: cells that a spreadsheet left behind
+                empty, first_empty = empty + 1, first_empty or line
+            continue
+        if len(fields) != len(names):
+            raise source.error(f"has {len(fields)} values under {len(names)} columns ({shown(','.join(fields))}); "
+                               "correct or remove it, or download the file again if it is cut short", line)
+        for role, index in at.items():
+            try:
+                columns[role].append(convert[role](fields[index]))
+            except ValueError as reason:
+                raise source.error(f"{names[index].strip()} is {shown(fields[index])}, {reason}", line) from None
+    notes = (f"{source.shown}: line {first_empty}: {empty:,} rows of empty cells were skipped",) if empty else ()
+    return Rows(**frozen(columns), where=lambda row: f"line {_line_of(source, row)}", notes=notes)
+
+
+def read_fast(source: Source, schema: Schema, names: Sequence[str]) -> Rows | None:
+    """The same by pyarrow, in blocks; None when it or a check is not content, whatever the reason."""
+    import pyarrow as pa
+    from pyarrow import csv as arrow_csv
+
+    top = list(itertools.islice(records(source), 2))
+    if [line for line, _ in top] != [1, 2] or any(_blank(fields) for _, fields in top):
+        return None  # pyarrow is told to skip one line, so the header must be exactly that
+    at = positions(schema, names)
+    try:
+        types = _arrow_types(schema, at, top[1][1])
+        chunks: dict[str, list[np.ndarray]] = {role: [] for role in at}
+        with source.open() as file, arrow_csv.open_csv(
+                file,
+                read_options=arrow_csv.ReadOptions(
+                    column_names=[str(i) for i in range(len(names))], skip_rows=1, block_size=_BLOCK),
+                parse_options=arrow_csv.ParseOptions(newlines_in_values=True),
+                convert_options=arrow_csv.ConvertOptions(
+                    column_types={str(at[role]): kind for role, kind in types.items()},
+                    include_columns=[str(index) for index in at.values()], null_values=[])) as batches:
+            for batch in batches:
+                for role, column in zip(at, batch.columns, strict=True):
+                    chunks[role].append(_to_numpy(role, column, schema))
+    except (pa.ArrowException, ValueError, OSError, EOFError, zlib.error, IndexError):
+        return None
+    columns = {role: np.concatenate(parts) for role, parts in chunks.items()}
+    return Rows(**{role: columns.get(role) for role in Rows._fields if role in columns or role == "arrival"},
+                where=lambda row: f"line {_line_of(source, row)}")
+
+
+def records(source: Source) -> Iterator[tuple[int, list[str]]]:
+    """(line on which the record starts, its fields), blank ones and the header included."""
+    with source.text() as text:
+        reader = csv.reader(line for _, line in numbered_lines(source, text))
+        line = 1
+        try:
+            for fields in reader:
+                yield line, fields
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise source.error(f"cannot be split into columns ({error}); look for a quote that is not closed",
+                               line) from None
+
+
+def _body(source: Source) -> Iterator[tuple[int, list[str]]]:
+    below = itertools.dropwhile(lambda record: _blank(record[1]), records(source))
+    return itertools.islice(below, 1, None)
+
+
+def _line_of(source: Source, row: int) -> int:
+    """Line of a data row, by reading up to it: only notes ask, and only once each."""
+    filled = (line for line, fields in _body(source) if not _blank(fields))
+    return next(itertools.islice(filled, row, None))
+
+
+def _blank(fields: list[str]) -> bool:
+    return not any(field.strip() for field in fields)
+
+
+def _arrow_types(schema: Schema, at: dict[str, int], first_row: list[str]) -> dict:
+    import pyarrow as pa
+
+    types = {"prompt": pa.int32(), "output": pa.int32(), "priority": pa.int32()}
+    types = {role: types.get(role, pa.string()) for role in at}  # numbers of seconds stay text: see _to_numpy
+    if "arrival" in at and schema.time == "stamp":
+        _, zoned = stamp_ns(first_row[at["arrival"]])
+        types["arrival"] = pa.timestamp("ns", tz="UTC" if zoned else None)
+    return types
+
+
+def _to_numpy(role: str, column, schema: Schema) -> np.ndarray:
+    """One block of one column, checked; ValueError or an Arrow error when a value is out of bounds."""
+    import pyarrow as pa
+
+    if role in ("request_class", "request_id"):
+        return objects([text or None for text in column.to_pylist()])
+    if role == "arrival" and schema.time == "stamp":
+        return column.cast(pa.int64()).to_numpy(zero_copy_only=False)
+    if role == "arrival":
+        return _decimal_ns(column, DECIMALS[schema.time])
+    numbers = column.to_numpy(zero_copy_only=False)
+    if role != "priority" and numbers.min(initial=0) < 0:
+        raise ValueError(role)
+    return numbers
+
+
+def _decimal_ns(texts, places: int) -> np.ndarray:
+    """int64[n] ns from decimal text in units of 10**places ns, exact: doubles would lose the last digits of
+    times counted from 1970. Nearest ns, ties to even."""
+    import pyarrow as pa
+    from pyarrow import compute
+
+    about = texts.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    # Also keeps the decimals below from wrapping around, which pyarrow does not report beyond 1e20.
+    if not np.all((about >= 0) & (about < 2.0**63 / 10**places)):
+        raise ValueError("arrival")
+    exact = compute.round(texts.cast(pa.decimal128(38, 18)), places, "half_to_even").cast(pa.decimal128(38, places))
+    # A decimal128 is its unscaled integer in two words, the low one first: exactly the nanoseconds.
+    words = np.frombuffer(exact.buffers()[1], dtype="<i8")[2 * exact.offset:2 * (exact.offset + len(exact))]
+    return words[::2].copy()

@@ -1,0 +1,138 @@
+"""`write_trace`: a Trace back into a file, whole or not at all, the same bytes every time."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+
+from kvsim.errors import UserError, did_you_mean
+from kvsim.trace.columns import Trace
+from kvsim.trace.parquet import PREFIX_UNIT
+
+# Azure stamps need a date, which a Trace has not: its first arrival is written as this.
+AZURE_START = datetime(2000, 1, 1)
+
+
+def write_trace(trace: Trace, path: str | os.PathLike, format: str | None = None) -> tuple[str, ...]:
+    """Write `trace` to `path` under a temporary name and rename it; gzip when the name ends in .gz.
+
+    format "kvsim" (Parquet, holds everything), "mooncake" (JSON lines), "azure" or "vidur" (CSV). None takes it from
+    the name: .parquet, .jsonl, .csv (azure; vidur when there are no arrivals). Arrivals stay exact: Azure stamps get
+    9 digits when 7 do not do, Mooncake milliseconds a fraction. Bytes depend only on the columns, name and source
+    (and for Parquet on pyarrow's version).
+    Returns one sentence for each thing that the format cannot hold. UserError when it cannot hold the rows at all or
+    the path cannot be written.
+    """
+    path = Path(path)
+    format = format or _format_of(path, trace)
+    if format not in _WRITERS:
+        raise UserError(f"cannot write format {format!r}; choose {', '.join(_WRITERS)}{did_you_mean(format, _WRITERS)}")
+    if not trace.has_arrivals and format in ("azure", "mooncake"):
+        raise UserError(f"{trace.name} has no arrivals, which {format} needs; give it a rate or write vidur or Parquet")
+    if format == "kvsim" and path.suffix == ".gz":
+        raise UserError(f"{path}: Parquet is compressed already; leave .gz off the name")
+    data = _parquet(trace) if format == "kvsim" else "".join(_WRITERS[format](trace)).encode()
+    if path.suffix == ".gz":
+        packed = io.BytesIO()
+        with gzip.GzipFile(filename="", mode="wb", fileobj=packed, mtime=0) as file:
+            file.write(data)
+        data = packed.getvalue()
+    _replace(path, data)
+    held = {"kvsim": ("priority", "request_class", "request_id", "prefix_ids"), "mooncake": ("prefix_ids",)}
+    lost = [name for name in ("priority", "request_class", "request_id", "prefix_ids")
+            if getattr(trace, name) is not None and name not in held.get(format, ())]
+    notes = [f"{path}: {format} has no place for {', '.join(lost)}: left out"] if lost else []
+    if format == "mooncake" and trace.prefix_unit not in (0, 512):
+        notes.append(f"{path}: its hash_ids stand for {trace.prefix_unit} tokens, which the file cannot say; read it "
+                     f"with --prefix-unit {trace.prefix_unit}")
+    return tuple(notes)
+
+
+def _format_of(path: Path, trace: Trace) -> str:
+    name = path.name.removesuffix(".gz")
+    csv = "azure" if trace.has_arrivals else "vidur"
+    format = {".parquet": "kvsim", ".jsonl": "mooncake", ".csv": csv}.get(Path(name).suffix)
+    if format is None:
+        raise UserError(f"{path}: cannot tell a format from the name; end it in .parquet, .jsonl or .csv, or give "
+                        f"the format ({', '.join(_WRITERS)})")
+    return format
+
+
+def _azure(trace: Trace) -> Iterator[str]:
+    yield "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+    digits = 9 if np.any(trace.arrival_ns % 100) else 7
+    for ns, prompt, output in _rows(trace):
+        second, fraction = divmod(ns, 10**9)
+        try:
+            at = AZURE_START + timedelta(seconds=second)
+        except OverflowError:
+            raise UserError(f"{trace.name} spans more years than a date can say; write vidur or Parquet") from None
+        yield f"{at:%Y-%m-%d %H:%M:%S}.{fraction:09d}"[:20 + digits] + f",{prompt},{output}\n"
+
+
+def _vidur(trace: Trace) -> Iterator[str]:
+    yield ("arrived_at," if trace.has_arrivals else "") + "num_prefill_tokens,num_decode_tokens\n"
+    for ns, prompt, output in _rows(trace):
+        yield (_decimal(ns, 9) + "," if trace.has_arrivals else "") + f"{prompt},{output}\n"
+
+
+def _mooncake(trace: Trace) -> Iterator[str]:
+    offsets = trace.prefix_offsets
+    for row, (ns, prompt, output) in enumerate(_rows(trace)):
+        ids = f', "hash_ids": {trace.prefix_ids[offsets[row]:offsets[row + 1]].tolist()}' if trace.prefix_unit else ""
+        at = str(ns // 10**6) if ns % 10**6 == 0 else _decimal(ns, 6)
+        yield f'{{"timestamp": {at}, "input_length": {prompt}, "output_length": {output}{ids}}}\n'
+
+
+def _parquet(trace: Trace) -> bytes:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    columns = {"arrival_ns": trace.arrival_ns} if trace.has_arrivals else {}
+    columns |= {"prompt_tokens": trace.prompt_tokens, "output_tokens": trace.output_tokens}
+    columns |= {name: getattr(trace, name) for name in ("priority",) if getattr(trace, name) is not None}
+    columns |= {name: pa.array(getattr(trace, name), pa.string()) for name in ("request_class", "request_id")
+                if getattr(trace, name) is not None}
+    metadata = {b"kvsim_trace": b"1", b"source": trace.source.encode()}
+    if trace.prefix_unit:
+        columns["prefix_ids"] = pa.LargeListArray.from_arrays(trace.prefix_offsets, trace.prefix_ids)
+        metadata[PREFIX_UNIT] = b"%d" % trace.prefix_unit
+    table = pa.table(columns).replace_schema_metadata(metadata)
+    # Differences of arrivals and of chained ids are small; a dictionary of them would only be a second copy.
+    deltas = {name: "DELTA_BINARY_PACKED" for name in ("arrival_ns", "prefix_ids.list.element") if
+              name.split(".")[0] in columns}
+    out = io.BytesIO()
+    parquet.write_table(table, out, compression="zstd", column_encoding=deltas or None,
+                        use_dictionary=[n for n in columns if n not in ("arrival_ns", "prefix_ids")])
+    return out.getvalue()
+
+
+_WRITERS = {"kvsim": _parquet, "mooncake": _mooncake, "azure": _azure, "vidur": _vidur}
+
+
+def _rows(trace: Trace) -> Iterator[tuple[int, int, int]]:
+    return zip(trace.arrival_ns.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), strict=True)
+
+
+def _decimal(ns: int, places: int) -> str:
+    """ns in units of 10**places ns, written out exactly, at least one digit after the point: "4.314579"."""
+    whole, fraction = divmod(ns, 10**places)
+    return f"{whole}.{f'{fraction:0{places}d}'.rstrip('0') or '0'}"
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); check the folder "
+                        "and its permissions") from None
+    finally:
+        temporary.unlink(missing_ok=True)

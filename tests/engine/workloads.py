@@ -1,0 +1,167 @@
+"""Small random workloads, and one way to run them through either engine."""
+
+from types import SimpleNamespace
+
+import numpy as np
+from hypothesis import strategies as some
+
+from kvsim import run
+from kvsim.engine import state as st
+from tests.naive import engine as naive
+
+STEP_COST = dict(a0=0.004, a1=2e-5, a2=1e-8, sampled=3e-6, pair=2e-8)
+
+
+def cost_columns(max_tokens, max_seqs):
+    """A step cost with every term in use."""
+    return st.Cost(
+        linear_s=np.array([STEP_COST["a0"] + STEP_COST["a1"] * n for n in range(max_tokens + 1)]),
+        sampled_s=np.array([STEP_COST["sampled"] * n for n in range(max_seqs + 1)]),
+        context_s=STEP_COST["a2"],
+        pair_s=STEP_COST["pair"],
+    )
+
+
+def duration(n, ctx, prefill_pairs, prefill_ctx, sampled):
+    """The same cost for the naive engine, in plain floats."""
+    c = STEP_COST
+    linear = (c["a0"] + c["a1"] * n) + c["sampled"] * sampled
+    attention = max(0.0, c["pair"] * prefill_pairs - c["a2"] * prefill_ctx)
+    return max(1, round(1e9 * ((linear + c["a2"] * ctx) + attention)))
+
+
+@some.composite
+def workloads(draw):
+    """(requests, naive settings): every setting of the synchronous FCFS engine varied at once. Times are such
+    that steps, arrivals, deadlines and horizons often meet in the same nanosecond."""
+    lockstep = draw(some.booleans())
+    unit = 1 if lockstep else draw(some.sampled_from([1_000_000, 4_000_000, 7]))
+    block_size = draw(some.sampled_from([1, 2, 4, 16]))
+    max_model_len = draw(some.integers(4, 80))
+    max_num_seqs = draw(some.integers(1, 8))
+    chunked = draw(some.booleans())
+    least_budget = max_num_seqs if chunked else max(max_num_seqs, max_model_len)
+    n = draw(some.integers(1, 25))
+    gaps = draw(some.lists(some.integers(0, 12), min_size=n, max_size=n))
+    arrivals = np.cumsum(gaps) * unit
+    length = some.integers(0, max_model_len + 4) if draw(some.booleans()) else some.integers(1, 24)
+    rows = [(int(t), draw(length), draw(length)) for t in arrivals]
+    settings = naive.Settings(
+        block_size=block_size,
+        num_gpu_blocks=draw(some.integers(2, 2 + 3 * -(-max_model_len // block_size))),
+        max_num_seqs=max_num_seqs,
+        max_num_active_seqs=draw(some.none() | some.integers(1, max_num_seqs)),
+        max_num_batched_tokens=draw(some.integers(least_budget, least_budget + 40)),
+        max_model_len=max_model_len,
+        enable_chunked_prefill=chunked,
+        long_prefill_token_threshold=draw(some.just(0) | some.integers(1, max_model_len)),
+        long_prefill_token_threshold_adaptive=draw(some.booleans()),
+        scheduler_reserve_full_isl=draw(some.booleans()),
+        watermark=draw(some.sampled_from([0.0, 0.0, 0.1, 0.5])),
+        prefill_schedule_interval=draw(some.sampled_from([1, 1, 2, 3, 5])),
+        max_num_queued_reqs=draw(some.none() | some.integers(0, 10)),
+        max_num_queued_tokens=draw(some.none() | some.integers(0, 100)),
+        frontend=draw(some.sampled_from(st.FRONTENDS)),
+        deadline_ns=draw(some.none() | some.integers(1, 60).map(lambda k: k * unit)),
+        until_ns=draw(some.none() | some.integers(1, 200).map(lambda k: k * unit)),
+        max_concurrency=draw(some.none() | some.integers(1, 6)),
+        strict=draw(some.booleans()),
+        lockstep=lockstep,
+        check=True,
+    )
+    return rows, settings
+
+
+def run_compiled(rows, settings, *, identities, log_steps=False, check=True, event_capacity=4096, num_bins=64):
+    """-> (EngineRun, step rows) of the compiled engine under the settings of the naive one."""
+    from kvsim.steplog import StepLog
+
+    packed = run.pack_settings(
+        SimpleNamespace(**vars(settings)),
+        settings.num_gpu_blocks,
+        frontend=settings.frontend,
+        deadline_ns=settings.deadline_ns,
+        until_ns=settings.until_ns,
+        max_concurrency=settings.max_concurrency,
+        strict=settings.strict,
+        lockstep=settings.lockstep,
+        check=check,
+        identities=identities,
+    )
+    columns = np.array(rows, np.int64).reshape(-1, 3)
+    state = st.pack(
+        arrival_ns=columns[:, 0],
+        prompt_tokens=columns[:, 1],
+        output_tokens=columns[:, 2],
+        settings=packed,
+        cost=cost_columns(settings.max_num_batched_tokens, settings.max_num_seqs),
+        bin_width_ns=1 if settings.lockstep else 1_000_000,
+        num_bins=num_bins,
+        event_capacity=event_capacity,
+    )
+    steps = []
+    log = StepLog(steps.append) if log_steps else None
+    return run.drive(state, on_step=log), steps
+
+
+def event_rows(events):
+    """The compiled engine's events as the naive engine's tuples."""
+    return [
+        (int(e["time"]), int(e["step"]), st.KINDS[e["kind"]], int(e["request"]), st.CAUSES[e["cause"]] or None,
+         int(e["blocks_free_before"]), int(e["blocks_free_after"]), int(e["blocks_needed"]),
+         int(e["tokens_lost"]), int(e["for_request"]))
+        for e in events
+    ]  # fmt: skip
+
+
+def request_rows(engine_run):
+    """The compiled engine's requests as the naive engine's dicts."""
+    from kvsim.result import outcome_and_cause
+
+    table = engine_run.state.requests
+    outcomes, causes = outcome_and_cause(engine_run)
+
+    def when(value):
+        return None if value < 0 else int(value)
+
+    return [
+        {
+            "arrival_ns": int(row["arrival"]),
+            "scheduled_ns": when(row["scheduled_at"]),
+            "first_token_ns": when(row["first_token_at"]),
+            "finished_ns": when(row["finished_at"]),
+            "generated_tokens": int(row["generated"]),
+            "outcome": st.OUTCOMES[outcome],
+            "cause": st.CAUSES[cause] or None,
+            "num_preemptions": int(row["num_preemptions"]),
+            "prefix_hit_tokens": int(row["hit_tokens"]),
+            "recomputed_tokens": int(row["recomputed"]),
+            "scheduled_tokens": int(row["scheduled_tokens"]),
+            "peak_blocks": int(row["peak_blocks"]),
+        }
+        for row, outcome, cause in zip(table, outcomes, causes, strict=True)
+    ]
+
+
+def counters(engine_run):
+    """The compiled engine's counters under the naive engine's names."""
+    now, state = engine_run.state.now[0], engine_run.state
+    used = np.arange(state.settings.num_gpu_blocks)
+    return {
+        "num_scheduled_tokens": int(now.total_scheduled),
+        "prefill_tokens": int(now.total_prefill),
+        "decode_tokens": int(now.total_decode),
+        "num_preemptions": int(now.total_preemptions),
+        "num_admissions": int(now.total_admissions),
+        "peak_blocks_used": int(now.peak_used),
+        "usage": int((used * state.used_time).sum()),
+        "num_steps": int(now.num_steps),
+        "clock": int(now.t),
+        "stalled": engine_run.ended == "stalled",
+    }
+
+
+def free_list(engine_run):
+    """Block ids of the free list, from the front."""
+    now, pool = engine_run.state.now[0], engine_run.state.pool
+    return [int(b) for b in pool.free[: now.free_blocks][::-1]]

@@ -1,0 +1,1 @@
+"""The plain-object twin of the compiled engine, and its tests."""
