@@ -29,6 +29,7 @@ __all__ = [
     "Part",
     "add_engine_arguments",
     "check_simulated",
+    "check_supported",
     "deployment",
     "load_gpu",
     "load_model",
@@ -331,6 +332,25 @@ def _refuse_not_built(s: EngineSettings) -> None:
         )
 
 
+def check_supported(model: ModelSpec) -> None:
+    """Raise UserError naming the model and the kind of layer that is not supported yet."""
+    for group in model.layer_groups:
+        if group.dsa_index_elems_per_token_per_layer:
+            kind = "sparse-attention index"
+        elif group.kind in ("full", "mla"):
+            continue
+        else:
+            names = {"linear_state": f"{group.variant} state", "no_cache": "cache-free"}
+            kind = names.get(group.kind, group.kind)
+        why = f" ({group.note})" if group.note else ""
+        raise UserError(
+            f"{model.name} has {group.layers} {kind} layers{why}, which are not supported yet; full attention"
+            " and MLA are"
+        )
+    if not model.parts:
+        raise UserError(f"{model.name}: there is no weight formula for model_type {model.model_type!r} yet")
+
+
 def check_simulated(dep: Deployment) -> None:
     """Raise UserError for what memory can be computed for but whose steps cannot be simulated yet."""
     if dep.settings.pipeline_parallel_size > 1:
@@ -354,8 +374,9 @@ def _check_parallel(model: ModelSpec, s: EngineSettings) -> None:
             f" {model.name}"
         )
     for part in model.parts:
-        if part.split == "tp" or (part.split == "experts" and not s.enable_expert_parallel):
-            width = part.rows if part.name.endswith(("down_proj", "o_proj")) else part.cols
+        dealt_out = part.component == "experts" and s.enable_expert_parallel
+        if part.split in ("rows", "columns") and not dealt_out:
+            width = part.rows if part.split == "rows" else part.cols
             if width % tp:
                 raise UserError(
                     f"tensor_parallel_size {tp} does not divide the width {width} of {part.name} in"

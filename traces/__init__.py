@@ -1,4 +1,5 @@
-"""Sample traces that come with kvsim: small, generated, found by name. Where they come from: README.md here."""
+"""Sample traces that come with kvsim: small, generated, found by name. Where they come from: README.md
+here."""
 
 from __future__ import annotations
 

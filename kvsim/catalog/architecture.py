@@ -8,7 +8,6 @@ were checked against models instantiated from the same configs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -21,9 +20,8 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     """One weight tensor of a layer (or of the model): `copies` matrices of `rows` x `cols`.
 
     where: "every", "dense" or "moe" layer; "first" (embedding) or "last" (head, final norm) pipeline stage.
-    split: what tensor parallelism does: "tp" divides it, "kv" divides it down to whole KV heads, "vocab"
-    divides it after padding the vocabulary to a multiple of 64, "experts" divides each expert, or deals out
-    whole ones with expert parallelism, "none" replicates it.
+    split: what tensor parallelism does: it divides "columns" or "rows", "kv" columns down to whole KV heads,
+    "vocab" after padding the vocabulary to a multiple of 64, and replicates "none".
     linear: a matrix product, stored in the quantised format if there is one. op: the fused product in which
     an engine computes it.
     """
@@ -42,6 +40,21 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     def elements(self) -> int:
         """Parameters in one layer."""
         return self.copies * self.rows * self.cols
+
+    def rank_shape(self, tp: int, kv_heads: int, expert_parallel: bool = False) -> tuple[int, int, int]:
+        """(copies, rows, cols) that one of `tp` tensor-parallel ranks holds of one layer."""
+        copies, rows, cols = self.copies, self.rows, self.cols
+        if self.component == "experts" and expert_parallel:
+            return -(-copies // tp), rows, cols  # whole experts, dealt out
+        if self.split == "kv":  # whole KV heads; each rank has at least one
+            return copies, rows, cols // kv_heads * max(1, kv_heads // tp)
+        if self.split == "vocab":  # vLLM pads the vocabulary to a multiple of 64 before dividing it
+            first = self.where == "first"
+            share = -(-(rows if first else cols) // 64) * 64 // tp
+            return (copies, share, cols) if first else (copies, rows, share)
+        if self.split == "rows":
+            return copies, rows // tp, cols
+        return copies, rows, cols // tp if self.split == "columns" else cols
 
 
 class LayerGroup(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,6 +78,13 @@ class LayerGroup(msgspec.Struct, frozen=True, kw_only=True):
     state_elems_per_seq_per_layer: int = 0
     conv_elems_per_seq_per_layer: int = 0
     note: str | None = None
+
+    def rank_elems_per_token(self, tp: int) -> int:
+        """Elements that one token keeps in one full or MLA layer on one of `tp` ranks: K and V of the rank's
+        KV heads, at least one; MLA's latent vector is replicated (scheduler rule 5.3)."""
+        if self.kind == "mla":
+            return self.kv_lora_rank + self.qk_rope_head_dim
+        return 2 * max(1, self.kv_heads // tp) * self.head_dim
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -525,12 +545,12 @@ def _attention_parts(
     def vector(name: str, size: int, split: str) -> Part:
         return Part(name=name, component="attention", rows=1, cols=size, split=split)
 
-    yield linear("q_proj", hidden, q, "tp", "qkv_proj")
+    yield linear("q_proj", hidden, q, "columns", "qkv_proj")
     yield linear("k_proj", hidden, kv, "kv", "qkv_proj")
     yield linear("v_proj", hidden, kv, "kv", "qkv_proj")
-    yield linear("o_proj", q, hidden, "tp", "o_proj")
+    yield linear("o_proj", q, hidden, "rows", "o_proj")
     if c.flag(family.qkv_bias):
-        yield vector("q_proj.bias", q, "tp")
+        yield vector("q_proj.bias", q, "columns")
         yield vector("k_proj.bias", kv, "kv")
         yield vector("v_proj.bias", kv, "kv")
     if c.flag(family.o_bias):
@@ -556,61 +576,56 @@ def _mla_parts(c: _Config, hidden: int, heads: int) -> Iterator[Part]:
     if q_rank:
         yield linear("q_a_proj", hidden, q_rank, "none", "qkv_a_proj")
         yield Part(name="q_a_layernorm", component="norms", rows=1, cols=q_rank)
-        yield linear("q_b_proj", q_rank, heads * (nope + rope), "tp", "q_b_proj")
+        yield linear("q_b_proj", q_rank, heads * (nope + rope), "columns", "q_b_proj")
     else:
-        yield linear("q_proj", hidden, heads * (nope + rope), "tp", "q_proj")
+        yield linear("q_proj", hidden, heads * (nope + rope), "columns", "q_proj")
     yield linear("kv_a_proj_with_mqa", hidden, rank + rope, "none", "qkv_a_proj")
     yield Part(name="kv_a_layernorm", component="norms", rows=1, cols=rank)
-    yield linear("kv_b_proj", rank, heads * (nope + value), "tp", "kv_b_proj")
-    yield linear("o_proj", heads * value, hidden, "tp", "o_proj")
+    yield linear("kv_b_proj", rank, heads * (nope + value), "columns", "kv_b_proj")
+    yield linear("o_proj", heads * value, hidden, "rows", "o_proj")
     if c.get("attention_bias", False):
         yield Part(name="mla.bias", component="attention", rows=1, cols=q_rank + rank + rope + hidden)
 
 
 def _mlp_parts(
-    family: _Family, name: str, hidden: int, size: int, where: str, bias: bool, component: str = "mlp"
+    family: _Family, name: str, hidden: int, size: int, where: str, bias: bool
 ) -> Iterator[Part]:
     if not size:
         return
 
-    def linear(part: str, rows: int, cols: int, op: str) -> Part:
+    def linear(part: str, rows: int, cols: int, split: str, op: str) -> Part:
         return Part(
-            name=f"{name}.{part}", component=component, rows=rows, cols=cols, where=where, split="tp",
+            name=f"{name}.{part}", component="mlp", rows=rows, cols=cols, where=where, split=split,
             linear=True, op=f"{name}.{op}",
         )  # fmt: skip
 
     if family.gated:
-        yield linear("gate_proj", hidden, size, "gate_up_proj")
-    yield linear("up_proj", hidden, size, "gate_up_proj")
-    yield linear("down_proj", size, hidden, "down_proj")
+        yield linear("gate_proj", hidden, size, "columns", "gate_up_proj")
+    yield linear("up_proj", hidden, size, "columns", "gate_up_proj")
+    yield linear("down_proj", size, hidden, "rows", "down_proj")
     if bias:
         up = (2 if family.gated else 1) * size
-        yield Part(name=f"{name}.up.bias", component=component, rows=1, cols=up, where=where, split="tp")
-        yield Part(name=f"{name}.down.bias", component=component, rows=1, cols=hidden, where=where)
+        yield Part(name=f"{name}.up.bias", component="mlp", rows=1, cols=up, where=where, split="columns")
+        yield Part(name=f"{name}.down.bias", component="mlp", rows=1, cols=hidden, where=where)
 
 
 def _moe_parts(c: _Config, family: _Family, hidden: int) -> Iterator[Part]:
     experts, size = c.size("num_experts"), _moe_size(c)
 
-    def expert(part: str, rows: int, cols: int, op: str) -> Part:
+    def expert(part: str, rows: int, cols: int, split: str, op: str) -> Part:
         return Part(
             name=f"experts.{part}", component="experts", rows=rows, cols=cols, where="moe", copies=experts,
-            split="experts", linear=True, op=f"experts.{op}",
+            split=split, linear=True, op=f"experts.{op}",
         )  # fmt: skip
 
     yield Part(name="router", component="router", rows=hidden, cols=experts, where="moe", op="router")
     if family.router_bias:
         yield Part(name="router.bias", component="router", rows=1, cols=experts, where="moe")
-    yield expert("gate_proj", hidden, size, "gate_up_proj")
-    yield expert("up_proj", hidden, size, "gate_up_proj")
-    yield expert("down_proj", size, hidden, "down_proj")
+    yield expert("gate_proj", hidden, size, "columns", "gate_up_proj")
+    yield expert("up_proj", hidden, size, "columns", "gate_up_proj")
+    yield expert("down_proj", size, hidden, "rows", "down_proj")
     shared = c.size("shared_expert_intermediate_size", c.get("shared_intermediate_size", 0), least=0)
     shared = shared or c.size("n_shared_experts", 0, least=0) * size
     yield from _mlp_parts(family, "shared_expert", hidden, shared, "moe", False)
     if family.shared_gate and shared:
         yield Part(name="shared_expert_gate", component="router", rows=hidden, cols=1, where="moe")
-
-
-def padded_vocab(vocab: int) -> int:
-    """vLLM pads the vocabulary to a multiple of 64 before dividing it over ranks."""
-    return math.ceil(vocab / 64) * 64

@@ -88,6 +88,7 @@ def advance(s, until_ns, max_steps):
             change = min(next_send(s), next_expiry(s))
             if change == NEVER:
                 return STALLED
+            now.livelock = 0
         if now.dead:
             if change > until_ns:
                 return REACHED

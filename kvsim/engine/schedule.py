@@ -212,7 +212,8 @@ def put_in_step(now, row, entry, n, is_prefill):
     """Schedule a request with `n` tokens: advance it and add up what the step costs (3.9, 3.15, 3.18)."""
     before = int(row.computed)
     after = before + n
-    emits = after == known_tokens(row)
+    known = known_tokens(row)
+    emits = after == known
     entry.tokens = n
     entry.num_new = 0
     entry.emits = emits
@@ -225,7 +226,7 @@ def put_in_step(now, row, entry, n, is_prefill):
         now.prefill_tokens += n
         now.prefill_ctx += after
         now.prefill_pairs += n * before + n * (n + 1) // 2
-        now.saw_prefill |= after > 1  # a one-token prompt does not count for the cadence (3.17)
+        now.saw_prefill |= known > 1  # a one-token prompt does not count for the cadence (3.17)
     else:
         now.decode_tokens += n
     row.computed = after

@@ -7,6 +7,6 @@
 milliseconds; loads neither numba nor pyarrow.
 """
 
-from kvsim.memory.budget import Budget, Failure, KvGroup, check_supported, fit
+from kvsim.memory.budget import Budget, Failure, KvGroup, fit
 
-__all__ = ["Budget", "Failure", "KvGroup", "check_supported", "fit"]
+__all__ = ["Budget", "Failure", "KvGroup", "fit"]

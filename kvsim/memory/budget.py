@@ -13,11 +13,10 @@ from fractions import Fraction
 
 import msgspec
 
-from kvsim.catalog.architecture import LayerGroup, ModelSpec
 from kvsim.errors import UserError
 from kvsim.formats import weight_format
 from kvsim.memory.weights import pipeline_stages, rank_weight_bytes
-from kvsim.specs import Deployment
+from kvsim.specs import Deployment, check_supported
 from kvsim.units import GIB, MIB, format_gib
 
 # CUDA context and driver allocations of a rank, outside torch and outside the budget: it lives in
@@ -135,7 +134,7 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
         ):
             lines.append(f"  {name:<16}{format_gib(size):>12}")
         lines.append(
-            f"  {self.num_gpu_blocks:,} blocks of {self.block_size} tokens and {self.bytes_per_block:,} bytes,"
+            f"  {self.num_gpu_blocks:,} blocks of {self.block_size} tokens, {self.bytes_per_block:,} bytes,"
             f" on {self.binding_rank}"
         )
         lines += [f"  {line}" for line in self.log_lines] + [f"  note: {note}" for note in self.notes]
@@ -153,25 +152,6 @@ def fit(dep: Deployment) -> Budget:
     budgets = [_stage_budget(dep, stage) for stage in range(dep.settings.pipeline_parallel_size)]
     # a stage that cannot start binds before one that can; then the one with the fewest blocks
     return min(budgets, key=lambda b: (b.failure is None, b.num_gpu_blocks))
-
-
-def check_supported(model: ModelSpec) -> None:
-    """Raise UserError naming the model and the kind of layer that is not supported yet."""
-    for group in model.layer_groups:
-        if group.dsa_index_elems_per_token_per_layer:
-            kind = "sparse-attention index"
-        elif group.kind in ("full", "mla"):
-            continue
-        else:
-            names = {"linear_state": f"{group.variant} state", "no_cache": "cache-free"}
-            kind = names.get(group.kind, group.kind)
-        why = f" ({group.note})" if group.note else ""
-        raise UserError(
-            f"{model.name} has {group.layers} {kind} layers{why}, which are not supported yet; full attention"
-            " and MLA are"
-        )
-    if not model.parts:
-        raise UserError(f"{model.name}: there is no weight formula for model_type {model.model_type!r} yet")
 
 
 def _stage_budget(dep: Deployment, stage: int) -> Budget:
@@ -293,26 +273,18 @@ def cuda_graph_bytes(dep: Deployment, stage: int = 0) -> int:
 
 
 def kv_groups(dep: Deployment, stage: int = 0) -> tuple[KvGroup, ...]:
-    """The groups of one rank. Full attention holds K and V of its share of the KV heads, at least one;
-    MLA holds one latent vector, replicated on every rank (rule 5.3)."""
-    s, layers = dep.settings, dep.model.num_hidden_layers
-    stage_layers = len(pipeline_stages(layers, s.pipeline_parallel_size)[stage])
+    """The groups of layers on one rank of a stage, with the size of a block in them (rules 5.3-5.5)."""
+    block, tp = dep.settings.block_size, dep.settings.tensor_parallel_size
+    layers = pipeline_stages(dep.model.num_hidden_layers, dep.settings.pipeline_parallel_size)[stage]
     return tuple(
         KvGroup(
             kind=group.kind,
-            layers=stage_layers,
-            page_bytes=dep.kv_format.bytes(s.block_size * rank_elems_per_token(group, s.tensor_parallel_size)),
-            block_size=s.block_size,
+            layers=len(layers),
+            page_bytes=dep.kv_format.bytes(block * group.rank_elems_per_token(tp)),
+            block_size=block,
         )
         for group in dep.model.layer_groups
     )
-
-
-def rank_elems_per_token(group: LayerGroup, tp: int) -> int:
-    """Elements that one token keeps in one layer on one rank."""
-    if group.kind == "mla":
-        return group.kv_lora_rank + group.qk_rope_head_dim
-    return 2 * max(1, group.kv_heads // tp) * group.head_dim
 
 
 # ---------------------------------------------------------------- what breaks

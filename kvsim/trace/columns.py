@@ -13,6 +13,7 @@ from kvsim.units import NS_PER_S
 
 MAX_TOKENS = 2**31 - 1  # what an int32 column holds
 MAX_NS = 2**63 - 1
+COLUMNS = ("arrival_ns", "prompt_tokens", "output_tokens", "priority", "request_class", "request_id")
 
 _ARRIVALS = 1  # Philox stream of with_poisson_rate
 
@@ -80,7 +81,7 @@ class Trace:
     def with_poisson_rate(self, rate: float, seed: int = 0) -> Trace:
         """New Poisson arrivals at `rate` requests/s, the first at 0, for tables that have none.
 
-        Arrivals that are there are replaced. Counter-based: the same seed gives a longer table the same start.
+        Arrivals that are there are replaced. The same seed gives a longer table the same start.
         """
         _positive("rate", rate)
         gaps = -np.log1p(-uniforms(seed, _ARRIVALS, max(len(self) - 1, 0)))
@@ -92,7 +93,7 @@ class Trace:
                        notes=(*self.notes, note))
 
     def clip_prompt(self, n: int) -> Trace:
-        """Prompts of at most n tokens; prefix ids are cut to ceil(n / unit). Counted in notes. UserError: n < 1."""
+        """Prompts of at most n tokens, prefix ids cut to ceil(n / unit), counted in notes. UserError: n < 1."""
         if n < 1:
             raise UserError(f"clip_prompt is {n}; keep at least one token")
         longer = int(np.count_nonzero(self.prompt_tokens > n))
@@ -114,13 +115,13 @@ class Trace:
                 "prompt": _length_summary(self.prompt_tokens), "output": _length_summary(self.output_tokens)}
 
     def sorted_by_arrival(self) -> Trace:
-        """Rows by arrival, ties in the order they had, the first arrival at 0: what makes rows of a file a Trace."""
+        """Rows by arrival, ties in the order they had, the first arrival at 0: a file's rows become a Trace."""
         if np.all(self.arrival_ns[1:] >= self.arrival_ns[:-1]):
             return replace(self, arrival_ns=self.arrival_ns - self.arrival_ns[0])
         return self._rows(np.argsort(self.arrival_ns, kind="stable"))
 
     def check_integrity(self) -> None:
-        """AssertionError unless every promise of the columns holds. Changes nothing; for tests and `--check`."""
+        """AssertionError unless every promise of the columns holds; changes nothing."""
         n = len(self)
         assert self.arrival_ns.dtype == np.int64 and (n == 0 or self.arrival_ns[0] == 0)
         assert np.all(np.diff(self.arrival_ns) >= 0)
@@ -137,9 +138,7 @@ class Trace:
 
     def _rows(self, rows: slice | np.ndarray) -> Trace:
         """The rows picked, in that order, the first arrival at 0. Wants at least one."""
-        picked = {name: None if column is None else column[rows]
-                  for name in ("arrival_ns", "prompt_tokens", "output_tokens", "priority", "request_class", "request_id")
-                  for column in (getattr(self, name),)}
+        picked = {name: getattr(self, name)[rows] for name in COLUMNS if getattr(self, name) is not None}
         picked["arrival_ns"] = picked["arrival_ns"] - picked["arrival_ns"][0]
         if self.prefix_unit:
             picked["prefix_offsets"], picked["prefix_ids"] = _gather(
@@ -148,14 +147,13 @@ class Trace:
 
     def _need_arrivals(self, what: str) -> None:
         if not self.has_arrivals:
-            raise UserError(f"{self.name} has no arrival times, so {what} means nothing; give it a rate first (--rate)")
+            raise UserError(f"{self.name} has no arrival times, so {what} means nothing; give it a rate (--rate)")
 
 
 def columns_sha256(trace: Trace) -> str:
     """sha256 of the columns, for traces that no file holds: the same rows give the same text."""
     digest = hashlib.sha256()
-    for name in ("arrival_ns", "prompt_tokens", "output_tokens", "priority", "request_class", "request_id",
-                 "prefix_offsets", "prefix_ids"):
+    for name in (*COLUMNS, "prefix_offsets", "prefix_ids"):
         column = getattr(trace, name)
         if column is not None:
             data = repr(column.tolist()).encode() if column.dtype == object else np.ascontiguousarray(column)

@@ -1,7 +1,7 @@
 """JSON-lines traces: one object a line, decoded by msgspec, so that the line of a fault is always known.
 
-pyarrow's JSON reader is 1.6 times as fast on Mooncake but cannot say which line is wrong, takes two objects on a
-line, and would need this reader beside it.
+pyarrow's JSON reader is 1.6 times as fast on Mooncake but cannot say which line is wrong, takes two objects
+on a line, and would need this reader beside it.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ def header(source: Source) -> list[str]:
 
 
 def read(source: Source, schema: Schema, names: Sequence[str]) -> Rows:
-    """All rows, or UserError that names file, line, key and value. Keys that the schema does not know are ignored."""
+    """All rows, or UserError that names file, line, key and value; keys that the schema lacks are ignored."""
     at = positions(schema, names)
     unit = _unit(source, schema) if "prefix" in at else 0
     convert = converters(schema)
-    decode = _decoder({role: names[index] for role, index in at.items()})
+    keys = {"prefix": schema.prefix} if schema.prefix else {}
+    decode = _decoder(keys | {role: names[index] for role, index in at.items()})
     roles = [role for role in at if role != "prefix"]
     columns, offsets, ids = growing(roles), array("q", [0]), array("q")
     for line, data in _objects(source):
@@ -49,18 +50,17 @@ def read(source: Source, schema: Schema, names: Sequence[str]) -> Rows:
                 key = names[at[role]]
                 raise source.error(f"{key} is missing; add it or remove the row" if value is msgspec.UNSET
                                    else f"{key} is {shown(value)}, {reason}", line) from None
-        _append_ids(source, line, schema, row.prefix, columns["prompt"][-1], unit, offsets, ids)
+        if schema.prefix:
+            _append_ids(source, line, schema, row.prefix, columns["prompt"][-1], unit, offsets, ids)
     prefix = {"prefix_offsets": np.array(offsets), "prefix_ids": np.array(ids)} if unit else {}
     return Rows(**frozen(columns), **prefix, where=lambda row: f"line {_line_of(source, row)}")
 
 
 def _decoder(keys: dict[str, str]):
     """A typed decoder that only looks at these keys; numbers with a point or exponent stay exact decimals."""
-    kinds = {"prefix": (list[int] | None, None), "request_class": (object, None), "request_id": (object, None)}
-    fields = [(role, *kinds.get(role, (object, msgspec.UNSET))) for role in keys]
-    if "prefix" not in keys:
-        fields.append(("prefix", *kinds["prefix"]))
-        keys = {**keys, "prefix": "hash_ids"}
+    missing = {"prefix": None, "request_class": None, "request_id": None}
+    fields = [(role, list[int] | None if role == "prefix" else object, missing.get(role, msgspec.UNSET))
+              for role in keys]
     row = msgspec.defstruct("Row", fields, rename=keys, gc=False)
     return msgspec.json.Decoder(row, float_hook=decimal).decode
 
@@ -69,18 +69,20 @@ def _append_ids(source: Source, line: int, schema: Schema, row_ids: list[int] | 
                 offsets: array, ids: array) -> None:
     if not unit:
         if row_ids is not None:
-            raise source.error(f"{schema.prefix} is there although the first row has none; give it to all rows or "
-                               "to none", line)
+            raise source.error(f"{schema.prefix} is there although the first row has none; give it to every row "
+                               "or to none", line)
         return
+    row_ids = row_ids or []
     needed = -(-prompt // unit)
-    if row_ids is None or len(row_ids) != needed:
-        raise source.error(f"{schema.prefix} has {0 if row_ids is None else len(row_ids)} ids, but {prompt:,} prompt "
-                           f"tokens need {needed} at a block size of {unit}; give the block size that the ids were "
-                           "made with (--prefix-unit) or correct the row", line)
+    if len(row_ids) != needed:
+        raise source.error(f"{schema.prefix} has {len(row_ids)} ids, but {prompt:,} prompt tokens need {needed} "
+                           f"at a block size of {unit}; give the block size that the ids were made with "
+                           "(--prefix-unit) or correct the row", line)
     try:
         ids.extend(row_ids)
     except OverflowError:
-        raise source.error(f"{schema.prefix} holds an id beyond 64 signed bits; number the blocks anew", line) from None
+        raise source.error(f"{schema.prefix} holds an id beyond 64 signed bits; number the blocks anew",
+                           line) from None
     offsets.append(len(ids))
 
 
@@ -116,5 +118,5 @@ def _broken(source: Source, line: int, data: bytes, error: Exception):
         reason = str(error)
         if b"NaN" in data or b"Infinity" in data:
             reason += "; JSON has no NaN or Infinity"
-    return source.error(f"is no JSON object that holds a request ({reason}); correct or remove it, or download the "
-                        "file again if it is cut short", line)
+    return source.error(f"is no JSON object that holds a request ({reason}); correct or remove it, or download "
+                        "the file again if it is cut short", line)

@@ -25,19 +25,19 @@ def load_trace(source: str | os.PathLike, *, format: str | None = None, columns:
     """A trace file, gzip or plain, or a bundled trace by name, as columns.
 
     source       path, or "azure-conv-like", "azure-code-like", "chat-small"
-    format       "azure", "vidur", "mooncake" or "kvsim"; None detects it by the content (never by the file's name)
+    format       "azure", "vidur", "mooncake" or "kvsim"; None tells it from the content, never from the name
     columns      not built yet
     time_unit    "s", "ms", "us" or "ns": overrides the format's unit of arrival numbers
     prefix_unit  tokens that one prefix id stands for: overrides the format's (Mooncake: 512) or the file's
 
-    Arrivals are exact to the nanosecond and start at 0; rows that are out of order are sorted (ties stay in file
-    order). Requests with 0 prompt or output tokens are kept: the run rejects them. All of that is counted in `notes`.
-    Raises UserError, one sentence with file, line, column and what to do, and never returns half a file. Reads the
-    file more than once; memory is that of the columns plus a block of text.
+    Arrivals are exact to the nanosecond and start at 0; rows that are out of order are sorted (ties stay in
+    file order). Requests with 0 prompt or output tokens are kept: the run rejects them. All of that is
+    counted in `notes`. Raises UserError, one sentence with file, line, column and what to do, and never
+    returns half a file. Reads the file more than once; memory is that of the columns plus a block of text.
     """
     if columns is not None:
-        raise UserError("columns is not built yet; rename the file's columns to those of a known format, such as "
-                        "arrived_at, num_prefill_tokens, num_decode_tokens")
+        raise UserError("columns is not built yet; rename the file's columns to those of a known format, such "
+                        "as arrived_at, num_prefill_tokens, num_decode_tokens")
     file = find(source)
     try:
         kind = container(file)
@@ -51,7 +51,7 @@ def load_trace(source: str | os.PathLike, *, format: str | None = None, columns:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise file.error(f"the gzip stream is truncated or corrupt ({error}); download it again") from None
     except OSError as error:
-        raise file.error(f"cannot be read ({error.strerror or error}); check the disk and the permissions") from None
+        raise file.error(f"cannot be read ({error.strerror or error}); check disk and permissions") from None
     return _in_order(file, schema, rows, sha256, prefix_unit)
 
 
@@ -66,7 +66,7 @@ def _overridden(file: Source, schema: Schema, time_unit: str | None, prefix_unit
         if time_unit not in DECIMALS:
             raise UserError(f"time unit {time_unit!r} is unknown; give one of {', '.join(DECIMALS)}")
         if schema.time == "stamp":
-            raise file.error(f"{schema.name} traces hold dates and times, which have no unit; leave the time unit out")
+            raise file.error(f"{schema.name} traces hold dates and times; leave the time unit out")
         schema = schema._replace(time=time_unit)
     return schema
 
@@ -84,23 +84,23 @@ def _in_order(file: Source, schema: Schema, rows: Rows, sha256: str, prefix_unit
         zeros = np.count_nonzero(tokens == 0)
         if zeros:
             where = rows.where(int(np.argmax(tokens == 0)))
-            notes.append(f"{file.shown}: {where}: {zeros:,} requests have {name} 0, here the first; they will be "
-                         f"rejected as {cause}")
+            notes.append(f"{file.shown}: {where}: {name} is 0, in {zeros:,} of {n:,} requests of which this is "
+                         f"the first; they will be rejected as {cause}")
     if rows.arrival is None:
-        column = schema.arrival
-        notes.append(f"{file.shown}: no column {column}, so it is a table of lengths; give it a rate (--rate)")
+        notes.append(f"{file.shown}: there is no {schema.arrival}, so it is a table of lengths; give it a rate "
+                     "(--rate)")
     if rows.arrival is not None:
         if int(rows.arrival.max()) - int(rows.arrival.min()) > MAX_NS:
             raise file.error(f"its {schema.arrival} values span more than 292 years; correct them")
         earlier = np.flatnonzero(rows.arrival[1:] < rows.arrival[:-1])
         if len(earlier):
             where = rows.where(int(earlier[0]) + 1)
-            notes.append(f"{file.shown}: {where}: {schema.arrival} is earlier than in the row before, the first of "
-                         f"{len(earlier):,} such rows; all rows were sorted by arrival")
+            notes.append(f"{file.shown}: {where}: {schema.arrival} is earlier than in the row before, in "
+                         f"{len(earlier):,} of {n:,} requests of which this is the first; all were sorted")
     return Trace(
         arrival_ns=np.zeros(n, np.int64) if rows.arrival is None else rows.arrival,
         prompt_tokens=rows.prompt, output_tokens=rows.output, priority=rows.priority,
         request_class=rows.request_class, request_id=rows.request_id, prefix_offsets=rows.prefix_offsets,
         prefix_ids=rows.prefix_ids, prefix_unit=schema.prefix_unit if rows.prefix_ids is not None else 0,
-        has_arrivals=rows.arrival is not None, name=file.name, source=file.shown, format=schema.name, sha256=sha256,
-        notes=tuple(notes)).sorted_by_arrival()
+        has_arrivals=rows.arrival is not None, name=file.name, source=file.shown, format=schema.name,
+        sha256=sha256, notes=tuple(notes)).sorted_by_arrival()

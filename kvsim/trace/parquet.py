@@ -57,7 +57,7 @@ def file_prefix_unit(source: Source) -> int:
     with _opened(source) as file:
         text = (file.schema_arrow.metadata or {}).get(PREFIX_UNIT, b"0")
     if not text.isdigit() or not int(text) < 2**31:
-        raise source.error(f"its metadata prefix_unit is {text[:40]!r}, not a number of tokens; write it anew")
+        raise source.error(f"its metadata prefix_unit is {text[:40]!r}, no number of tokens; write it anew")
     return int(text)
 
 
@@ -76,7 +76,8 @@ def _whole(source: Source, role: str, name: str, column) -> np.ndarray:
     else:
         good = (values >= low) & (values <= high)
     if not good.all():
-        _bad_row(source, name, f"{values[np.argmin(good)]}, not a whole number from {low:,} to {high:,}", ~good)
+        wrong = values[np.argmin(good)]
+        _bad_row(source, name, f"{wrong}, not a whole number from {low:,} to {high:,}", ~good)
     return values.astype(_TYPES[role])
 
 
@@ -117,8 +118,8 @@ def _check_id_counts(source: Source, schema: Schema, prompt: np.ndarray, offsets
     bad = counts != needed
     if bad.any():
         row = int(np.argmax(bad))
-        _bad_row(source, schema.prefix, f"{counts[row]} ids, but {prompt[row]:,} prompt tokens need {needed[row]} at "
-                 f"a block size of {schema.prefix_unit} (--prefix-unit)", bad)
+        _bad_row(source, schema.prefix, f"{counts[row]} ids, but {prompt[row]:,} prompt tokens need "
+                 f"{needed[row]} at a block size of {schema.prefix_unit} (--prefix-unit)", bad)
 
 
 def _bad_row(source: Source, name: str, what: str, bad: np.ndarray) -> None:
@@ -136,7 +137,7 @@ def _opened(source: Source):
         with source.open() as packed:
             data = io.BytesIO(packed.read(_MOST_GUNZIPPED + 1))
         if data.getbuffer().nbytes > _MOST_GUNZIPPED:
-            raise source.error("is a gzipped Parquet file above 2 GiB; run gunzip on it (Parquet is compressed itself)")
+            raise source.error("is a gzipped Parquet file above 2 GiB; run gunzip on it")
     try:
         return parquet.ParquetFile(data)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

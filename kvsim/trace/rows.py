@@ -34,9 +34,10 @@ def positions(schema: Schema, names: Sequence[str]) -> dict[str, int]:
 
 
 def converters(schema: Schema) -> dict[str, Callable]:
-    """role -> function of one value that returns what the column holds, or raises ValueError with the reason."""
+    """role -> function of one value that returns what the column holds, or ValueError with the reason."""
+    arrival = _stamps_of_one_kind() if schema.time == "stamp" else lambda v: values.time_ns(v, schema.time)
     return {
-        "arrival": _stamps_of_one_kind() if schema.time == "stamp" else lambda v: values.time_ns(v, schema.time),
+        "arrival": arrival,
         "prompt": values.whole,
         "output": values.whole,
         "priority": lambda v: values.whole(v, low=-(2**31)),
@@ -67,8 +68,9 @@ def objects(texts: Sequence[str | None]) -> np.ndarray:
 
 
 def shown(value: object) -> str:
-    """A value as it stands in an error message: quoted, and cut when it is long."""
-    text = repr(value) if isinstance(value, str) else str(value)
+    """A value as it stands in an error message: text quoted, the rest as in JSON, cut when it is long."""
+    constants = {"None": "null", "True": "true", "False": "false"}
+    text = repr(value) if isinstance(value, str) else constants.get(str(value), str(value))
     return text if len(text) <= 60 else text[:56] + " ..."
 
 
@@ -80,9 +82,8 @@ def _stamps_of_one_kind() -> Callable[[object], int]:
         if not first:
             first.append(zoned)
         if zoned != first[0]:
-            raise ValueError("without a zone offset although the rows before it have one; write all times alike"
-                             if first[0] else
-                             "with a zone offset although the rows before it have none; write all times alike")
+            without, one = ("without", "one") if first[0] else ("with", "none")
+            raise ValueError(f"{without} a zone offset although the rows before have {one}; write all alike")
         return ns
 
     return convert

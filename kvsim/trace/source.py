@@ -46,7 +46,7 @@ class Source(NamedTuple):
     gzipped: bool
 
     def open(self) -> BinaryIO:
-        """The bytes after gunzip, from the start. Reading raises EOFError, zlib.error or BadGzipFile on damage."""
+        """The bytes after gunzip. Reading raises EOFError, zlib.error or BadGzipFile on damage."""
         return gzip.open(self.path) if self.gzipped else open(self.path, "rb")
 
     def text(self) -> io.TextIOWrapper:
@@ -69,8 +69,10 @@ def find(source: str | os.PathLike) -> Source:
         path = traces.path(shown)
         return Source(path, shown, shown, _starts_with_gzip(path, shown))
     if shown == "-":
-        raise UserError("-: reading a trace from standard input is not built yet; save it to a file and name that")
-    path = Path(shown).expanduser()
+        raise UserError("-: reading a trace from standard input is not built yet; save it and name the file")
+    if not shown:
+        raise UserError(f"the trace's name is empty; name a file or a bundled trace ({', '.join(traces.names())})")
+    path = Path(shown)
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -79,11 +81,13 @@ def find(source: str | os.PathLike) -> Source:
     except (OSError, ValueError) as error:
         raise UserError(f"{shown!r}: cannot be read ({error}); check the path") from None
     if stat.S_ISDIR(mode):
-        inside = ", ".join(itertools.islice((p for p in _neighbours(path / "any") if "." in p), 3))
-        raise UserError(f"{shown}: is a directory; name one trace file in it" + (f", such as {inside}" if inside else ""))
+        endings = (".csv", ".jsonl", ".parquet", ".gz")
+        inside = [name for name in _neighbours(path / "any") if name.endswith(endings)][:3]
+        such = f", such as {', '.join(inside)}" if inside else ""
+        raise UserError(f"{shown}: is a directory; name one trace file in it{such}")
     if not stat.S_ISREG(mode):
-        raise UserError(f"{shown}: is a pipe or device, which cannot be read twice; save it to a file and name that")
-    name = path.name.split(".")[0] or path.name
+        raise UserError(f"{shown}: is a pipe or device, which cannot be read twice; save it and name the file")
+    name = Path(path.name.removesuffix(".gz")).stem
     return Source(path, shown, name, _starts_with_gzip(path, shown))
 
 

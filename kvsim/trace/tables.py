@@ -1,8 +1,8 @@
 """CSV traces, by two readers that agree: pyarrow's for speed, Python's for exact sentences about exact lines.
 
-The fast one gives up at the first thing it does not like; the slow one then reads the file again from the start and
-either raises the UserError or accepts what pyarrow is too strict for ("374.0", blank cells below the table).
-Both keep memory to the columns and one block of text.
+The fast one gives up at the first thing it does not like; the slow one then reads the file again from the
+start and either raises the UserError or accepts what pyarrow is too strict for ("374.0", blank cells below
+the table). Both keep memory to the columns and one block of text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from kvsim.trace.rows import Rows, converters, frozen, growing, objects, positions, shown
 from kvsim.trace.schemas import Schema
-from kvsim.trace.source import Source, numbered_lines
+from kvsim.trace.source import MAX_LINE, Source, numbered_lines
 from kvsim.trace.values import DECIMALS, stamp_ns
 
 _BLOCK = 8 * 2**20
@@ -45,15 +45,18 @@ def read_slow(source: Source, schema: Schema, names: Sequence[str]) -> Rows:
                 empty, first_empty = empty + 1, first_empty or line
             continue
         if len(fields) != len(names):
-            raise source.error(f"has {len(fields)} values under {len(names)} columns ({shown(','.join(fields))}); "
-                               "correct or remove it, or download the file again if it is cut short", line)
+            row = shown(",".join(fields))
+            raise source.error(f"has {len(fields)} values under {len(names)} columns ({row}); correct or remove "
+                               "it, or download the file again if it is cut short", line)
         for role, index in at.items():
             try:
                 columns[role].append(convert[role](fields[index]))
             except ValueError as reason:
-                raise source.error(f"{names[index].strip()} is {shown(fields[index])}, {reason}", line) from None
-    notes = (f"{source.shown}: line {first_empty}: {empty:,} rows of empty cells were skipped",) if empty else ()
-    return Rows(**frozen(columns), where=lambda row: f"line {_line_of(source, row)}", notes=notes)
+                column, value = names[index].strip(), shown(fields[index])
+                raise source.error(f"{column} is {value}, {reason}", line) from None
+    notes = [f"{source.shown}: line {first_empty}: this and {empty - 1:,} more rows of empty cells were skipped"]
+    return Rows(**frozen(columns), where=lambda row: f"line {_line_of(source, row)}",
+                notes=tuple(notes) if empty else ())
 
 
 def read_fast(source: Source, schema: Schema, names: Sequence[str]) -> Rows | None:
@@ -89,6 +92,7 @@ def read_fast(source: Source, schema: Schema, names: Sequence[str]) -> Rows | No
 def records(source: Source) -> Iterator[tuple[int, list[str]]]:
     """(line on which the record starts, its fields), blank ones and the header included."""
     with source.text() as text:
+        csv.field_size_limit(MAX_LINE)  # logs carry whole prompts in columns that are not read here
         reader = csv.reader(line for _, line in numbered_lines(source, text))
         line = 1
         try:
@@ -152,7 +156,8 @@ def _decimal_ns(texts, places: int) -> np.ndarray:
     # Also keeps the decimals below from wrapping around, which pyarrow does not report beyond 1e20.
     if not np.all((about >= 0) & (about < 2.0**63 / 10**places)):
         raise ValueError("arrival")
-    exact = compute.round(texts.cast(pa.decimal128(38, 18)), places, "half_to_even").cast(pa.decimal128(38, places))
+    exact = compute.round(texts.cast(pa.decimal128(38, 18)), places, "half_to_even")
+    exact = exact.cast(pa.decimal128(38, places))
     # A decimal128 is its unscaled integer in two words, the low one first: exactly the nanoseconds.
-    words = np.frombuffer(exact.buffers()[1], dtype="<i8")[2 * exact.offset:2 * (exact.offset + len(exact))]
-    return words[::2].copy()
+    words = np.frombuffer(exact.buffers()[1], dtype="<i8")[::2]
+    return words[exact.offset:exact.offset + len(exact)].copy()

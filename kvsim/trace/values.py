@@ -1,7 +1,7 @@
 """One value of a trace file to one exact number, or ValueError with the rest of the sentence.
 
-These are the slow, obviously right readers: text or a decoded JSON value in, Python integers out. The reason in
-a ValueError follows "column C is 'value', ".
+These are the slow, obviously right readers: text or a decoded JSON value in, Python integers out. The reason
+in a ValueError follows "column C is 'value', ".
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ DECIMALS = {"s": 9, "ms": 6, "us": 3, "ns": 0}
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _HEX = re.compile(r"0[xX][0-9a-fA-F]{1,16}")
 _STAMP = re.compile(
-    r"(\d{4})-(\d\d)-(\d\d)(?:[ T](\d\d)(?::(\d\d)(?::(\d\d)(?:\.(\d{1,9}))?)?)?(Z|[+-]\d\d(?::?\d\d)?)?)?", re.ASCII)
+    r"(\d{4})-(\d\d)-(\d\d)(?:[ T](\d\d)(?::(\d\d)(?::(\d\d)(?:\.(\d{1,9}))?)?)?"
+    r"(Z|[+-]\d\d(?::?\d\d)?)?)?", re.ASCII)
 _LONGEST = 100  # characters of a number; a double written out in full is shorter
 _CONTEXT = Context(prec=2 * _LONGEST)
 _FIX = "; correct or remove it"
@@ -39,7 +40,7 @@ def whole(value: object, low: int = 0, high: int = MAX_TOKENS) -> int:
 
 
 def time_ns(value: object, unit: str) -> int:
-    """A time since the trace's start in s, ms, us or ns, to the nearest ns (ties to even) of its decimal text."""
+    """A time since the trace's start in s, ms, us or ns, exact to the nearest ns (ties to even)."""
     if type(value) is int and 0 <= value <= MAX_NS // 10 ** DECIMALS[unit]:
         return value * 10 ** DECIMALS[unit]
     number = _exact(value)
@@ -52,14 +53,14 @@ def time_ns(value: object, unit: str) -> int:
 
 
 def stamp_ns(value: object) -> tuple[int, bool]:
-    """`2023-11-16 18:15:46.6805900`, `2024-05-10T00:00:00.009+00:00`, `...Z` to (ns since 1970 UTC, has a zone).
+    """`2023-11-16 18:15:46.6805900`, `2024-05-10T00:00:00.009+00:00`, `...Z` to (ns since 1970, has a zone).
 
     Up to 9 fractional digits, exact; time without a zone counts as UTC.
     """
     match = _STAMP.fullmatch(value.strip(" \t")) if isinstance(value, str) else None
     if match is None:
-        raise ValueError("not a time such as 2023-11-16 18:15:46.6805900 (a spreadsheet may have rewritten it); "
-                         "export it again or correct it")
+        raise ValueError("not a time such as 2023-11-16 18:15:46.6805900 (a spreadsheet may have rewritten "
+                         "it); export it again or correct it")
     *fields, fraction, zone = match.groups()
     try:
         at = datetime(*(int(field or 0) for field in fields))
@@ -81,7 +82,8 @@ def text_or_none(value: object) -> str | None:
     if value is None or value == "":
         return None
     if isinstance(value, str):
-        value.encode()  # UnicodeEncodeError is a ValueError: bytes that are no UTF-8 were smuggled in
+        if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+            raise ValueError("not UTF-8 text; save the file as UTF-8")
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import os
@@ -22,19 +23,20 @@ AZURE_START = datetime(2000, 1, 1)
 def write_trace(trace: Trace, path: str | os.PathLike, format: str | None = None) -> tuple[str, ...]:
     """Write `trace` to `path` under a temporary name and rename it; gzip when the name ends in .gz.
 
-    format "kvsim" (Parquet, holds everything), "mooncake" (JSON lines), "azure" or "vidur" (CSV). None takes it from
-    the name: .parquet, .jsonl, .csv (azure; vidur when there are no arrivals). Arrivals stay exact: Azure stamps get
-    9 digits when 7 do not do, Mooncake milliseconds a fraction. Bytes depend only on the columns, name and source
-    (and for Parquet on pyarrow's version).
-    Returns one sentence for each thing that the format cannot hold. UserError when it cannot hold the rows at all or
-    the path cannot be written.
+    format "kvsim" (Parquet, holds everything), "mooncake" (JSON lines), "azure" or "vidur" (CSV). None takes
+    it from the name: .parquet, .jsonl, .csv (azure; vidur when there are no arrivals). Arrivals stay exact:
+    Azure stamps get 9 digits when 7 do not do, Mooncake milliseconds a fraction. Bytes depend only on the
+    columns and how they were generated (and for Parquet on pyarrow's version). Returns one sentence for each thing that
+    the format cannot hold. UserError when it cannot hold the rows at all or the path cannot be written.
     """
     path = Path(path)
     format = format or _format_of(path, trace)
     if format not in _WRITERS:
-        raise UserError(f"cannot write format {format!r}; choose {', '.join(_WRITERS)}{did_you_mean(format, _WRITERS)}")
+        raise UserError(f"cannot write format {format!r}; choose {', '.join(_WRITERS)}"
+                        f"{did_you_mean(format, _WRITERS)}")
     if not trace.has_arrivals and format in ("azure", "mooncake"):
-        raise UserError(f"{trace.name} has no arrivals, which {format} needs; give it a rate or write vidur or Parquet")
+        raise UserError(f"{trace.name} has no arrivals, which {format} needs; give it a rate or write vidur or "
+                        "Parquet")
     if format == "kvsim" and path.suffix == ".gz":
         raise UserError(f"{path}: Parquet is compressed already; leave .gz off the name")
     data = _parquet(trace) if format == "kvsim" else "".join(_WRITERS[format](trace)).encode()
@@ -49,8 +51,8 @@ def write_trace(trace: Trace, path: str | os.PathLike, format: str | None = None
             if getattr(trace, name) is not None and name not in held.get(format, ())]
     notes = [f"{path}: {format} has no place for {', '.join(lost)}: left out"] if lost else []
     if format == "mooncake" and trace.prefix_unit not in (0, 512):
-        notes.append(f"{path}: its hash_ids stand for {trace.prefix_unit} tokens, which the file cannot say; read it "
-                     f"with --prefix-unit {trace.prefix_unit}")
+        notes.append(f"{path}: its hash_ids stand for {trace.prefix_unit} tokens, which the file cannot say; "
+                     f"read it with --prefix-unit {trace.prefix_unit}")
     return tuple(notes)
 
 
@@ -59,8 +61,8 @@ def _format_of(path: Path, trace: Trace) -> str:
     csv = "azure" if trace.has_arrivals else "vidur"
     format = {".parquet": "kvsim", ".jsonl": "mooncake", ".csv": csv}.get(Path(name).suffix)
     if format is None:
-        raise UserError(f"{path}: cannot tell a format from the name; end it in .parquet, .jsonl or .csv, or give "
-                        f"the format ({', '.join(_WRITERS)})")
+        raise UserError(f"{path}: cannot tell a format from the name; end it in .parquet, .jsonl or .csv, or "
+                        f"give the format ({', '.join(_WRITERS)})")
     return format
 
 
@@ -72,7 +74,7 @@ def _azure(trace: Trace) -> Iterator[str]:
         try:
             at = AZURE_START + timedelta(seconds=second)
         except OverflowError:
-            raise UserError(f"{trace.name} spans more years than a date can say; write vidur or Parquet") from None
+            raise UserError(f"{trace.name} spans too many years for a date; write vidur or Parquet") from None
         yield f"{at:%Y-%m-%d %H:%M:%S}.{fraction:09d}"[:20 + digits] + f",{prompt},{output}\n"
 
 
@@ -85,7 +87,9 @@ def _vidur(trace: Trace) -> Iterator[str]:
 def _mooncake(trace: Trace) -> Iterator[str]:
     offsets = trace.prefix_offsets
     for row, (ns, prompt, output) in enumerate(_rows(trace)):
-        ids = f', "hash_ids": {trace.prefix_ids[offsets[row]:offsets[row + 1]].tolist()}' if trace.prefix_unit else ""
+        ids = ""
+        if trace.prefix_unit:
+            ids = f', "hash_ids": {trace.prefix_ids[offsets[row]:offsets[row + 1]].tolist()}'
         at = str(ns // 10**6) if ns % 10**6 == 0 else _decimal(ns, 6)
         yield f'{{"timestamp": {at}, "input_length": {prompt}, "output_length": {output}{ids}}}\n'
 
@@ -99,7 +103,9 @@ def _parquet(trace: Trace) -> bytes:
     columns |= {name: getattr(trace, name) for name in ("priority",) if getattr(trace, name) is not None}
     columns |= {name: pa.array(getattr(trace, name), pa.string()) for name in ("request_class", "request_id")
                 if getattr(trace, name) is not None}
-    metadata = {b"kvsim_trace": b"1", b"source": trace.source.encode()}
+    metadata = {b"kvsim_trace": b"1"}
+    if trace.format == "generated":  # the path of a file that was read is nobody's business
+        metadata[b"source"] = trace.source.encode()
     if trace.prefix_unit:
         columns["prefix_ids"] = pa.LargeListArray.from_arrays(trace.prefix_offsets, trace.prefix_ids)
         metadata[PREFIX_UNIT] = b"%d" % trace.prefix_unit
@@ -117,7 +123,8 @@ _WRITERS = {"kvsim": _parquet, "mooncake": _mooncake, "azure": _azure, "vidur": 
 
 
 def _rows(trace: Trace) -> Iterator[tuple[int, int, int]]:
-    return zip(trace.arrival_ns.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), strict=True)
+    columns = (trace.arrival_ns, trace.prompt_tokens, trace.output_tokens)
+    return zip(*(column.tolist() for column in columns), strict=True)
 
 
 def _decimal(ns: int, places: int) -> str:
@@ -127,12 +134,16 @@ def _decimal(ns: int, places: int) -> str:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: is there and is no regular file; choose another name")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); check the folder "
-                        "and its permissions") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be written ({reason}); check the folder and its permissions") from None

@@ -1,0 +1,94 @@
+"""`kvsim trace make`: traffic to order, always with its seed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from kvsim.errors import UserError
+from kvsim.units import parse_count
+
+_EXAMPLE = """examples:
+  kvsim trace make --rate 20 --requests 50k --prompt lognormal:512,1.1 --output geometric:200 --seed 1 -o
+  t.parquet kvsim trace make --rate 5 --duration 600 --arrivals gamma --burstiness 0.5 -o bursty.jsonl.gz
+  kvsim trace make --like azure-conv --seed 7 -o conv.csv
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add `make` and its flags to the parser of `kvsim trace`."""
+    verbs = parser.add_subparsers(dest="action", metavar="make", required=True)
+    make = verbs.add_parser(
+        "make", help="make a trace from distributions or like a known one", epilog=_EXAMPLE,
+        description="Make a trace. Without --out it only says what the trace would be.",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = make.add_argument
+    add("--like", choices=("azure-conv", "azure-code", "chat-small"), help="like this one, not from the flags")
+    add("--arrivals", choices=("poisson", "gamma", "constant"),
+        help="gaps between requests (default poisson; gamma when --burstiness is given)")
+    add("--rate", type=float, metavar="R", help="requests per second; with --like, stretch its clock to this")
+    add("--burstiness", type=float, metavar="K", help="gamma shape, as vLLM's: below 1 is burstier")
+    add("--requests", metavar="N", help="how many, such as 50k")
+    add("--duration", type=float, metavar="SECONDS", help="only arrivals before this time")
+    add("--prompt", metavar="DIST",
+        help="lognormal:MEDIAN,SIGMA | geometric:MEAN | uniform:LOW,HIGH | constant:N | table:FILE "
+        "(default lognormal:512,1.1)")
+    add("--output", metavar="DIST", help="likewise (default geometric:200)")
+    add("--seed", type=int, default=0, metavar="N", help="default 0, never the clock")
+    add("-o", "--out", metavar="PATH",
+        help="write here: .parquet (all columns), .jsonl (Mooncake) or .csv (Azure), the last two also .gz")
+    add("--format", metavar="NAME", help="kvsim (Parquet), mooncake, azure or vidur, whatever the name says")
+    add("--json", action="store_true", help="the same as JSON")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Make, write if asked, and say what was made. 0, or UserError."""
+    from kvsim.trace import write_trace
+
+    trace = _made(args)
+    notes = write_trace(trace, args.out, args.format) if args.out else ()
+    about = trace.describe()
+    if args.json:
+        print(json.dumps({**about, "seed": args.seed, "made_by": trace.source, "sha256": trace.sha256,
+                          "out": args.out, "notes": list(notes)}))
+        return 0
+    rate = f"{about['rate']:,.3f} requests/s" if about["rate"] else "-"
+    print(f"{'requests':10}{about['rows']:,}")
+    print(f"{'span':10}{about['span_s']:,.3f} s")
+    print(f"{'rate':10}{rate}")
+    for name in ("prompt", "output"):
+        tokens = about[name]
+        print(f"{name:10}mean {tokens['mean']:,.1f}, p50 {tokens['p50']:,.0f}, p99 {tokens['p99']:,.0f} "
+              "tokens")
+    print(f"{'seed':10}{args.seed}")
+    for note in notes:
+        print(note)
+    print(f"written to {args.out}" if args.out else "nothing was written; add --out FILE.parquet to keep it")
+    return 0
+
+
+def _made(args: argparse.Namespace):
+    from kvsim import workload
+
+    requests = parse_count(args.requests) if args.requests is not None else None
+    if args.like:
+        fixed = ["arrivals", "burstiness", "duration", "prompt", "output"]
+        fixed += ["rate", "requests"] if args.like == "chat-small" else []
+        given = [f"--{name}" for name in fixed if getattr(args, name) is not None]
+        if given:
+            raise UserError(f"--like {args.like} decides what {', '.join(given)} would; leave one of them out")
+        if args.like == "chat-small":
+            return workload.chat_small(seed=args.seed)
+        kind = args.like.removeprefix("azure-")
+        return workload.azure_like(kind, requests=requests, rate=args.rate, seed=args.seed)
+    if args.rate is None:
+        raise UserError("trace make needs --rate R in requests per second, or --like azure-conv")
+    if requests is None and args.duration is None:
+        raise UserError("trace make needs --requests N or --duration SECONDS")
+    burstiness = 1.0 if args.burstiness is None else args.burstiness
+    return workload.make_trace(
+        rate=args.rate, requests=requests, duration_s=args.duration,
+        prompt=workload.parse_lengths(args.prompt or "lognormal:512,1.1"),
+        output=workload.parse_lengths(args.output or "geometric:200"),
+        arrivals=args.arrivals or ("poisson" if args.burstiness is None else "gamma"), burstiness=burstiness,
+        seed=args.seed)
