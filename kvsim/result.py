@@ -1,12 +1,417 @@
-"""Result: what a run leaves behind, as columns."""
-import numpy as np
-from kvsim.engine import state as st
+"""`Result`: what a run leaves behind, as Arrow tables and one summary; the same whether just run or read back.
 
-def outcome_and_cause(run):
-    """(outcome codes, cause codes), with what the end of the run left over as `unfinished`."""
+The columns, outcomes, verdicts and keys are a contract (docs/results.md); a column may be added, none changes its
+meaning without a new SCHEMA_VERSION.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import kvsim
+from kvsim import metrics
+from kvsim.engine import state as st
+from kvsim.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from kvsim.memory import Budget
+    from kvsim.run import EngineRun
+    from kvsim.specs import Deployment
+    from kvsim.trace import Trace
+
+SCHEMA_VERSION = 1
+ENGINE = "vllm 0.33.0 rules"
+
+
+class Text(str):
+    """Text that a notebook or a prompt shows as it is, line by line."""
+
+    __slots__ = ()
+
+    def __repr__(self):
+        return str(self)
+
+
+class Summary(dict):
+    """The keys of `summary.json`; printed, the table that the terminal shows."""
+
+    def __str__(self):
+        from kvsim.report.table import summary_text
+
+        return summary_text(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One run.
+
+    requests: Arrow table, one row a request, in trace order; None when `record` was "summary".
+    events: Arrow table, in order; None unless `record` was "events".
+    bins: Arrow table, the timeline: levels weighted by time, about 1,000 bins.
+    deployment: the frozen input as plain data, defaults filled in, with its memory budget.
+    notes: sentences for the user (what was read, decided, left out).
+    """
+
+    requests: pa.Table | None
+    events: pa.Table | None
+    bins: pa.Table
+    deployment: dict
+    notes: tuple[str, ...]
+    _summary: dict
+
+    def summary(self) -> Summary:
+        """Verdict, outcomes, preemptions, blocks, percentiles: the keys of `summary.json`."""
+        return Summary(self._summary)
+
+    def timeline(self) -> Timeline:
+        """The bins, and a plot of them."""
+        return Timeline(self)
+
+    def why(self, request: int) -> Text:
+        """The life of request number `request` (its row in the trace), in order, with causes.
+
+        Raises UserError when there is no such row, or when rows were not recorded.
+        """
+        from kvsim.report.story import tell
+
+        return Text(tell(self, request))
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write the run into `folder` and return the paths; `summary.json` comes last, so that a folder with
+        it is complete. Raises UserError when it cannot be written to."""
+        from kvsim.report.folder import save
+
+        return save(self, folder)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Result:
+        """Read a run back. Raises UserError when `folder` holds none, or a half or foreign one."""
+        from kvsim.report.folder import load
+
+        return load(folder)
+
+    @classmethod
+    def from_engine(
+        cls,
+        run: EngineRun,
+        *,
+        trace: Trace,
+        deployment: Deployment,
+        budget: Budget,
+        options: dict,
+        seed: int | None,
+        command: str | None,
+        load_s: float,
+        prepare_s: float,
+        engine_s: float,
+    ) -> Result:
+        """Engine columns to result columns."""
+        table, now = run.state.requests, run.state.now[0]
+        outcomes, causes = outcome_and_cause(run)
+        summary = _head(trace, deployment, options, seed, command)
+        summary |= {
+            "verdict": metrics.verdict(table, outcomes, int(now.total_preemptions), int(now.total_admissions)),
+            "ended": run.ended,
+            "num_requests": len(table),
+            "outcomes": {name: int((outcomes == code).sum()) for code, name in enumerate(st.OUTCOMES) if name},
+            "num_preemptions": int(now.total_preemptions),
+            "num_admissions": int(now.total_admissions),
+            "num_steps": int(now.num_steps),
+            "num_gpu_blocks": run.state.settings.num_gpu_blocks,
+            "peak_blocks_used": int(now.peak_used),
+            "kv_cache_usage": metrics.usage(run.state.used_time),
+            "prefix_cache": _prefix_cache(table),
+            "makespan_s": float(now.t) / 1e9,
+            "wall": {"load_s": load_s, "prepare_s": prepare_s, "engine_s": engine_s, "write_s": 0.0},
+        }
+        summary |= _latency_summary(run, outcomes, options["goodput"])
+        record = options["record"]
+        return cls(
+            requests=None if record == "summary" else _request_table(run, trace, outcomes, causes),
+            events=_event_table(run.events) if record == "events" else None,
+            bins=_bin_table(run, budget),
+            deployment=_plain(deployment, budget, options),
+            notes=(*trace.notes, *deployment.notes, *budget.notes),
+            _summary=summary,
+        )
+
+    @classmethod
+    def not_started(cls, *, trace, deployment, budget, options, seed, command, load_s) -> Result:
+        """The result of a deployment that cannot start: one event, every request unfinished."""
+        n = len(trace)
+        failure = budget.failure
+        table = st.table(st.REQUEST, n)
+        table.arrival, table.prompt, table.output = trace.arrival_ns, trace.prompt_tokens, trace.output_tokens
+        for name in ("scheduled_at", "first_token_at", "last_token_at", "finished_at"):
+            table[name] = -1
+        cause = st.CAUSES.index(failure.cause)
+        outcomes = np.full(n, st.UNFINISHED, np.int8)
+        event = st.table(st.EVENT, 1)
+        event.kind, event.cause = st.KINDS.index(failure.kind), cause
+        event.request = event.for_request = -1
+        run = _EmptyRun(table, event)
+        summary = _head(trace, deployment, options, seed, command)
+        summary |= {
+            "verdict": "does_not_start",
+            "ended": failure.kind,
+            "failure": {
+                "kind": failure.kind,
+                "cause": failure.cause,
+                "short_bytes": failure.short_bytes,
+                "sentence": failure.sentence,
+            },
+            "num_requests": n,
+            "outcomes": {name: n if name == "unfinished" else 0 for name in st.OUTCOMES if name},
+            "num_preemptions": 0,
+            "num_admissions": 0,
+            "num_steps": 0,
+            "num_gpu_blocks": budget.num_gpu_blocks,
+            "peak_blocks_used": 0,
+            "kv_cache_usage": {"mean": 0.0, "p95": 0.0, "max": 0.0},
+            "prefix_cache": _prefix_cache(table),
+            "makespan_s": 0.0,
+            "wall": {"load_s": load_s, "prepare_s": 0.0, "engine_s": 0.0, "write_s": 0.0},
+        }
+        nothing = np.zeros(0)
+        summary |= metrics.throughput(0, 0, 0, 0)
+        for name in metrics.LATENCIES:
+            summary |= metrics.spread(name, nothing)
+        record = options["record"]
+        causes = np.full(n, cause, np.int8)
+        return cls(
+            requests=None if record == "summary" else _request_table(run, trace, outcomes, causes),
+            events=_event_table(event),
+            bins=_bin_table(run, budget),
+            deployment=_plain(deployment, budget, options),
+            notes=(*trace.notes, *deployment.notes, *budget.notes),
+            _summary=summary,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Timeline:
+    """The timeline of a run: `table` (Arrow) and `plot()`."""
+
+    result: Result
+
+    @property
+    def table(self) -> pa.Table:
+        return self.result.bins
+
+    def plot(self):
+        """A plotly figure: pool occupancy, running and waiting, throughput, and marks for what went wrong."""
+        from kvsim.report.figure import plotly_figure
+
+        return plotly_figure(self.result)
+
+
+class _EmptyRun:
+    """Shaped like an EngineRun of which nothing ran."""
+
+    def __init__(self, table, events):
+        now = st.table(st.NOW, 1)
+        now.bin_width = 1
+        self.state = type("State", (), {"requests": table, "now": now, "timeline": st.table(st.BIN, 0)})
+        self.events = events
+
+
+def outcome_and_cause(run: EngineRun) -> tuple[np.ndarray, np.ndarray]:
+    """(outcome codes, cause codes) int8[n]; whatever has no outcome when the run ends is `unfinished`."""
     table = run.state.requests
     outcomes, causes = table["outcome"].copy(), table["cause"].copy()
     left = outcomes == st.NO_OUTCOME
     outcomes[left] = st.UNFINISHED
     causes[left] = st.CAUSE_HORIZON if run.ended == "horizon" else st.CAUSE_STALLED
     return outcomes, causes
+
+
+def _head(trace, deployment, options, seed, command) -> dict:
+    import msgspec
+
+    inputs = msgspec.json.encode([trace.sha256, _settings_of(deployment), options, seed], order="sorted")
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "simulated": True,
+        "kvsim_version": kvsim.__version__,
+        "engine": ENGINE,
+        "seed": seed,
+        "command": command,
+        "trace": {"name": trace.name, "source": str(trace.source), "format": trace.format, "sha256": trace.sha256},
+        "model": deployment.model.name,
+        "gpu": deployment.gpu.name,
+        "num_gpus": deployment.num_gpus,
+        "inputs_sha256": hashlib.sha256(inputs).hexdigest(),
+    }
+
+
+def _settings_of(deployment) -> dict:
+    import msgspec
+
+    return {
+        "model": deployment.model.name,
+        "gpu": deployment.gpu.name,
+        "settings": msgspec.to_builtins(deployment.settings),
+    }
+
+
+def _plain(deployment, budget, options) -> dict:
+    import msgspec
+
+    return msgspec.to_builtins({"deployment": deployment, "budget": budget, "options": options})
+
+
+def _prefix_cache(table) -> dict:
+    queries = int(table["prompt"].sum(dtype=np.int64)) if table["hit_tokens"].any() else 0
+    hits = int(table["hit_tokens"].sum())
+    return {"queries": queries, "hits": hits, "hit_rate": hits / queries if queries else 0.0}
+
+
+def _latency_summary(run, outcomes, objectives) -> dict:
+    table, now = run.state.requests, run.state.now[0]
+    completed = np.isin(outcomes, (st.FINISHED, st.CAPPED))
+    done = table[completed]
+    duration = int(done["finished_at"].max()) if len(done) else 0
+    summary = metrics.throughput(
+        len(done), int(done["prompt"].sum(dtype=np.int64)), int(done["generated"].sum(dtype=np.int64)), duration
+    )
+    if objectives:
+        good = metrics.met_objectives(table, completed, objectives)
+        summary["request_goodput"] = good / summary["duration"] if duration else 0.0
+        summary["goodput"] = {"objectives_ms": objectives, "met": good, "fraction": good / max(1, len(table))}
+    by_name = metrics.latencies_ns(table, completed)
+    for name in metrics.LATENCIES:
+        if name == "itl":
+            summary |= metrics.spread_of_gaps(run.state.gap_counts, int(now.gap_sum), int(now.gap_count))
+        else:
+            summary |= metrics.spread(name, by_name[name])
+    return summary
+
+
+def _request_table(run, trace, outcomes, causes) -> pa.Table:
+    import pyarrow as pa
+
+    table = run.state.requests
+    n = len(table)
+
+    def when(name):
+        values = table[name]
+        return pa.array(values, pa.int64(), mask=values < 0)
+
+    def plain(name, dtype=None):
+        return pa.array(np.ascontiguousarray(table[name], dtype))
+
+    def optional(values):
+        return pa.array(values, pa.string()) if values is not None else pa.nulls(n, pa.string())
+
+    return pa.table(
+        {
+            "request": pa.array(np.arange(n, dtype=np.int64)),
+            "request_id": optional(trace.request_id),
+            "request_class": optional(trace.request_class),
+            "replica": pa.array(np.zeros(n, np.int16)),
+            "arrival_ns": plain("arrival"),
+            "scheduled_ns": when("scheduled_at"),
+            "first_token_ns": when("first_token_at"),
+            "finished_ns": when("finished_at"),
+            "prompt_tokens": plain("prompt"),
+            "output_tokens": plain("output"),
+            "generated_tokens": plain("generated"),
+            "outcome": words(outcomes, st.OUTCOMES),
+            "cause": words(causes, st.CAUSES),
+            "num_preemptions": plain("num_preemptions"),
+            "prefix_hit_tokens": plain("hit_tokens"),
+            "recomputed_tokens": plain("recomputed"),
+            "peak_blocks": plain("peak_blocks"),
+            "scheduled_tokens": plain("scheduled_tokens"),
+        }
+    )
+
+
+def _event_table(events: np.ndarray) -> pa.Table:
+    import pyarrow as pa
+
+    n = len(events)
+
+    def plain(name):
+        return pa.array(np.ascontiguousarray(events[name]))
+
+    return pa.table(
+        {
+            "seq": pa.array(np.arange(n, dtype=np.int64)),
+            "time_ns": plain("time"),
+            "step": plain("step"),
+            "kind": words(events["kind"], st.KINDS),
+            "request": plain("request"),
+            "replica": pa.array(np.zeros(n, np.int16)),
+            "cause": words(events["cause"], st.CAUSES),
+            "blocks_free_before": plain("blocks_free_before"),
+            "blocks_free_after": plain("blocks_free_after"),
+            "blocks_needed": plain("blocks_needed"),
+            "tokens_lost": plain("tokens_lost"),
+            "for_request": plain("for_request"),
+        }
+    )
+
+
+def words(codes: np.ndarray, names: tuple[str, ...]) -> pa.DictionaryArray:
+    """Codes as a dictionary column of words; the empty word is null."""
+    import pyarrow as pa
+
+    indices = pa.array(codes.astype(np.int8), mask=np.array([not name for name in names])[codes])
+    return pa.DictionaryArray.from_arrays(indices, pa.array(names))
+
+
+def _bin_table(run, budget) -> pa.Table:
+    import pyarrow as pa
+
+    now, bins = run.state.now[0], run.state.timeline
+    width, end = int(now.bin_width), int(now.accounted)
+    bins = bins[: -(-end // width)]
+    start = np.arange(len(bins), dtype=np.int64) * width
+    widths = np.minimum(width, end - start)
+    usable = budget.num_gpu_blocks - 1
+    bytes_per_token = budget.bytes_per_block / budget.block_size
+
+    def mean(name, scale=1.0):
+        return pa.array(bins[name] / widths * scale)
+
+    def count(name):
+        return pa.array(np.ascontiguousarray(bins[name]))
+
+    return pa.table(
+        {
+            "time_ns": pa.array(start),
+            "width_ns": pa.array(widths),
+            "replica": pa.array(np.zeros(len(bins), np.int16)),
+            "blocks_used_mean": mean("used_area"),
+            "blocks_used_max": count("used_max"),
+            "blocks_cached_mean": pa.array(np.zeros(len(bins))),
+            "blocks_free_min": pa.array(usable - bins["used_max"]),
+            "running_mean": mean("running_area"),
+            "running_max": count("running_max"),
+            "waiting_mean": mean("waiting_area"),
+            "waiting_max": count("waiting_max"),
+            "prefill_tokens": count("prefill_tokens"),
+            "decode_tokens": count("decode_tokens"),
+            "steps": count("steps"),
+            "preemptions": count("preemptions"),
+            "rejections": count("rejections"),
+            "wasted_bytes_mean": mean("wasted_area", bytes_per_token),
+        }
+    )
+
+
+def row_of(table: pa.Table | None, request: int) -> dict:
+    """Row `request` of the requests table. Raises UserError when there is none."""
+    if table is None:
+        raise UserError("this run kept no rows (--record summary); run it again with --record events")
+    if not 0 <= request < table.num_rows:
+        raise UserError(f"there is no request {request}; the run has requests 0 to {table.num_rows - 1}")
+    return table.slice(request, 1).to_pylist()[0]

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
+import io
+import json
+import os
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from kvsim.engine.state import State
+from kvsim import files
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from kvsim.engine.state import State
 
 
 class StepLog:
@@ -15,33 +27,59 @@ class StepLog:
     are kept, `fin` finished by this step, `run2 wait2 free2` after it. `pre`, `blk`, `fin` only when not empty.
     """
 
-    def __init__(self, write: Callable[[dict], None], *, blocks: bool = True):
+    def __init__(self, write: Callable[[dict], None], *, blocks: bool = True, numbers: np.ndarray | None = None):
         self.write = write
         self.blocks = blocks
+        self.numbers = numbers  # row -> the request's number in the log; None: the row itself
 
     def __call__(self, s: State) -> None:
         now = s.now[0]
         entries = s.step[: now.num_scheduled]
-        start = int(now.step_start)
-        row = {"s": int(now.num_steps) - 1, "t": start}
-        row["sch"] = [x for e in entries for x in (int(e.request), int(e.tokens))]
+        row = {"s": int(now.num_steps) - 1, "t": int(now.step_start)}
+        requests = self._numbers(entries.request)
+        row["sch"] = [x for pair in zip(requests, entries.tokens.tolist(), strict=True) for x in pair]
         if now.num_victims:
-            row["pre"] = s.queues.victims[: now.num_victims].tolist()
+            row["pre"] = self._numbers(s.queues.victims[: now.num_victims])
         row["n"] = int(now.prefill_tokens + now.decode_tokens)
         row["ctx"] = int(now.ctx)
         row["run"], row["wait"], row["free"] = int(now.log_running), int(now.log_waiting), int(now.log_free)
         if self.blocks and s.settings.identities:
             taken = {
-                str(int(e.request)): [s.pool.table[e.new_from : e.new_from + e.num_new].tolist()]
-                for e in entries
+                str(r): [s.pool.table[e.new_from : e.new_from + e.num_new].tolist()]
+                for r, e in zip(requests, entries, strict=True)
                 if e.num_new
             }
             if taken:
                 row["blk"] = taken
-        finished = entries.request[entries.ended == 1].tolist()
-        if finished:
-            row["fin"] = finished
+        if entries.ended.any():
+            row["fin"] = self._numbers(entries.request[entries.ended == 1])
         row["run2"] = int(now.log_running_after)
         row["wait2"] = int(now.log_waiting_after)
         row["free2"] = int(now.log_free_after)
         self.write(row)
+
+    def _numbers(self, rows: np.ndarray) -> list[int]:
+        return (rows if self.numbers is None else self.numbers[rows]).tolist()
+
+
+class LogFile:
+    """JSON lines to `path` (gzip where its name ends in .gz), complete or not there at all."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+
+    def __enter__(self) -> LogFile:
+        self._stack = contextlib.ExitStack()
+        temporary = self._stack.enter_context(files.atomic(self.path))
+        raw = self._stack.enter_context(open(temporary, "wb"))
+        if self.path.suffix == ".gz":  # without name and time, so that equal logs are equal bytes
+            raw = self._stack.enter_context(gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0))
+        self._file = self._stack.enter_context(io.TextIOWrapper(raw, encoding="utf-8", newline="\n"))
+        return self
+
+    def write(self, row: dict) -> None:
+        """One line."""
+        self._file.write(json.dumps(row, separators=(",", ":")) + "\n")
+
+    def __exit__(self, *error):
+        return self._stack.__exit__(*error)

@@ -135,8 +135,8 @@ PROMPT, OUTPUT = lognormal(512, 1.1), geometric(200)  # lengths when none are gi
 
 
 def make_trace(*, rate: float, requests: int | None = None, duration_s: float | None = None,
-               prompt: Lengths = PROMPT, output: Lengths = OUTPUT, arrivals: str = "poisson", burstiness: float = 1.0,
-               seed: int = DEFAULT_SEED) -> Trace:
+               prompt: Lengths = PROMPT, output: Lengths = OUTPUT, arrivals: str = "poisson",
+               burstiness: float = 1.0, seed: int = DEFAULT_SEED) -> Trace:
     """A generated Trace: arrivals of one kind at a constant mean rate, lengths independent of them.
 
     rate        requests/s in the mean
@@ -152,7 +152,7 @@ def make_trace(*, rate: float, requests: int | None = None, duration_s: float | 
     _check(0 < rate < math.inf, f"rate {rate}", "requests per second above 0")
     kinds = ("poisson", "gamma", "constant")
     _check(arrivals in kinds, f"arrivals {arrivals!r}", ", ".join(kinds))
-    _check(0.01 <= burstiness <= 1e6, f"burstiness {burstiness}", "a gamma shape from 0.01 to 1e6; 1: Poisson")
+    _check(0.01 <= burstiness <= 1e6, f"burstiness {burstiness}", "a gamma shape from 0.01 to 1e6")
     _check(burstiness == 1 or arrivals == "gamma", f"burstiness {burstiness} with {arrivals} arrivals",
            "arrivals='gamma' with it")
     _check(requests is not None or duration_s is not None, "neither requests nor duration_s", "one of them")
@@ -190,7 +190,7 @@ def azure_like(kind: str, *, requests: int | None = None, rate: float | None = N
     requests  rows instead of the published number; for part of the hour rather use limit() or between()
     rate      stretch time so that rows / span is exactly this many requests/s; None leaves the clock as drawn
 
-    Arrivals are whole microseconds, so that last bits, which differ between mathematical libraries, do not show.
+    Arrivals are whole microseconds, so that last bits, which differ between machines, do not show.
     """
     _check(kind in ("conv", "code"), f"kind {kind!r}", "'conv' or 'code'")
     spec = json.loads(Path(traces.__file__).with_name("azure_like.json").read_text(encoding="utf-8"))[kind]

@@ -229,13 +229,32 @@ class _Config:
                 return self.fields[spelling]
         return default
 
-    def size(self, name: str, default: int | None = None, *, least: int = 1) -> int:
-        """A whole number of at least `least`; without a default the field must be there."""
+    def size(self, name: str, default: int | None = None, *, least: int = 1, most: int = 10**9) -> int:
+        """A whole number from `least` to `most`; without a default the field must be there."""
         value = self.get(name, default)
         if value is None:
             raise self.fail(f"{name!r} is missing, and a model cannot be sized without it")
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise self.fail(f"{name!r} is {value!r}; it must be a whole number of at least {least}")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise self.fail(f"{name!r} is {value!r}; it must be a whole number from {least} to {most:,}")
+        return value
+
+    def number(self, name: str, default: float, fields: dict | None = None) -> float:
+        """A finite positive number, out of `fields` if given (a nested object)."""
+        value = self.get(name, default) if fields is None else fields.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 10**9:
+            raise self.fail(f"{name!r} is {value!r}; it must be a positive number")
+        return value
+
+    def list(self, name: str) -> list | None:
+        value = self.get(name)
+        if value is not None and not isinstance(value, list):
+            raise self.fail(f"{name!r} is {value!r}; it must be a list")
+        return value
+
+    def text(self, name: str) -> str | None:
+        value = self.get(name)
+        if value is not None and not isinstance(value, str):
+            raise self.fail(f"{name!r} is {value!r}; it must be a string")
         return value
 
     def flag(self, value: bool | str) -> bool:
@@ -257,7 +276,7 @@ def from_config(config: dict, *, name: str, where: str, facts: dict | None = Non
         if isinstance(config.get(nested), dict):
             config = {**config[nested], **{k: v for k, v in config.items() if k != nested}}
     c = _Config(config, where)
-    model_type = config.get("model_type")
+    model_type = c.text("model_type")
     if model_type not in _FAMILIES:
         known = sorted(_FAMILIES)
         hint = did_you_mean(str(model_type), known) or f"; supported are {', '.join(known)}"
@@ -266,7 +285,7 @@ def from_config(config: dict, *, name: str, where: str, facts: dict | None = Non
         raise c.fail(f"model_type {model_type!r} is not supported in a config.json yet{hint}")
     family = _FAMILIES[model_type]
 
-    hidden, layers = c.size("hidden_size"), c.size("num_hidden_layers")
+    hidden, layers = c.size("hidden_size"), c.size("num_hidden_layers", most=10_000)
     heads = c.size("num_attention_heads")
     kv_heads = _kv_heads(c, model_type, heads)
     vocab = c.size("vocab_size")
@@ -292,12 +311,14 @@ def from_config(config: dict, *, name: str, where: str, facts: dict | None = Non
     parts = tuple(_parts(c, family, hidden, heads, kv_heads, head_dim, dense_size, moe_layers))
     tied = bool(c.get("tie_word_embeddings", family.tied))
     groups = _layer_groups(c, family, layers, kv_heads, head_dim, context)
-    rotary_dim = c.get("qk_rope_head_dim") if family.mla else head_dim * c.get("partial_rotary_factor", 1)
-    quantization = config.get("quantization_config")
+    rotary_dim = c.size("qk_rope_head_dim") if family.mla else head_dim * c.number("partial_rotary_factor", 1)
+    quantization = c.get("quantization_config")
+    if quantization is not None and not isinstance(quantization, dict):
+        raise c.fail(f"'quantization_config' is {quantization!r}; it must be an object")
     values = {
         "attention": "mla" if family.mla else {heads: "mha", 1: "mqa"}.get(kv_heads, "gqa"),
-        "dtype": c.get("torch_dtype", c.get("dtype", "bfloat16")),
-        "native_quantization": quantization.get("quant_method") if isinstance(quantization, dict) else None,
+        "dtype": c.text("torch_dtype") or c.text("dtype") or "bfloat16",
+        "native_quantization": str(quantization.get("quant_method")) if quantization else None,
         **(facts or {}),
     }
     spec = ModelSpec(
@@ -395,7 +416,7 @@ def _moe_layers(c: _Config, family: _Family, layers: int) -> tuple[int, ...]:
             return ()
         first, every = c.size("first_k_dense_replace", 0, least=0), c.size("moe_layer_freq", 1)
         return tuple(i for i in range(first, layers) if i % every == 0)
-    step, dense = c.size("decoder_sparse_step", 1), c.get("mlp_only_layers", [])
+    step, dense = c.size("decoder_sparse_step", 1), c.list("mlp_only_layers") or []
     return tuple(i for i in range(layers) if i not in dense and (i + 1) % step == 0)
 
 
@@ -413,12 +434,12 @@ def _context(c: _Config) -> int:
     scaling = c.get("rope_scaling") or c.get("rope_parameters")
     if not isinstance(scaling, dict):
         return positions
-    kind = scaling.get("rope_type", scaling.get("type"))
-    if kind in (None, "default", "mrope", "longrope", "su", "llama3") or "factor" not in scaling:
+    kind = str(scaling.get("rope_type", scaling.get("type")))
+    if kind in ("None", "default", "mrope", "longrope", "su", "llama3") or "factor" not in scaling:
         return positions
     if kind == "yarn":
-        positions = scaling.get("original_max_position_embeddings", positions)
-    return int(positions * scaling["factor"])
+        positions = c.number("original_max_position_embeddings", positions, scaling)
+    return int(positions * c.number("factor", 1, scaling))
 
 
 def _layer_groups(
@@ -450,15 +471,15 @@ def _attention_kinds(c: _Config, layers: int, context: int) -> list[str]:
     slides = window is not None and bool(c.get("use_sliding_window", True))
     if slides and c.size("sliding_window") >= context:
         slides = False
-    types = c.get("layer_types")
+    types = c.list("layer_types")
     if types is None:
-        first = c.get("max_window_layers", 0) if c.get("use_sliding_window") else 0
+        first = c.size("max_window_layers", 0, least=0) if c.get("use_sliding_window") else 0
         return ["sliding" if slides and i >= first else "full" for i in range(layers)]
     if len(types) != layers:
         raise c.fail(f"'layer_types' lists {len(types)} layers but num_hidden_layers is {layers}")
     known = {"full_attention": "full", "sliding_attention": "sliding" if slides else "full"}
     for kind in types:
-        if kind not in known:
+        if str(kind) not in known:
             raise c.fail(f"'layer_types' has {kind!r} layers, which are not supported yet")
     return [known[kind] for kind in types]
 
@@ -468,8 +489,6 @@ def _checkpoint_format(c: _Config, quantization: dict | None) -> str | None:
     are refused by name when the weights are sized."""
     if not quantization:
         return None
-    if not isinstance(quantization, dict):
-        raise c.fail("'quantization_config' is not an object")
     method = str(quantization.get("quant_method", "unknown"))
     if method == "fp8":
         return "fp8_block" if quantization.get("weight_block_size") else "fp8"
@@ -481,13 +500,17 @@ def _checkpoint_format(c: _Config, quantization: dict | None) -> str | None:
         return "int8" if bits == 8 else f"{method} with {bits} bits and group size {group}"
     if method == "compressed-tensors":
         groups = quantization.get("config_groups")
-        weights = [g.get("weights") or {} for g in groups.values()] if isinstance(groups, dict) else []
-        shapes = {(w.get("num_bits"), w.get("type", "int"), w.get("group_size")) for w in weights}
+        weights = []
+        for group in groups.values() if isinstance(groups, dict) else ():
+            described = group.get("weights") if isinstance(group, dict) else None
+            weights.append(described if isinstance(described, dict) else {})
+        keys = (("num_bits", None), ("type", "int"), ("group_size", None))
+        shapes = {tuple(str(w.get(key, absent)) for key, absent in keys) for w in weights}
         if len(shapes) == 1:
             bits, kind, group = shapes.pop()
-            if bits == 8:
+            if bits == "8":
                 return "fp8" if kind == "float" else "int8"
-            if (bits, kind, group) == (4, "int", 128):
+            if (bits, kind, group) == ("4", "int", "128"):
                 return "int4"
     return method
 

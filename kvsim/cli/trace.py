@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         description="Make a trace. Without --out it only says what the trace would be.",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = make.add_argument
-    add("--like", choices=("azure-conv", "azure-code", "chat-small"), help="like this one, not from the flags")
+    add("--like", choices=("azure-conv", "azure-code", "chat-small"), help="like this one instead")
     add("--arrivals", choices=("poisson", "gamma", "constant"),
         help="gaps between requests (default poisson; gamma when --burstiness is given)")
     add("--rate", type=float, metavar="R", help="requests per second; with --like, stretch its clock to this")
@@ -76,7 +76,7 @@ def _made(args: argparse.Namespace):
         fixed += ["rate", "requests"] if args.like == "chat-small" else []
         given = [f"--{name}" for name in fixed if getattr(args, name) is not None]
         if given:
-            raise UserError(f"--like {args.like} decides what {', '.join(given)} would; leave one of them out")
+            raise UserError(f"--like {args.like} decides what {', '.join(given)} would; leave one out")
         if args.like == "chat-small":
             return workload.chat_small(seed=args.seed)
         kind = args.like.removeprefix("azure-")

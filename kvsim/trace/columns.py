@@ -73,7 +73,8 @@ class Trace:
         """x times the request rate: arrivals become rint(arrival / x). Lengths stay."""
         self._need_arrivals("a rate scale")
         _positive("rate scale", x)
-        scaled = np.rint(self.arrival_ns / x)
+        with np.errstate(over="ignore"):
+            scaled = np.rint(self.arrival_ns / x)
         if len(scaled) and not scaled[-1] < 2.0**63:
             raise UserError(f"rate scale {x} makes {self.name} longer than int64 nanoseconds can say")
         return replace(self, arrival_ns=scaled.astype(np.int64))
@@ -93,7 +94,7 @@ class Trace:
                        notes=(*self.notes, note))
 
     def clip_prompt(self, n: int) -> Trace:
-        """Prompts of at most n tokens, prefix ids cut to ceil(n / unit), counted in notes. UserError: n < 1."""
+        """Prompts of at most n >= 1 tokens, prefix ids cut to ceil(n / unit); notes say how many."""
         if n < 1:
             raise UserError(f"clip_prompt is {n}; keep at least one token")
         longer = int(np.count_nonzero(self.prompt_tokens > n))
@@ -115,7 +116,7 @@ class Trace:
                 "prompt": _length_summary(self.prompt_tokens), "output": _length_summary(self.output_tokens)}
 
     def sorted_by_arrival(self) -> Trace:
-        """Rows by arrival, ties in the order they had, the first arrival at 0: a file's rows become a Trace."""
+        """Rows by arrival, ties in the order they had, the first at 0: what a reader ends with."""
         if np.all(self.arrival_ns[1:] >= self.arrival_ns[:-1]):
             return replace(self, arrival_ns=self.arrival_ns - self.arrival_ns[0])
         return self._rows(np.argsort(self.arrival_ns, kind="stable"))
@@ -147,7 +148,7 @@ class Trace:
 
     def _need_arrivals(self, what: str) -> None:
         if not self.has_arrivals:
-            raise UserError(f"{self.name} has no arrival times, so {what} means nothing; give it a rate (--rate)")
+            raise UserError(f"{self.name} has no arrival times, so {what} means nothing; give it a rate")
 
 
 def columns_sha256(trace: Trace) -> str:

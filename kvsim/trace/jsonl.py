@@ -69,15 +69,15 @@ def _append_ids(source: Source, line: int, schema: Schema, row_ids: list[int] | 
                 offsets: array, ids: array) -> None:
     if not unit:
         if row_ids is not None:
-            raise source.error(f"{schema.prefix} is there although the first row has none; give it to every row "
-                               "or to none", line)
+            raise source.error(f"{schema.prefix} is there although the first row has none; give it to every "
+                               "row or to none", line)
         return
     row_ids = row_ids or []
     needed = -(-prompt // unit)
     if len(row_ids) != needed:
-        raise source.error(f"{schema.prefix} has {len(row_ids)} ids, but {prompt:,} prompt tokens need {needed} "
-                           f"at a block size of {unit}; give the block size that the ids were made with "
-                           "(--prefix-unit) or correct the row", line)
+        raise source.error(f"{schema.prefix} has {len(row_ids)} ids, but {prompt:,} prompt tokens need "
+                           f"{needed} at a block size of {unit}; give the block size that the ids were made "
+                           "with (--prefix-unit) or correct the row", line)
     try:
         ids.extend(row_ids)
     except OverflowError:
@@ -118,5 +118,5 @@ def _broken(source: Source, line: int, data: bytes, error: Exception):
         reason = str(error)
         if b"NaN" in data or b"Infinity" in data:
             reason += "; JSON has no NaN or Infinity"
-    return source.error(f"is no JSON object that holds a request ({reason}); correct or remove it, or download "
-                        "the file again if it is cut short", line)
+    return source.error(f"is no JSON object that holds a request ({reason}); correct or remove it, or "
+                        "download the file again if it is cut short", line)

@@ -36,8 +36,8 @@ def load_trace(source: str | os.PathLike, *, format: str | None = None, columns:
     returns half a file. Reads the file more than once; memory is that of the columns plus a block of text.
     """
     if columns is not None:
-        raise UserError("columns is not built yet; rename the file's columns to those of a known format, such "
-                        "as arrived_at, num_prefill_tokens, num_decode_tokens")
+        raise UserError("columns is not built yet; rename the file's columns to those of a known format, "
+                        "such as arrived_at, num_prefill_tokens, num_decode_tokens")
     file = find(source)
     try:
         kind = container(file)
@@ -84,11 +84,10 @@ def _in_order(file: Source, schema: Schema, rows: Rows, sha256: str, prefix_unit
         zeros = np.count_nonzero(tokens == 0)
         if zeros:
             where = rows.where(int(np.argmax(tokens == 0)))
-            notes.append(f"{file.shown}: {where}: {name} is 0, in {zeros:,} of {n:,} requests of which this is "
-                         f"the first; they will be rejected as {cause}")
+            notes.append(f"{file.shown}: {where}: {name} is 0, in {zeros:,} of {n:,} requests of which this "
+                         f"is the first; they will be rejected as {cause}")
     if rows.arrival is None:
-        notes.append(f"{file.shown}: there is no {schema.arrival}, so it is a table of lengths; give it a rate "
-                     "(--rate)")
+        notes.append(f"{file.shown}: there is no {schema.arrival}, so it is a table of lengths")
     if rows.arrival is not None:
         if int(rows.arrival.max()) - int(rows.arrival.min()) > MAX_NS:
             raise file.error(f"its {schema.arrival} values span more than 292 years; correct them")

@@ -28,6 +28,11 @@ class Schema(NamedTuple):
     priority: str = ""
     request_class: str = ""
     request_id: str = ""
+    not_with: tuple[str, ...] = ()  # columns of a look-alike whose units differ: better refused than misread
+
+    def fits(self, names: Sequence[str]) -> bool:
+        return all(find_column(names, c) >= 0 for c in self.needed()) and \
+            not any(find_column(names, c) >= 0 for c in self.not_with)
 
     def needed(self) -> tuple[str, ...]:
         return (self.arrival, self.prompt, self.output) if self.needs_arrival else (self.prompt, self.output)
@@ -50,9 +55,9 @@ SCHEMAS: tuple[Schema, ...] = (
     # microsoft/vidur, data/processed_traces; without arrived_at: its length tables.
     Schema("vidur", "csv", prompt="num_prefill_tokens", output="num_decode_tokens", arrival="arrived_at",
            time="s", needs_arrival=False),
-    # kvcache-ai/Mooncake, FAST25-release/traces; 512-token blocks.
+    # kvcache-ai/Mooncake, FAST25-release/traces; 512-token blocks. Qwen-Bailian adds keys and counts seconds.
     Schema("mooncake", "jsonl", prompt="input_length", output="output_length", arrival="timestamp", time="ms",
-           prefix="hash_ids", prefix_unit=512),
+           prefix="hash_ids", prefix_unit=512, not_with=("chat_id", "parent_chat_id")),
     # kvsim's own columns.
     _KVSIM,
     _KVSIM._replace(container="csv", prefix=""),
@@ -73,8 +78,8 @@ def match(source: Source, container: str, names: Sequence[str], format: str | No
         if format not in known:
             raise UserError(f"format {format!r} is unknown; kvsim reads {', '.join(known)}"
                             f"{did_you_mean(format, known)}")
-        raise source.error(f"is {container}, which {format} traces are not; leave the format out to detect it")
-    fits = [s for s in entries if all(find_column(names, c) >= 0 for c in s.needed())]
+        raise source.error(f"is {container}, which {format} traces are not; leave the format out")
+    fits = [s for s in entries if s.fits(names)]
     if fits:
         best = max(fits, key=lambda s: sum(find_column(names, c) >= 0 for c in s.columns().values()))
         for column in best.columns().values():

@@ -71,7 +71,7 @@ def find(source: str | os.PathLike) -> Source:
     if shown == "-":
         raise UserError("-: reading a trace from standard input is not built yet; save it and name the file")
     if not shown:
-        raise UserError(f"the trace's name is empty; name a file or a bundled trace ({', '.join(traces.names())})")
+        raise UserError(f"the trace's name is empty; name a file or one of {', '.join(traces.names())}")
     path = Path(shown)
     try:
         mode = path.stat().st_mode
@@ -86,7 +86,7 @@ def find(source: str | os.PathLike) -> Source:
         such = f", such as {', '.join(inside)}" if inside else ""
         raise UserError(f"{shown}: is a directory; name one trace file in it{such}")
     if not stat.S_ISREG(mode):
-        raise UserError(f"{shown}: is a pipe or device, which cannot be read twice; save it and name the file")
+        raise UserError(f"{shown}: is a pipe or device, which cannot be read twice; save it to a file")
     name = Path(path.name.removesuffix(".gz")).stem
     return Source(path, shown, name, _starts_with_gzip(path, shown))
 

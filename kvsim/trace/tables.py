@@ -41,20 +41,20 @@ def read_slow(source: Source, schema: Schema, names: Sequence[str]) -> Rows:
     empty, first_empty = 0, 0
     for line, fields in _body(source):
         if _blank(fields):
-            if fields:  # not just an empty line: cells that a spreadsheet left behind
+            if len(fields) > 1:  # not just an empty line: cells that a spreadsheet left behind
                 empty, first_empty = empty + 1, first_empty or line
             continue
         if len(fields) != len(names):
             row = shown(",".join(fields))
-            raise source.error(f"has {len(fields)} values under {len(names)} columns ({row}); correct or remove "
-                               "it, or download the file again if it is cut short", line)
+            raise source.error(f"has {len(fields)} values under {len(names)} columns ({row}); correct or "
+                               "remove it, or download the file again if it is cut short", line)
         for role, index in at.items():
             try:
                 columns[role].append(convert[role](fields[index]))
             except ValueError as reason:
                 column, value = names[index].strip(), shown(fields[index])
                 raise source.error(f"{column} is {value}, {reason}", line) from None
-    notes = [f"{source.shown}: line {first_empty}: this and {empty - 1:,} more rows of empty cells were skipped"]
+    notes = [f"{source.shown}: line {first_empty}: the first of {empty:,} rows of empty cells, all skipped"]
     return Rows(**frozen(columns), where=lambda row: f"line {_line_of(source, row)}",
                 notes=tuple(notes) if empty else ())
 

@@ -26,8 +26,9 @@ def write_trace(trace: Trace, path: str | os.PathLike, format: str | None = None
     format "kvsim" (Parquet, holds everything), "mooncake" (JSON lines), "azure" or "vidur" (CSV). None takes
     it from the name: .parquet, .jsonl, .csv (azure; vidur when there are no arrivals). Arrivals stay exact:
     Azure stamps get 9 digits when 7 do not do, Mooncake milliseconds a fraction. Bytes depend only on the
-    columns and how they were generated (and for Parquet on pyarrow's version). Returns one sentence for each thing that
-    the format cannot hold. UserError when it cannot hold the rows at all or the path cannot be written.
+    columns and how they were generated (and for Parquet on pyarrow's version).
+    Returns one sentence for each thing that the format cannot hold. UserError when it cannot hold the rows at
+    all or the path cannot be written.
     """
     path = Path(path)
     format = format or _format_of(path, trace)
@@ -35,8 +36,8 @@ def write_trace(trace: Trace, path: str | os.PathLike, format: str | None = None
         raise UserError(f"cannot write format {format!r}; choose {', '.join(_WRITERS)}"
                         f"{did_you_mean(format, _WRITERS)}")
     if not trace.has_arrivals and format in ("azure", "mooncake"):
-        raise UserError(f"{trace.name} has no arrivals, which {format} needs; give it a rate or write vidur or "
-                        "Parquet")
+        raise UserError(f"{trace.name} has no arrivals, which {format} needs; give it a rate or write "
+                        "vidur or Parquet")
     if format == "kvsim" and path.suffix == ".gz":
         raise UserError(f"{path}: Parquet is compressed already; leave .gz off the name")
     data = _parquet(trace) if format == "kvsim" else "".join(_WRITERS[format](trace)).encode()
@@ -146,4 +147,4 @@ def _replace(path: Path, data: bytes) -> None:
                 temporary.unlink()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be written ({reason}); check the folder and its permissions") from None
+        raise UserError(f"{path}: cannot be written ({reason}); check the folder") from None

@@ -1,0 +1,142 @@
+"""The command line: `kvsim VERB ...`. One file a verb, imported when called.
+
+A verb's file has `add_arguments(parser)` and `main(args) -> int`. Exit codes: 0 answered; 1 the answer is no; 2
+the user's mistake, told in one sentence on standard error; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+
+from kvsim.errors import UserError, did_you_mean
+
+VERBS = {
+    "run": "what happens to this traffic on this deployment?",
+    "why": "what happened to this request?",
+    "show": "a finished run again, as text",
+    "plot": "a finished run as a picture",
+    "trace": "make traffic to order",
+    "warm": "compile the engine now",
+    "doctor": "what works here?",
+}
+_DESCRIPTION = "Replay LLM request traces through a paged KV cache under vLLM's scheduling rules."
+_EXAMPLES = """examples:
+  kvsim run                                    the bundled trace on the default deployment
+  kvsim run chat-small --model llama-3.1-8b --gpu l4 -o out
+  kvsim why out 417
+  kvsim trace make --rate 20 --requests 50k --seed 1 -o trace.parquet
+
+Each verb has its own --help.
+"""
+_SECONDS_TO_UNWIND = 0.3
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its complaints told as everybody else's: one sentence, exit 2."""
+
+    def __init__(self, *args, **kwargs):
+        kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message):
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _run_verb(argv)
+    except UserError as error:
+        print(f"kvsim: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("kvsim: interrupted; what was already written is complete", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as in `kvsim show DIR | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def entry() -> None:
+    """The `kvsim` command."""
+    _end_soon_after_interrupt()
+    code = main()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def _run_verb(argv: list[str]) -> int:
+    top = Parser(prog="kvsim", description=_DESCRIPTION, epilog=_verb_list(), usage="kvsim VERB [...]")
+    top.add_argument("--version", action="store_true", help="print the version and exit")
+    if not argv or argv[0] in ("-h", "--help"):
+        top.print_help()
+        return 0
+    verb, *rest = argv
+    if verb == "--version":
+        import kvsim
+
+        print(f"kvsim {kvsim.__version__}")
+        return 0
+    if verb not in VERBS:
+        kind = "flag" if verb.startswith("-") else "verb"
+        raise UserError(f"there is no {kind} {verb!r}{did_you_mean(verb, VERBS)}; see kvsim --help")
+    module = importlib.import_module(f"kvsim.cli.{verb}")
+    parser = Parser(prog=f"kvsim {verb}", description=VERBS[verb].capitalize())
+    module.add_arguments(parser)
+    pasted = None
+    if "--" in rest:  # a pasted command line follows
+        at = rest.index("--")
+        rest, pasted = rest[:at], rest[at + 1 :]
+    args, unknown = parser.parse_known_args(rest)
+    if unknown:
+        raise UserError(_about_unknown(parser, unknown[0]))
+    args.pasted = pasted
+    if pasted is not None and verb != "run":
+        raise UserError(f"only `kvsim run` takes a pasted command line after --, not `kvsim {verb}`")
+    return module.main(args)
+
+
+def _about_unknown(parser: argparse.ArgumentParser, word: str) -> str:
+    if not word.startswith("-"):
+        return f"{word!r} is one argument too many; see {parser.prog} --help"
+    flag = word.partition("=")[0]
+    known = [name for action in parser._actions for name in action.option_strings]
+    return f"there is no flag {flag}{did_you_mean(flag, known)}; see {parser.prog} --help"
+
+
+def _verb_list() -> str:
+    width = max(map(len, VERBS)) + 2
+    return "verbs:\n" + "".join(f"  {name:{width}}{what}\n" for name, what in VERBS.items()) + "\n" + _EXAMPLES
+
+
+def _end_soon_after_interrupt() -> None:
+    """After Ctrl-C the main thread has `_SECONDS_TO_UNWIND` to end by itself. It may be deep in a C call that
+    does not look (LLVM compiling the engine), so a thread that waits outside the interpreter ends the process
+    then, with nothing half-written left behind."""
+    import signal
+    import threading
+
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def watch():
+        import time
+
+        while os.read(reader, 1) != bytes([signal.SIGINT]):
+            pass
+        time.sleep(_SECONDS_TO_UNWIND)
+        if "kvsim.files" in sys.modules:
+            sys.modules["kvsim.files"].remove_unfinished()
+        os.write(2, b"kvsim: interrupted\n")
+        os._exit(130)
+
+    threading.Thread(target=watch, daemon=True).start()

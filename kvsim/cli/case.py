@@ -1,0 +1,225 @@
+"""`kvsim run --case`: replay a case of the reference scheduler and write what the engine decided, step by step."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+from kvsim.errors import UserError, did_you_mean
+
+FORMAT = "kvsim-oracle/1"
+
+# What a case that does not say otherwise means: the reference harness's defaults.
+DEFAULTS = {
+    "block_size": 16,
+    "num_gpu_blocks": 1024,
+    "max_num_seqs": 256,
+    "max_num_batched_tokens": 2048,
+    "max_model_len": 8192,
+    "enable_chunked_prefill": True,
+    "long_prefill_token_threshold": 0,
+    "long_prefill_token_threshold_adaptive": False,
+    "max_num_active_seqs": None,
+    "scheduler_reserve_full_isl": True,
+    "watermark": 0.0,
+    "prefill_schedule_interval": 1,
+    "policy": "fcfs",
+    "enable_prefix_caching": True,
+    "async_scheduling": False,
+    "frontend": "engine",
+    "groups": None,
+    "prefix_cache_retention_interval": 0,
+}
+
+
+def main(args: argparse.Namespace) -> int:
+    """Replay `args.case`; write `args.step_log` if given; print the end row."""
+    name, case = Path(args.case).name.split(".")[0], read_case(args.case)
+    config = {**DEFAULTS, **case["config"]}
+    _refuse_not_built(args.case, config)
+    rows = []
+    run = replay(case, config, rows.append if args.step_log else None)
+    tail = end_row(run)
+    if args.step_log:
+        from kvsim.steplog import LogFile
+
+        with LogFile(args.step_log) as log:
+            log.write(header(case.get("name") or name, case, config))
+            for row in (*rows, *request_rows(run, case["requests"]), tail):
+                log.write(row)
+    if not args.quiet:
+        print(json.dumps(tail))
+        if tail["stalled"]:
+            print(f"kvsim: {name} stalled at {tail['clock']}: nothing that waits can ever be admitted", file=sys.stderr)
+        if args.step_log:
+            print(f"wrote {args.step_log}", file=sys.stderr)
+    return 0
+
+
+def read_case(path: str) -> dict:
+    """A case file, gzip or plain. Raises UserError naming the file and what is wrong in it."""
+    try:
+        data = Path(path).read_bytes()
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.decompress(data)
+        case = json.loads(data)
+    except OSError as error:
+        raise UserError(f"cannot read the case {path}: {error.strerror or error}") from None
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path} is not a case: it is not JSON ({error}); give a .case.json or .case.json.gz") from None
+    if not isinstance(case, dict) or not isinstance(case.get("requests"), list):
+        raise UserError(f"{path} is not a case: it has no list of requests")
+    config = case.setdefault("config", {})
+    for key in config:
+        if key not in DEFAULTS:
+            raise UserError(f"{path}: there is no setting {key!r}{did_you_mean(key, DEFAULTS)}")
+    mode = case.get("mode") or "lockstep"
+    if mode not in ("lockstep", "timed"):
+        raise UserError(f"{path}: mode {mode!r} is neither lockstep nor timed")
+    case["mode"] = mode
+    if config.get("frontend", "engine") not in ("engine", "openai", "strict"):
+        raise UserError(f"{path}: frontend {config['frontend']!r} is not engine, openai or strict")
+    if mode == "timed":
+        case["timing"] = case.get("timing") or [0.004, 2e-5, 1e-8]
+    case["requests"] = [_request(path, i, row) for i, row in enumerate(case["requests"])]
+    return case
+
+
+def _request(path: str, i: int, row) -> list:
+    """[arrival, prompt, output, priority, content ids], from a list or an object."""
+    if isinstance(row, dict):
+        row = [row.get(key) for key in ("arrival", "prompt_tokens", "output_tokens")] + [
+            row.get("priority", 0),
+            row.get("hash_ids") or [],
+        ]
+    row = [*row, 0, []][:5] if len(row) == 3 else [*row, []][:5]
+    if not all(isinstance(x, (int, float)) for x in row[:3]):
+        raise UserError(f"{path}: request {i} is not [arrival, prompt_tokens, output_tokens, ...]")
+    return row
+
+
+def _refuse_not_built(path: str, config: dict) -> None:
+    needs = [
+        (config["enable_prefix_caching"], "prefix caching"),
+        (config["policy"] != "fcfs", f"the {config['policy']} policy"),
+        (config["async_scheduling"], "asynchronous scheduling"),
+        (config["groups"] not in (None, [{"kind": "full"}]), "several KV groups"),
+    ]
+    missing = [what for needed, what in needs if needed]
+    if missing:
+        raise UserError(f"{path} needs {' and '.join(missing)}, which kvsim does not simulate yet")
+
+
+def replay(case: dict, config: dict, write_step=None):
+    """Run a case through the compiled engine, its rows in the case's order. -> EngineRun"""
+    import numpy as np
+
+    from kvsim import run
+    from kvsim.engine import state as st
+    from kvsim.steplog import StepLog
+
+    lockstep = case["mode"] == "lockstep"
+    requests = case["requests"]
+    # The reference harness adds requests in order of (arrival, number).
+    arrivals = np.array([-int(-r[0] // 1) if lockstep else round(1e9 * r[0]) for r in requests], np.int64)
+    order = np.argsort(arrivals, kind="stable")
+    settings = run.pack_settings(
+        SimpleNamespace(**config, max_num_queued_reqs=None, max_num_queued_tokens=None),
+        config["num_gpu_blocks"],
+        frontend=config["frontend"],
+        strict=True,
+        lockstep=lockstep,
+        identities=True,
+        record_events=False,
+    )
+    a0, a1, a2 = case["timing"] if not lockstep else (0.0, 0.0, 0.0)
+    tokens = np.arange(config["max_num_batched_tokens"] + 1)
+    state = st.pack(
+        arrival_ns=arrivals[order],
+        prompt_tokens=np.array([r[1] for r in requests], np.int32)[order],
+        output_tokens=np.array([r[2] for r in requests], np.int32)[order],
+        settings=settings,
+        cost=st.Cost(a0 + a1 * tokens, np.zeros(config["max_num_seqs"] + 1), a2, 0.0),
+        bin_width_ns=1,
+    )
+    log = StepLog(write_step, blocks=bool(case.get("blocks")), numbers=order) if write_step else None
+    done = run.drive(state, on_step=log)
+    done.state.requests[order] = done.state.requests.copy()
+    return done
+
+
+def header(name: str, case: dict, config: dict) -> dict:
+    """The first line of a step log."""
+    workload = json.dumps(case["requests"], separators=(",", ":")).encode()
+    return {
+        "format": FORMAT,
+        "name": name,
+        "scheduler": "kvsim, vllm 0.33.0 rules",
+        "mode": case["mode"],
+        "timing": case["timing"] if case["mode"] == "timed" else None,
+        "hash_unit": case.get("hash_unit") or config["block_size"],
+        "requests": len(case["requests"]),
+        "workload_sha256": hashlib.sha256(workload).hexdigest(),
+        "config": config,
+    }
+
+
+def _states(run) -> list[str]:
+    """Outcomes in the reference's words: an unfinished request is pending, queued or running."""
+    from kvsim.engine import state as st
+
+    def word(row):
+        if row["outcome"]:
+            return st.OUTCOMES[row["outcome"]]
+        if row["status"] == st.PENDING:
+            return "pending"
+        return "queued" if row["scheduled_at"] < 0 else "running"
+
+    return [word(row) for row in run.state.requests]
+
+
+def request_rows(run, requests) -> list[dict]:
+    """One row a request, as the reference logs them."""
+    from kvsim.engine import state as st
+
+    def when(value):
+        return None if value < 0 else int(value)
+
+    rows = []
+    for i, (row, word) in enumerate(zip(run.state.requests, _states(run), strict=True)):
+        is_complete = word in ("finished", "capped")
+        out = {
+            "r": i,
+            "st": word,
+            "first": when(row["scheduled_at"]),
+            "ftok": when(row["first_token_at"]),
+            "done": int(row["finished_at"]) if is_complete else None,
+            "ntok": int(row["generated"]),
+            "pre": int(row["num_preemptions"]),
+            "hit": int(row["hit_tokens"]),
+        }
+        if word == "rejected":
+            out["rej"] = st.CAUSES[row["cause"]]
+        rows.append(out)
+    return rows
+
+
+def end_row(run) -> dict:
+    """The last line of a step log."""
+    now = run.state.now[0]
+    return {
+        "end": True,
+        "steps": int(now.num_steps),
+        "clock": int(now.t),
+        "stalled": run.ended == "stalled",
+        "tokens": int(now.total_scheduled),
+        "preemptions": int(now.total_preemptions),
+        "hit_tokens": int(run.state.requests["hit_tokens"].sum()),
+        "status": dict(Counter(_states(run))),
+    }

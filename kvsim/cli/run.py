@@ -1,0 +1,284 @@
+"""`kvsim run`: what happens to this traffic on this deployment?"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import sys
+import time
+
+from kvsim.errors import UserError
+from kvsim.units import parse_count
+
+DEFAULT_TRACE = "azure-conv-like"
+DEFAULT_MODEL = "llama-3.1-8b"
+DEFAULT_GPU = "a100-40gb-pcie"
+
+_EPILOG = """examples:
+  kvsim run
+  kvsim run azure.csv.gz --model llama-3.1-8b --gpu a100-80gb --max-num-seqs 128 -o out
+  kvsim run mooncake.jsonl --gpu h100 -- vllm serve meta-llama/Llama-3.1-8B --max-model-len 32k
+  kvsim run chat-small --deadline 30 --goodput ttft:500 tpot:50 --require 'goodput>=0.99'
+  kvsim run --case c02.case.json.gz --step-log out.jsonl.gz
+
+exit codes: 0 answered; 1 the answer is no (it does not start, or --require is missed); 2 a mistake in the call
+or the input; 130 interrupted. An option may be left out: what GPU memory then decides is printed.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """All flags of `kvsim run`."""
+    from kvsim.specs import add_engine_arguments
+
+    parser.epilog = _EPILOG
+    parser.usage = "kvsim run [TRACE] [--model M] [--gpu G] [options] [-- vllm serve M ...]"
+    parser.add_argument("trace", nargs="?", metavar="TRACE", help=f"file or bundled name (default: {DEFAULT_TRACE})")
+    parser.add_argument("--model", help=f"catalogue name, config.json or its folder (default: {DEFAULT_MODEL})")
+    parser.add_argument("--gpu", help=f"catalogue name (default: {DEFAULT_GPU})")
+
+    out = parser.add_argument_group("output")
+    out.add_argument("-o", "--out", metavar="DIR", help="write summary, requests, events, timeline and a picture here")
+    out.add_argument("--json", action="store_true", help="print the summary as JSON")
+    out.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    out.add_argument("--record", choices=("summary", "requests", "events"), help="how much to keep of it")
+    out.add_argument("--bin", type=float, metavar="SECONDS", help="width of a timeline bin (default: about 1,000 bins)")
+    out.add_argument("--check", action="store_true", help="check the invariants of the pool at every event")
+    out.add_argument("--step-log", metavar="FILE", help="every schedule() call as a JSON line (.jsonl or .jsonl.gz)")
+
+    traffic = parser.add_argument_group("traffic")
+    traffic.add_argument("--rate-scale", type=float, metavar="X", help="arrivals X times as fast")
+    traffic.add_argument("--rate", type=float, metavar="R", help="Poisson arrivals, R a second, for tables without any")
+    traffic.add_argument("--seed", type=int, default=0, help="of --rate (default: 0)")
+    traffic.add_argument("--limit", type=_count, metavar="N", help="the first N requests")
+    traffic.add_argument("--from", type=float, dest="from_s", metavar="SECONDS", help="leave out what comes earlier")
+    traffic.add_argument("--to", type=float, dest="to_s", metavar="SECONDS", help="leave out what comes at or after")
+    traffic.add_argument("--clip-prompt", type=_count, metavar="N", help="cut longer prompts to N tokens")
+    traffic.add_argument("--max-concurrency", type=_count, metavar="N", help="closed loop: N requests in flight at most")
+
+    reading = parser.add_argument_group("reading the trace")
+    reading.add_argument("--format", help="schema, where it is not to be found out")
+    reading.add_argument("--time-unit", metavar="UNIT", help="s, ms, us or ns, where the schema's is wrong")
+
+    clock = parser.add_argument_group("clock and outcomes")
+    clock.add_argument("--step-time", metavar="A0,A1,A2", help="a step of n tokens over ctx context tokens takes "
+                       "A0 + A1*n + A2*ctx seconds (default: a roofline of the model on the GPU)")  # fmt: skip
+    clock.add_argument("--deadline", type=float, metavar="SECONDS", help="a request is given up that long after arrival")
+    clock.add_argument("--until", type=float, metavar="SECONDS", help="end the run then")
+    clock.add_argument("--strict", action="store_true", help="block or livelock as the engine would, instead of "
+                       "dropping what can never fit; ends with a stall report")  # fmt: skip
+    clock.add_argument("--goodput", nargs="+", metavar="NAME:MS", help="objectives: ttft:MS tpot:MS e2el:MS")
+    clock.add_argument("--require", metavar="goodput>=X", help="exit 1 unless that share of requests meets --goodput")
+    clock.add_argument("--case", metavar="FILE", help="replay a reference case; implies --strict")
+    add_engine_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Replay, print, write; the exit code."""
+    if args.case:
+        from kvsim.cli.case import main as run_case
+
+        return run_case(args)
+    required = _requirement(args)  # before anything slow
+    goodput = _goodput(args.goodput)
+    step_time = _step_time(args.step_time)
+    deployment = _deployment(args)
+    load_started = time.perf_counter()
+    trace = _trace(args)
+    load_s = time.perf_counter() - load_started
+
+    from kvsim.cli.warm import say_if_cold
+    from kvsim.run import simulate
+
+    say_if_cold()
+    with _StepLogFile(args.step_log) as on_step, _Progress(args.quiet or args.json) as progress:
+        result = simulate(
+            trace,
+            deployment,
+            step_time=step_time,
+            record=args.record,
+            bin_s=args.bin,
+            deadline_s=args.deadline,
+            until_s=args.until,
+            max_concurrency=args.max_concurrency,
+            strict=args.strict,
+            check=args.check,
+            goodput=goodput,
+            seed=args.seed,
+            command=shlex.join(["kvsim", *sys.argv[1:]]),
+            load_s=load_s,
+            progress=progress,
+            on_step=on_step,
+        )
+    _mark_warm(result)
+    paths = result.save(args.out) if args.out else []
+    summary = result.summary()
+    if args.json:
+        import json
+
+        print(json.dumps(summary, indent=1))
+    elif not args.quiet:
+        from kvsim.report.table import print_result
+
+        print_result(result, folder=args.out)
+        for path in paths:
+            print(f"wrote {path}")
+    return _exit_code(summary, required)
+
+
+def _exit_code(summary: dict, required: float | None) -> int:
+    if summary["verdict"] == "does_not_start":
+        return 1
+    if required is not None and summary["goodput"]["fraction"] < required:
+        print(
+            f"kvsim: goodput {summary['goodput']['fraction']:.4f} is below the required {required:g}", file=sys.stderr
+        )
+        return 1
+    return 0
+
+
+def _mark_warm(result) -> None:
+    from kvsim import _jit
+
+    if result.summary()["verdict"] != "does_not_start" and not _jit.is_warm():
+        _jit.mark_warm()
+
+
+def _deployment(args):
+    from kvsim import specs
+
+    model, settings, warnings = args.model, specs.settings_from_args(args), specs.warnings_from_args(args)
+    if args.pasted is not None:
+        pasted_model, pasted_settings, pasted_warnings = specs.parse_vllm_serve(args.pasted)
+        model = model or pasted_model
+        settings = {**pasted_settings, **settings}
+        warnings += pasted_warnings
+        if model is None:
+            raise UserError("the pasted command line names no model; write it after `vllm serve` or give --model")
+    for warning in warnings:
+        print(f"kvsim: warning: {warning}", file=sys.stderr)
+    if args.pasted is not None and args.gpu is None:
+        raise UserError("a pasted command line does not say which GPU; give --gpu NAME before the --")
+    deployment = specs.deployment(model or DEFAULT_MODEL, gpu=args.gpu or DEFAULT_GPU, **settings)
+    specs.check_simulated(deployment)
+    return deployment
+
+
+def _trace(args):
+    from kvsim.trace import load_trace
+
+    trace = load_trace(
+        args.trace or DEFAULT_TRACE,
+        format=args.format,
+        time_unit=args.time_unit,
+        prefix_unit=getattr(args, "prefix_unit", None),
+    )
+    if args.limit is not None:
+        trace = trace.limit(args.limit)
+    if args.rate is not None:
+        trace = trace.with_poisson_rate(args.rate, args.seed)
+    if args.rate_scale is not None:
+        trace = trace.scale_rate(args.rate_scale)
+    if args.from_s is not None or args.to_s is not None:
+        trace = trace.between(args.from_s or 0.0, args.to_s if args.to_s is not None else float("inf"))
+    if args.clip_prompt is not None:
+        trace = trace.clip_prompt(args.clip_prompt)
+    return trace
+
+
+def _count(text: str) -> int:
+    try:
+        value = parse_count(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return value
+
+
+def _step_time(text: str | None) -> tuple[float, float, float] | None:
+    if text is None:
+        return None
+    try:
+        a0, a1, a2 = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--step-time {text!r} is not three numbers of seconds such as 0.0065,3e-5,3e-8") from None
+    if not all(0 <= a < 1e6 for a in (a0, a1, a2)):
+        raise UserError(f"--step-time {text!r} has a number that is negative or not finite; give seconds")
+    return a0, a1, a2
+
+
+def _goodput(words: list[str] | None) -> dict[str, float] | None:
+    from kvsim.metrics import OBJECTIVES
+
+    if words is None:
+        return None
+    objectives = {}
+    for word in words:
+        name, _, limit = word.partition(":")
+        try:
+            objectives[name] = float(limit)
+        except ValueError:
+            raise UserError(f"--goodput {word!r} is not NAME:MS, such as ttft:500") from None
+        if name not in OBJECTIVES or not objectives[name] > 0:
+            raise UserError(f"--goodput {word!r}: the name is one of {', '.join(OBJECTIVES)} and the ms are above 0")
+    return objectives
+
+
+def _requirement(args) -> float | None:
+    if args.require is None:
+        return None
+    match = re.fullmatch(r"\s*goodput\s*>=\s*([0-9.]+)\s*", args.require)
+    if match is None or not 0 <= float(match[1]) <= 1:
+        raise UserError(f"--require {args.require!r} is not of the form goodput>=0.99")
+    if not args.goodput:
+        raise UserError("--require needs the objectives that --goodput gives, such as --goodput ttft:500")
+    return float(match[1])
+
+
+class _Progress:
+    """A bar on standard error for runs that take longer than a moment, and only on a terminal."""
+
+    def __init__(self, hidden: bool):
+        self.hidden = hidden or not sys.stderr.isatty()
+        self.started = time.monotonic()
+        self.bar = self.task = None
+
+    def __enter__(self):
+        return None if self.hidden else self.update
+
+    def update(self, progress):
+        if self.bar is None:
+            if time.monotonic() - self.started < 0.5:
+                return
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self.bar.start()
+            self.task = self.bar.add_task("run", total=progress.num_requests)
+        self.bar.update(self.task, completed=progress.num_ended)
+
+    def __exit__(self, *_):
+        if self.bar is not None:
+            self.bar.stop()
+
+
+class _StepLogFile:
+    """Where `--step-log` goes; the file appears only when the run is over."""
+
+    def __init__(self, path: str | None):
+        self.path = path
+
+    def __enter__(self):
+        if self.path is None:
+            return None
+        from kvsim.steplog import LogFile, StepLog
+
+        self.file = LogFile(self.path)
+        return StepLog(self.file.__enter__().write)
+
+    def __exit__(self, *error):
+        if self.path is not None:
+            self.file.__exit__(*error)

@@ -1,0 +1,50 @@
+"""Files appear whole or not at all: written under a temporary name beside their place, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from kvsim.errors import UserError
+
+# Temporary files now being written. An interrupted process that cannot unwind removes them by this list.
+_unfinished: set[Path] = set()
+
+
+@contextlib.contextmanager
+def atomic(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path to write to; rename it to `path` on success, remove it on any exception.
+
+    Raises UserError when the place cannot be written to.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _unfinished.add(temporary)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another place with --out") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        _unfinished.discard(temporary)
+
+
+def make_folder(path: str | os.PathLike) -> Path:
+    """The folder `path`, made if need be. Raises UserError when it cannot be."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror}; choose another with --out") from None
+    return path
+
+
+def remove_unfinished() -> None:
+    """Remove every temporary file that is being written; for a process about to be ended."""
+    for temporary in list(_unfinished):
+        with contextlib.suppress(OSError):
+            temporary.unlink()

@@ -1,0 +1,146 @@
+"""Percentiles, fractions and verdicts on columns. Definitions and key names are vLLM's benchmark's.
+
+Latencies are of completed requests (finished or capped), in ms:
+ttft = first token - arrival; tpot = (last token - first token) / (tokens - 1) of requests with two tokens or
+more; e2el = last token - arrival; queue = first scheduled step - arrival; itl = every gap between two tokens of a
+request, pooled over all requests. Percentiles are numpy's linear ones; those of itl come from a histogram of
+1,024 buckets for each power of two, so they are within 0.1 % (its mean is exact).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvsim.engine import state as st
+from kvsim.units import NS_PER_MS, NS_PER_S
+
+PERCENTILES = (50, 90, 95, 99)
+LATENCIES = ("ttft", "tpot", "itl", "e2el", "queue")
+OBJECTIVES = ("ttft", "tpot", "e2el")
+MANY_PREEMPTIONS = 0.01  # of admissions: from there on a run counts as overloaded
+
+
+def latencies_ns(table: np.ndarray, completed: np.ndarray) -> dict[str, np.ndarray]:
+    """ns by request for ttft, tpot, e2el and queue. `table` rows of state.REQUEST, `completed` bool[n].
+
+    tpot is float64 and has only the requests with two tokens or more; the others are int64 with a value for
+    each completed request.
+    """
+    done = table[completed]
+    several = done[done["generated"] > 1]
+    span = several["finished_at"] - several["first_token_at"]
+    return {
+        "ttft": done["first_token_at"] - done["arrival"],
+        "tpot": span / (several["generated"] - 1),
+        "e2el": done["finished_at"] - done["arrival"],
+        "queue": done["scheduled_at"] - done["arrival"],
+    }
+
+
+def spread(name: str, values_ns: np.ndarray) -> dict[str, float | None]:
+    """`mean_x_ms`, `median_x_ms`, `std_x_ms`, `p50_x_ms`, ... of values in ns; None where there are no values."""
+    keys = [f"{word}_{name}_ms" for word in ("mean", "median", "std", *(f"p{p}" for p in PERCENTILES))]
+    if len(values_ns) == 0:
+        return dict.fromkeys(keys)
+    quantiles = np.percentile(values_ns, PERCENTILES)
+    numbers = (values_ns.mean(), quantiles[0], values_ns.std(), *quantiles)
+    return {key: float(number) / NS_PER_MS for key, number in zip(keys, numbers, strict=True)}
+
+
+def spread_of_gaps(counts: np.ndarray, total_ns: int, count: int) -> dict[str, float | None]:
+    """`spread` for itl, from the engine's histogram of gaps; the mean is exact."""
+    values = gap_values()
+    hit = np.flatnonzero(counts)
+    keys = [f"{word}_itl_ms" for word in ("mean", "median", "std", *(f"p{p}" for p in PERCENTILES))]
+    if count == 0:
+        return dict.fromkeys(keys)
+    cumulative = np.cumsum(counts[hit])
+    ranks = np.array(PERCENTILES) / 100 * (count - 1)
+
+    def at(position):  # the value at a 0-based rank
+        return values[hit[np.searchsorted(cumulative, position, side="right")]]
+
+    low, high = np.floor(ranks), np.ceil(ranks)
+    quantiles = at(low) + (ranks - low) * (at(high) - at(low))
+    mean = total_ns / count
+    std = np.sqrt(np.average((values[hit] - mean) ** 2, weights=counts[hit]))
+    numbers = (mean, quantiles[0], std, *quantiles)
+    return {key: float(number) / NS_PER_MS for key, number in zip(keys, numbers, strict=True)}
+
+
+def gap_values() -> np.ndarray:
+    """The middle of each bucket of the gap histogram, in ns, float64[GAP_BUCKETS]."""
+    bucket = np.arange(st.GAP_BUCKETS)
+    shift = np.maximum(bucket // st.GAP_SUBBUCKETS - 1, 0)
+    mantissa = bucket - shift * st.GAP_SUBBUCKETS
+    return mantissa * 2.0**shift + (2.0**shift - 1) / 2
+
+
+def usage(used_time: np.ndarray) -> dict[str, float]:
+    """Pool usage over the run, 0..1 of the usable blocks, weighted by time: mean, p95, max.
+
+    `used_time` int64[num_gpu_blocks]: ns spent with that many blocks in use.
+    """
+    usable = max(1, len(used_time) - 1)
+    total = int(used_time.sum())
+    if total == 0:
+        return {"mean": 0.0, "p95": 0.0, "max": 0.0}
+    levels = np.flatnonzero(used_time)
+    cumulative = np.cumsum(used_time[levels])
+    p95 = levels[np.searchsorted(cumulative, 0.95 * total)]
+    mean = float((levels * used_time[levels].astype(np.float64)).sum()) / total
+    return {"mean": mean / usable, "p95": float(p95) / usable, "max": float(levels[-1]) / usable}
+
+
+def met_objectives(table: np.ndarray, completed: np.ndarray, objectives_ms: dict[str, float]) -> int:
+    """How many completed requests meet every objective (<=). tpot counts as 0 for a single token, as in vLLM."""
+    done = table[completed]
+    ok = np.ones(len(done), bool)
+    span = done["finished_at"] - done["first_token_at"]
+    by_name = {
+        "ttft": done["first_token_at"] - done["arrival"],
+        "tpot": span / np.maximum(done["generated"] - 1, 1),
+        "e2el": done["finished_at"] - done["arrival"],
+    }
+    for name, limit_ms in objectives_ms.items():
+        ok &= by_name[name] <= limit_ms * NS_PER_MS
+    return int(ok.sum())
+
+
+def is_backlogged(table: np.ndarray, outcomes: np.ndarray) -> bool:
+    """True when the queue still grows over the last third of the arrivals: it is never empty there, and longer
+    on average in the second half of that third than in the first. `table` in order of arrival."""
+    received = table[(outcomes != st.REJECTED) & (table["status"] != st.PENDING)]
+    n = len(received)
+    if n < 12:
+        return False
+    first_times = received["scheduled_at"]
+    scheduled = np.sort(first_times[first_times >= 0])
+    last_third = received["arrival"][-(n // 3) :]
+    arrived = np.arange(n - n // 3, n)  # others that arrived before each of them
+    waiting = arrived - np.searchsorted(scheduled, last_third)
+    half = len(waiting) // 2
+    return bool(waiting.min() > 0 and waiting[half:].mean() > waiting[:half].mean())
+
+
+def verdict(table: np.ndarray, outcomes: np.ndarray, num_preemptions: int, num_admissions: int) -> str:
+    """`overloaded`, `backlogged` or `stable` (the results contract)."""
+    refused = np.isin(outcomes, (st.REJECTED, st.UNSERVABLE, st.TIMED_OUT, st.OOM)).any()
+    if refused or num_preemptions > MANY_PREEMPTIONS * num_admissions:
+        return "overloaded"
+    return "backlogged" if is_backlogged(table, outcomes) else "stable"
+
+
+def throughput(completed: int, input_tokens: int, output_tokens: int, duration_ns: int) -> dict[str, float]:
+    """vLLM's totals and rates per second of `duration_ns`, the time from the first arrival to the last token."""
+    seconds = duration_ns / NS_PER_S
+    per_second = 1 / seconds if seconds > 0 else 0.0
+    return {
+        "duration": seconds,
+        "completed": completed,
+        "total_input_tokens": input_tokens,
+        "total_output_tokens": output_tokens,
+        "request_throughput": completed * per_second,
+        "output_throughput": output_tokens * per_second,
+        "total_token_throughput": (input_tokens + output_tokens) * per_second,
+    }

@@ -1,0 +1,52 @@
+"""Shared by the trace tests: small files on disk, public files beside the repository, equality of columns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvsim.trace.columns import COLUMNS
+
+SHARED = Path(__file__).parents[3] / "shared" / "traces"
+
+
+@pytest.fixture
+def shared():
+    """Path of a file under ../shared/traces, or a skip that says so."""
+
+    def path(name: str) -> Path:
+        if not (SHARED / name).is_file():
+            pytest.skip(f"../shared/traces/{name} is not here")
+        return SHARED / name
+
+    return path
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Write bytes or text under a name and return the path."""
+
+    def write(content: str | bytes, name: str = "trace.csv") -> Path:
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
+
+
+@pytest.fixture
+def assert_same_rows():
+    """All columns of two traces are equal, prefix ids included; where they came from may differ."""
+
+    def check(got, ref):
+        assert (got.has_arrivals, got.prefix_unit) == (ref.has_arrivals, ref.prefix_unit)
+        for name in (*COLUMNS, "prefix_offsets", "prefix_ids"):
+            a, b = getattr(got, name), getattr(ref, name)
+            assert (a is None) == (b is None), name
+            if a is not None:
+                np.testing.assert_array_equal(a, b, err_msg=name)
+                assert a.dtype == b.dtype, name
+
+    return check
