@@ -7,7 +7,25 @@ import importlib
 __version__ = "0.1.0"
 
 # Public name -> module that defines it. Nothing is imported before it is asked for.
-_PUBLIC: dict[str, str] = {}
+_PUBLIC = {
+    "deployment": "kvsim.specs",
+    "load_model": "kvsim.specs",
+    "load_gpu": "kvsim.specs",
+    "Deployment": "kvsim.specs",
+    "fit": "kvsim.memory",
+    "load_trace": "kvsim.trace",
+    "write_trace": "kvsim.trace",
+    "Trace": "kvsim.trace",
+    "make_trace": "kvsim.workload",
+    "azure_like": "kvsim.workload",
+    "lognormal": "kvsim.workload",
+    "geometric": "kvsim.workload",
+    "uniform": "kvsim.workload",
+    "constant": "kvsim.workload",
+    "simulate": "kvsim.run",
+    "Result": "kvsim.result",
+    "UserError": "kvsim.errors",
+}
 
 __all__ = ["__version__", *_PUBLIC]
 

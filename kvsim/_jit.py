@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import os
 import shutil
 import sys
@@ -83,14 +84,13 @@ def source_digest() -> str:
 
 
 def _compiled_sources() -> list[Path]:
-    import kvsim.kernels
-
-    kernels = Path(kvsim.kernels.__file__).resolve().parent
+    kernels = importlib.util.find_spec("kvsim.kernels")
+    folders = [Path(place) for place in kernels.submodule_search_locations] if kernels else []
     return [
         _PACKAGE / "_jit.py",
         _PACKAGE / "units.py",
         *sorted((_PACKAGE / "engine").glob("*.py")),
-        *sorted(kernels.rglob("*.py")),
+        *(path for folder in folders for path in sorted(folder.rglob("*.py"))),
     ]
 
 

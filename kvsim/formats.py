@@ -15,9 +15,8 @@ from kvsim.errors import UserError, did_you_mean
 class Format(msgspec.Struct, frozen=True):
     """A way to store numbers: `bits` an element, and `group_bits` more for every `group` elements.
 
-    `compute` is the number type the GPU multiplies in: "fp32", "fp16_bf16", "fp8" or "int8", the keys of
-    `GpuSpec.tflops_dense` (fp32: half of nothing, see steptime). `min_capability` is the oldest NVIDIA
-    compute capability that vLLM runs the format on.
+    `compute` is what the GPU multiplies in, as `GpuSpec.tflops` takes it: "fp32", "fp16_bf16", "fp8" or
+    "int8". `min_capability` is the oldest NVIDIA compute capability that vLLM runs the format on.
     """
 
     name: str
@@ -83,12 +82,9 @@ KV_FORMATS = {
         Format("fp8_e5m2", 8, source="no scales"),
     )
 }
-_KV_ALIASES = {
-    "fp8": "fp8_e4m3", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32",
-    "float": "float32",
-}  # fmt: skip
-
+# Other spellings of a dtype, and what vLLM's "fp8" cache is.
 DTYPES = {"half": "float16", "float": "float32", "fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+_KV_ALIASES = {**DTYPES, "fp8": "fp8_e4m3"}
 _WEIGHT_OF_DTYPE = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 

@@ -81,10 +81,11 @@ def simulate(
     If the deployment cannot start, nothing is replayed: the result's verdict is `does_not_start` and its one
     event says which term breaks it. Raises UserError for a trace or an option that cannot be used.
     """
-    from kvsim import memory, steptime
+    from kvsim import memory, specs, steptime
     from kvsim.result import Result
 
     prepare_started = time.perf_counter()
+    specs.check_simulated(deployment)
     record = _record_level(record, len(trace))
     settings = deployment.settings
     budget = memory.fit(deployment)

@@ -241,11 +241,10 @@ def deployment(model: str | Path | ModelSpec, *, gpu: str | GpuSpec, **settings)
     notes = [*_format_notes(model, gpu, given)]
     resolved, more = _resolve_sizes(model, gpu, given)
     notes += more
-    if given.engine == "vllm":
-        notes.append(
-            "prefix caching and asynchronous scheduling are off: vLLM turns both on, kvsim does not simulate"
-            " them yet"
-        )
+    notes.append(
+        "prefix caching and asynchronous scheduling are off: vLLM turns both on, kvsim does not simulate"
+        " them yet"
+    )
     return Deployment(model=model, gpu=gpu, settings=resolved, asked=asked, notes=tuple(notes))
 
 
@@ -257,7 +256,7 @@ def _read_settings(asked: dict) -> EngineSettings:
             raise UserError(f"there is no engine setting {name!r}{did_you_mean(name, fields)}")
         wants = fields[name].type
         if isinstance(value, str) and int in getattr(wants, "__args__", (wants,)):
-            value = parse_bytes(value) if name == "kv_cache_memory_bytes" else parse_count(value)
+            value = _bytes(value) if name == "kv_cache_memory_bytes" else parse_count(value)
         elif isinstance(value, Path):
             value = str(value)
         elif hasattr(value, "item"):  # a NumPy number out of a sweep

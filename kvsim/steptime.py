@@ -97,7 +97,7 @@ def roofline(dep: Deployment, efficiencies: Efficiencies = DEFAULT_EFFICIENCIES)
     linear_s = np.zeros_like(tokens)
     sampled_s = np.zeros_like(sampled)
     for op in _products(model.parts):
-        if op[0].where == "last":
+        if op[0].op == "lm_head":
             sampled_s += _product_seconds(dep, op, sampled, e)
         else:
             linear_s += model.layers_where(op[0].where) * _product_seconds(dep, op, tokens, e)

@@ -73,8 +73,11 @@ class Lengths(NamedTuple):
 def lognormal(median: float, sigma: float) -> Lengths:
     """exp(normal(ln median, sigma)) rounded, at least 1: half of the lengths are below `median`; the mean is
     median * exp(sigma**2 / 2)."""
-    _check(0 < median <= MAX_TOKENS and 0 <= sigma < 100, f"lognormal({median}, {sigma})",
-           "a median above 0 and a sigma of the logarithm, such as lognormal(512, 1.1)")
+    _check(
+        0 < median <= MAX_TOKENS and 0 <= sigma < 100,
+        f"lognormal({median}, {sigma})",
+        "a median above 0 and a sigma of the logarithm, such as lognormal(512, 1.1)",
+    )
     return Lengths("lognormal", (median, sigma))
 
 
@@ -92,8 +95,11 @@ def constant(n: int) -> Lengths:
 
 def uniform(low: int, high: int) -> Lengths:
     """Whole numbers from low to high, both included, all equally likely."""
-    _check(0 <= low <= high <= MAX_TOKENS and low == int(low) and high == int(high),
-           f"uniform({low}, {high})", "two whole numbers in order, such as uniform(64, 512)")
+    _check(
+        0 <= low <= high <= MAX_TOKENS and low == int(low) and high == int(high),
+        f"uniform({low}, {high})",
+        "two whole numbers in order, such as uniform(64, 512)",
+    )
     return Lengths("uniform", (int(low), int(high)))
 
 
@@ -101,10 +107,20 @@ def table(p, v) -> Lengths:
     """An inverse CDF: at probabilities p (rising from 0 to 1) the lengths v (never falling), linear between
     them, floor(0.5 + value). Stratified: n draws meet the table as closely as n numbers can."""
     p, v = tuple(map(float, p)), tuple(map(float, v))
-    good = len(p) == len(v) >= 2 and p[0] == 0 and p[-1] == 1 and all(map(float.__le__, p, p[1:])) \
-        and all(map(float.__le__, v, v[1:])) and 0 <= v[0] and v[-1] <= MAX_TOKENS
-    _check(good, f"table of {len(p)} p and {len(v)} v",
-           "p rising from 0 to 1 and as many v that never fall, such as table([0, 0.5, 1], [1, 100, 4000])")
+    good = (
+        len(p) == len(v) >= 2
+        and p[0] == 0
+        and p[-1] == 1
+        and all(map(float.__le__, p, p[1:]))
+        and all(map(float.__le__, v, v[1:]))
+        and 0 <= v[0]
+        and v[-1] <= MAX_TOKENS
+    )
+    _check(
+        good,
+        f"table of {len(p)} p and {len(v)} v",
+        "p rising from 0 to 1 and as many v that never fall, such as table([0, 0.5, 1], [1, 100, 4000])",
+    )
     return Lengths("table", (p, v))
 
 
@@ -118,25 +134,43 @@ def parse_lengths(text: str) -> Lengths:
             data = json.loads(Path(rest).read_text(encoding="utf-8"))
             return table(data["p"], data["v"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f'{rest}: is not a table of lengths ({error!r}); write JSON {{"p": [0, ..., 1], '
-                            '"v": [...]}}') from None
+            raise UserError(
+                f'{rest}: is not a table of lengths ({error!r}); write JSON {{"p": [0, ..., 1], '
+                '"v": [...]}}'
+            ) from None
     if kind not in makers:
-        raise UserError(f"{text!r} is no distribution of lengths{did_you_mean(kind, [*makers, 'table'])}; "
-                        "write lognormal:512,1.1, geometric:200, constant:128, uniform:64,512 or table:FILE")
+        raise UserError(
+            f"{text!r} is no distribution of lengths{did_you_mean(kind, [*makers, 'table'])}; "
+            "write lognormal:512,1.1, geometric:200, constant:128, uniform:64,512 or table:FILE"
+        )
     try:
-        return makers[kind](*(float(number) if kind in ("lognormal", "geometric") else int(number)
-                              for number in rest.split(",")))
+        return makers[kind](
+            *(
+                float(number) if kind in ("lognormal", "geometric") else int(number)
+                for number in rest.split(",")
+            )
+        )
     except (ValueError, TypeError, OverflowError):
-        raise UserError(f"{text!r} has the wrong numbers for {kind}; write lognormal:MEDIAN,SIGMA, "
-                        "geometric:MEAN, constant:N or uniform:LOW,HIGH") from None
+        raise UserError(
+            f"{text!r} has the wrong numbers for {kind}; write lognormal:MEDIAN,SIGMA, "
+            "geometric:MEAN, constant:N or uniform:LOW,HIGH"
+        ) from None
 
 
 PROMPT, OUTPUT = lognormal(512, 1.1), geometric(200)  # lengths when none are given
 
 
-def make_trace(*, rate: float, requests: int | None = None, duration_s: float | None = None,
-               prompt: Lengths = PROMPT, output: Lengths = OUTPUT, arrivals: str = "poisson",
-               burstiness: float = 1.0, seed: int = DEFAULT_SEED) -> Trace:
+def make_trace(
+    *,
+    rate: float,
+    requests: int | None = None,
+    duration_s: float | None = None,
+    prompt: Lengths = PROMPT,
+    output: Lengths = OUTPUT,
+    arrivals: str = "poisson",
+    burstiness: float = 1.0,
+    seed: int = DEFAULT_SEED,
+) -> Trace:
     """A generated Trace: arrivals of one kind at a constant mean rate, lengths independent of them.
 
     rate        requests/s in the mean
@@ -153,14 +187,23 @@ def make_trace(*, rate: float, requests: int | None = None, duration_s: float | 
     kinds = ("poisson", "gamma", "constant")
     _check(arrivals in kinds, f"arrivals {arrivals!r}", ", ".join(kinds))
     _check(0.01 <= burstiness <= 1e6, f"burstiness {burstiness}", "a gamma shape from 0.01 to 1e6")
-    _check(burstiness == 1 or arrivals == "gamma", f"burstiness {burstiness} with {arrivals} arrivals",
-           "arrivals='gamma' with it")
+    _check(
+        burstiness == 1 or arrivals == "gamma",
+        f"burstiness {burstiness} with {arrivals} arrivals",
+        "arrivals='gamma' with it",
+    )
     _check(requests is not None or duration_s is not None, "neither requests nor duration_s", "one of them")
-    _check(requests is None or (requests == int(requests) and 1 <= requests <= MAX_REQUESTS),
-           f"requests {requests}", f"a whole number from 1 to {MAX_REQUESTS:,}")
+    _check(
+        requests is None or (requests == int(requests) and 1 <= requests <= MAX_REQUESTS),
+        f"requests {requests}",
+        f"a whole number from 1 to {MAX_REQUESTS:,}",
+    )
     _check(duration_s is None or duration_s > 0, f"duration_s {duration_s}", "a time above 0")
-    _check(requests is not None or rate * duration_s <= MAX_REQUESTS,
-           f"duration_s {duration_s} at rate {rate}", f"a time that makes at most {MAX_REQUESTS:,} requests")
+    _check(
+        requests is not None or rate * duration_s <= MAX_REQUESTS,
+        f"duration_s {duration_s} at rate {rate}",
+        f"a time that makes at most {MAX_REQUESTS:,} requests",
+    )
 
     n = int(requests if requests is not None else rate * duration_s + 6 * math.sqrt(rate * duration_s) + 10)
     while True:
@@ -169,18 +212,31 @@ def make_trace(*, rate: float, requests: int | None = None, duration_s: float | 
             break
         n *= 2  # an unlucky draw; its start stays the same
     if duration_s is not None:
-        seconds = seconds[:np.searchsorted(seconds, duration_s)]
+        seconds = seconds[: np.searchsorted(seconds, duration_s)]
     _check(seconds[-1] < 2.0**63 / NS_PER_S, f"rate {rate}", "one that ends within 292 years")
-    arguments = {"rate": rate, "requests": requests, "duration_s": duration_s, "prompt": prompt,
-                 "output": output, "arrivals": arrivals, "burstiness": burstiness, "seed": seed}
-    return _generated("made", f"make_trace({', '.join(f'{k}={v!r}' for k, v in arguments.items())})", seed,
-                      arrival_ns=np.rint(seconds * NS_PER_S).astype(np.int64),
-                      prompt_tokens=prompt.draw(seed, _PROMPT, len(seconds)),
-                      output_tokens=output.draw(seed, _OUTPUT, len(seconds)))
+    arguments = {
+        "rate": rate,
+        "requests": requests,
+        "duration_s": duration_s,
+        "prompt": prompt,
+        "output": output,
+        "arrivals": arrivals,
+        "burstiness": burstiness,
+        "seed": seed,
+    }
+    return _generated(
+        "made",
+        f"make_trace({', '.join(f'{k}={v!r}' for k, v in arguments.items())})",
+        seed,
+        arrival_ns=np.rint(seconds * NS_PER_S).astype(np.int64),
+        prompt_tokens=prompt.draw(seed, _PROMPT, len(seconds)),
+        output_tokens=output.draw(seed, _OUTPUT, len(seconds)),
+    )
 
 
-def azure_like(kind: str, *, requests: int | None = None, rate: float | None = None,
-               seed: int = DEFAULT_SEED) -> Trace:
+def azure_like(
+    kind: str, *, requests: int | None = None, rate: float | None = None, seed: int = DEFAULT_SEED
+) -> Trace:
     """An hour like the Azure LLM inference traces of 2023: "conv" (19,366 requests) or "code" (8,819).
 
     Parameters, method and attribution: traces/azure_like.json. Lengths meet the published percentiles on
@@ -206,11 +262,22 @@ def azure_like(kind: str, *, requests: int | None = None, rate: float | None = N
         output = table(**spec["output"]).draw(seed, _OUTPUT, n)
     if rate is not None and n > 1:
         seconds = seconds * (n / rate / seconds[-1])
-    words = ["kvsim trace make --like", f"azure-{kind}", *(["--requests", str(requests)] if requests else []),
-             *(["--rate", str(rate)] if rate else []), "--seed", str(seed)]
-    return _generated(f"azure-{kind}-like", " ".join(words), seed,
-                      arrival_ns=np.rint(seconds * 1e6).astype(np.int64) * NS_PER_US,
-                      prompt_tokens=prompt, output_tokens=output)
+    words = [
+        "kvsim trace make --like",
+        f"azure-{kind}",
+        *(["--requests", str(requests)] if requests else []),
+        *(["--rate", str(rate)] if rate else []),
+        "--seed",
+        str(seed),
+    ]
+    return _generated(
+        f"azure-{kind}-like",
+        " ".join(words),
+        seed,
+        arrival_ns=np.rint(seconds * 1e6).astype(np.int64) * NS_PER_US,
+        prompt_tokens=prompt,
+        output_tokens=output,
+    )
 
 
 class _SystemPrompt(NamedTuple):
@@ -221,9 +288,12 @@ class _SystemPrompt(NamedTuple):
 
 _CHAT_UNIT = 16
 _CHAT_PROMPTS = (
-    _SystemPrompt("chat", 208, 0.34), _SystemPrompt("chat", 320, 0.22),
-    _SystemPrompt("chat", 448, 0.14), _SystemPrompt("chat", 640, 0.08),
-    _SystemPrompt("assist", 1024, 0.14), _SystemPrompt("assist", 1536, 0.08),
+    _SystemPrompt("chat", 208, 0.34),
+    _SystemPrompt("chat", 320, 0.22),
+    _SystemPrompt("chat", 448, 0.14),
+    _SystemPrompt("chat", 640, 0.08),
+    _SystemPrompt("assist", 1024, 0.14),
+    _SystemPrompt("assist", 1536, 0.08),
 )
 _CHAT_OUTPUT = {"chat": lognormal(160, 0.7), "assist": lognormal(60, 0.8)}
 
@@ -254,15 +324,24 @@ def chat_small(*, seed: int = DEFAULT_SEED) -> Trace:
     place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], blocks)
     own = place >= np.repeat(shared[picked], blocks)
     ids = np.where(own, shared.sum() + np.cumsum(own) - 1, np.repeat(first_id[picked], blocks) + place)
-    return _generated("chat-small", f"kvsim trace make --like chat-small --seed {seed}", seed,
-                      arrival_ns=np.rint(bare.arrival_ns / NS_PER_US).astype(np.int64) * NS_PER_US,
-                      prompt_tokens=prompt, output_tokens=output.astype(np.int32), request_class=classes,
-                      prefix_offsets=offsets, prefix_ids=ids, prefix_unit=_CHAT_UNIT)
+    return _generated(
+        "chat-small",
+        f"kvsim trace make --like chat-small --seed {seed}",
+        seed,
+        arrival_ns=np.rint(bare.arrival_ns / NS_PER_US).astype(np.int64) * NS_PER_US,
+        prompt_tokens=prompt,
+        output_tokens=output.astype(np.int32),
+        request_class=classes,
+        prefix_offsets=offsets,
+        prefix_ids=ids,
+        prefix_unit=_CHAT_UNIT,
+    )
 
 
 def _generated(name: str, source: str, seed: int, **columns) -> Trace:
-    trace = Trace(name=name, source=source, format="generated", notes=(f"generated with seed {seed}",),
-                  **columns)
+    trace = Trace(
+        name=name, source=source, format="generated", notes=(f"generated with seed {seed}",), **columns
+    )
     return replace(trace, sha256=columns_sha256(trace))
 
 
@@ -326,6 +405,7 @@ def _bursts(spec: dict, seed: int, n: int) -> np.ndarray:
     per_round = spec["bursts_per_round"]
     rounds = 1
     while True:
+
         def draw(stream, rounds=rounds):
             return np.concatenate([stratified(seed, stream + 100 * r, per_round) for r in range(rounds)])
 

@@ -22,8 +22,8 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     where: "every", "dense" or "moe" layer; "first" (embedding) or "last" (head, final norm) pipeline stage.
     split: what tensor parallelism does: it divides "columns" or "rows", "kv" columns down to whole KV heads,
     "vocab" after padding the vocabulary to a multiple of 64, and replicates "none".
-    linear: a matrix product, stored in the quantised format if there is one. op: the fused product in which
-    an engine computes it.
+    linear: stored in the quantised format if there is one. op: the fused matrix product in which an engine
+    uses it, "" for none; a tied embedding is used as lm_head.
     """
 
     name: str
@@ -302,14 +302,13 @@ def from_config(config: dict, *, name: str, where: str, facts: dict | None = Non
     if c.get("word_embed_proj_dim", hidden) != hidden:
         raise c.fail("word_embed_proj_dim differs from hidden_size, which is not supported yet")
     moe_layers = _moe_layers(c, family, layers)
-    dense_size = c.size("intermediate_size", None if len(moe_layers) < layers else 0, least=0)
-    if model_type == "falcon" and not dense_size:
-        dense_size = 4 * hidden
-    if len(moe_layers) < layers and not dense_size:
-        raise c.fail("'intermediate_size' is missing, and a model cannot be sized without it")
-    context = _context(c)
-    parts = tuple(_parts(c, family, hidden, heads, kv_heads, head_dim, dense_size, moe_layers))
+    if len(moe_layers) == layers:
+        dense_size = c.size("intermediate_size", 0, least=0)
+    else:
+        dense_size = c.size("intermediate_size", 4 * hidden if model_type == "falcon" else None)
+    context = _context(c, 2048 if model_type == "falcon" else None)
     tied = bool(c.get("tie_word_embeddings", family.tied))
+    parts = tuple(_parts(c, family, hidden, heads, kv_heads, head_dim, dense_size, moe_layers, tied))
     groups = _layer_groups(c, family, layers, kv_heads, head_dim, context)
     rotary_dim = c.size("qk_rope_head_dim") if family.mla else head_dim * c.number("partial_rotary_factor", 1)
     quantization = c.get("quantization_config")
@@ -342,7 +341,7 @@ def from_config(config: dict, *, name: str, where: str, facts: dict | None = Non
         moe_intermediate_size=_moe_size(c) if moe_layers else 0,
         moe_layers=moe_layers,
         layer_groups=groups,
-        parts=tuple(p for p in parts if not (tied and p.name == "lm_head")),
+        parts=parts,
         **values,
     )
     total = sum(spec.params_by_component().values())
@@ -425,12 +424,12 @@ def _moe_size(c: _Config) -> int:
     return c.size("moe_intermediate_size", c.get("intermediate_size"))
 
 
-def _context(c: _Config) -> int:
+def _context(c: _Config, default: int | None = None) -> int:
     """The longest context an engine derives: positions, times the factor of a rotary scaling that extends.
 
     yarn starts from its original length; longrope, su and llama3 are already in max_position_embeddings.
     """
-    positions = c.size("max_position_embeddings")
+    positions = c.size("max_position_embeddings", default)
     scaling = c.get("rope_scaling") or c.get("rope_parameters")
     if not isinstance(scaling, dict):
         return positions
@@ -527,12 +526,14 @@ def _parts(
     head_dim: int,
     dense_size: int,
     moe_layers: tuple[int, ...],
+    tied: bool,
 ) -> Iterator[Part]:
     vocab = c.size("vocab_size")
     norm = hidden * (2 if family.norm_bias else 1)
     yield Part(
-        name="embed_tokens", component="embedding", rows=vocab, cols=hidden, where="first", split="vocab"
-    )
+        name="embed_tokens", component="embedding", rows=vocab, cols=hidden, where="first", split="vocab",
+        op="lm_head" if tied else "",
+    )  # fmt: skip
     if family.learned_positions >= 0:
         rows = c.size("max_position_embeddings") + family.learned_positions
         yield Part(name="embed_positions", component="embedding", rows=rows, cols=hidden, where="first")
@@ -548,9 +549,11 @@ def _parts(
     if moe_layers:
         yield from _moe_parts(c, family, hidden)
     yield Part(name="norm", component="norms", rows=1, cols=norm, where="last")
-    yield Part(
-        name="lm_head", component="head", rows=hidden, cols=vocab, where="last", split="vocab", op="lm_head"
-    )
+    if not tied:
+        yield Part(
+            name="lm_head", component="head", rows=hidden, cols=vocab, where="last", split="vocab",
+            op="lm_head",
+        )  # fmt: skip
     if family.head_bias:
         yield Part(name="lm_head.bias", component="head", rows=1, cols=vocab, where="last", split="vocab")
 

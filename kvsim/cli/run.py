@@ -159,9 +159,7 @@ def _deployment(args):
         print(f"kvsim: warning: {warning}", file=sys.stderr)
     if args.pasted is not None and args.gpu is None:
         raise UserError("a pasted command line does not say which GPU; give --gpu NAME before the --")
-    deployment = specs.deployment(model or DEFAULT_MODEL, gpu=args.gpu or DEFAULT_GPU, **settings)
-    specs.check_simulated(deployment)
-    return deployment
+    return specs.deployment(model or DEFAULT_MODEL, gpu=args.gpu or DEFAULT_GPU, **settings)
 
 
 def _trace(args):

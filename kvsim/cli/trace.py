@@ -19,24 +19,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `make` and its flags to the parser of `kvsim trace`."""
     verbs = parser.add_subparsers(dest="action", metavar="make", required=True)
     make = verbs.add_parser(
-        "make", help="make a trace from distributions or like a known one", epilog=_EXAMPLE,
+        "make",
+        help="make a trace from distributions or like a known one",
+        epilog=_EXAMPLE,
         description="Make a trace. Without --out it only says what the trace would be.",
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = make.add_argument
     add("--like", choices=("azure-conv", "azure-code", "chat-small"), help="like this one instead")
-    add("--arrivals", choices=("poisson", "gamma", "constant"),
-        help="gaps between requests (default poisson; gamma when --burstiness is given)")
+    add(
+        "--arrivals",
+        choices=("poisson", "gamma", "constant"),
+        help="gaps between requests (default poisson; gamma when --burstiness is given)",
+    )
     add("--rate", type=float, metavar="R", help="requests per second; with --like, stretch its clock to this")
     add("--burstiness", type=float, metavar="K", help="gamma shape, as vLLM's: below 1 is burstier")
     add("--requests", metavar="N", help="how many, such as 50k")
     add("--duration", type=float, metavar="SECONDS", help="only arrivals before this time")
-    add("--prompt", metavar="DIST",
+    add(
+        "--prompt",
+        metavar="DIST",
         help="lognormal:MEDIAN,SIGMA | geometric:MEAN | uniform:LOW,HIGH | constant:N | table:FILE "
-        "(default lognormal:512,1.1)")
+        "(default lognormal:512,1.1)",
+    )
     add("--output", metavar="DIST", help="likewise (default geometric:200)")
     add("--seed", type=int, default=0, metavar="N", help="default 0, never the clock")
-    add("-o", "--out", metavar="PATH",
-        help="write here: .parquet (all columns), .jsonl (Mooncake) or .csv (Azure), the last two also .gz")
+    add(
+        "-o",
+        "--out",
+        metavar="PATH",
+        help="write here: .parquet (all columns), .jsonl (Mooncake) or .csv (Azure), the last two also .gz",
+    )
     add("--format", metavar="NAME", help="kvsim (Parquet), mooncake, azure or vidur, whatever the name says")
     add("--json", action="store_true", help="the same as JSON")
 
@@ -49,8 +62,18 @@ def main(args: argparse.Namespace) -> int:
     notes = write_trace(trace, args.out, args.format) if args.out else ()
     about = trace.describe()
     if args.json:
-        print(json.dumps({**about, "seed": args.seed, "made_by": trace.source, "sha256": trace.sha256,
-                          "out": args.out, "notes": list(notes)}))
+        print(
+            json.dumps(
+                {
+                    **about,
+                    "seed": args.seed,
+                    "made_by": trace.source,
+                    "sha256": trace.sha256,
+                    "out": args.out,
+                    "notes": list(notes),
+                }
+            )
+        )
         return 0
     rate = f"{about['rate']:,.3f} requests/s" if about["rate"] else "-"
     print(f"{'requests':10}{about['rows']:,}")
@@ -58,8 +81,9 @@ def main(args: argparse.Namespace) -> int:
     print(f"{'rate':10}{rate}")
     for name in ("prompt", "output"):
         tokens = about[name]
-        print(f"{name:10}mean {tokens['mean']:,.1f}, p50 {tokens['p50']:,.0f}, p99 {tokens['p99']:,.0f} "
-              "tokens")
+        print(
+            f"{name:10}mean {tokens['mean']:,.1f}, p50 {tokens['p50']:,.0f}, p99 {tokens['p99']:,.0f} tokens"
+        )
     print(f"{'seed':10}{args.seed}")
     for note in notes:
         print(note)
@@ -87,8 +111,12 @@ def _made(args: argparse.Namespace):
         raise UserError("trace make needs --requests N or --duration SECONDS")
     burstiness = 1.0 if args.burstiness is None else args.burstiness
     return workload.make_trace(
-        rate=args.rate, requests=requests, duration_s=args.duration,
+        rate=args.rate,
+        requests=requests,
+        duration_s=args.duration,
         prompt=workload.parse_lengths(args.prompt or "lognormal:512,1.1"),
         output=workload.parse_lengths(args.output or "geometric:200"),
-        arrivals=args.arrivals or ("poisson" if args.burstiness is None else "gamma"), burstiness=burstiness,
-        seed=args.seed)
+        arrivals=args.arrivals or ("poisson" if args.burstiness is None else "gamma"),
+        burstiness=burstiness,
+        seed=args.seed,
+    )

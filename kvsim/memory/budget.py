@@ -79,7 +79,9 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes on the GPU that binds (the pipeline stage with the fewest blocks), and the pool they leave.
 
     `kv_bytes` is what is available for KV blocks; `num_gpu_blocks` counts the null block, as vLLM does.
-    `context_bytes` is information: it is outside `requested_bytes`. `failure` is None if the engine starts.
+    `requested_bytes` = weights + activation + non_torch + cuda_graph (from 0.21 on) + kv, unless
+    kv_cache_memory_bytes sets the pool: then it is all that is free. `context_bytes` is information: it is
+    outside `requested_bytes`. `failure` is None if the engine starts.
     """
 
     total_bytes: int

@@ -61,12 +61,16 @@ class Trace:
         The first kept request then arrives at 0. UserError when nothing is left or there are no arrivals.
         """
         self._need_arrivals("a time range")
-        ends = [len(self) if s is None else int(np.searchsorted(self.arrival_ns, _seconds(s)))
-                for s in (0 if from_s is None else from_s, to_s)]
+        ends = [
+            len(self) if s is None else int(np.searchsorted(self.arrival_ns, _seconds(s)))
+            for s in (0 if from_s is None else from_s, to_s)
+        ]
         if ends[0] >= ends[1]:
             span = self.arrival_ns[-1] / NS_PER_S if len(self) else 0.0
-            raise UserError(f"no request of {self.name} arrives from {from_s} to {to_s} s; "
-                            f"its arrivals span 0 to {span:.3f} s")
+            raise UserError(
+                f"no request of {self.name} arrives from {from_s} to {to_s} s; "
+                f"its arrivals span 0 to {span:.3f} s"
+            )
         return self._rows(slice(*ends))
 
     def scale_rate(self, x: float) -> Trace:
@@ -86,12 +90,16 @@ class Trace:
         """
         _positive("rate", rate)
         gaps = -np.log1p(-uniforms(seed, _ARRIVALS, max(len(self) - 1, 0)))
-        seconds = np.concatenate([[0.0], np.cumsum(gaps)])[:len(self)] / rate
+        seconds = np.concatenate([[0.0], np.cumsum(gaps)])[: len(self)] / rate
         if len(seconds) and not seconds[-1] < MAX_NS / NS_PER_S:
             raise UserError(f"rate {rate} makes {self.name} longer than int64 nanoseconds can say; raise it")
         note = f"arrivals are Poisson at {rate:g} requests/s, seed {seed}"
-        return replace(self, arrival_ns=np.rint(seconds * NS_PER_S).astype(np.int64), has_arrivals=True,
-                       notes=(*self.notes, note))
+        return replace(
+            self,
+            arrival_ns=np.rint(seconds * NS_PER_S).astype(np.int64),
+            has_arrivals=True,
+            notes=(*self.notes, note),
+        )
 
     def clip_prompt(self, n: int) -> Trace:
         """Prompts of at most n >= 1 tokens, prefix ids cut to ceil(n / unit); notes say how many."""
@@ -100,8 +108,11 @@ class Trace:
         longer = int(np.count_nonzero(self.prompt_tokens > n))
         if not longer:
             return self
-        clipped = replace(self, prompt_tokens=np.minimum(self.prompt_tokens, n).astype(np.int32),
-                          notes=(*self.notes, f"{longer:,} prompts were clipped to {n:,} tokens"))
+        clipped = replace(
+            self,
+            prompt_tokens=np.minimum(self.prompt_tokens, n).astype(np.int32),
+            notes=(*self.notes, f"{longer:,} prompts were clipped to {n:,} tokens"),
+        )
         if self.prefix_unit:
             keep = np.minimum(np.diff(self.prefix_offsets), -(-n // self.prefix_unit))
             offsets, ids = _gather(self.prefix_offsets[:-1], keep, self.prefix_ids)
@@ -112,8 +123,13 @@ class Trace:
         """For people: rows, span_s, rate (rows / span, None without arrivals), and mean, p50 and p99 of
         prompt and output tokens (linear percentiles)."""
         span_s = float(self.arrival_ns[-1]) / NS_PER_S if len(self) else 0.0
-        return {"rows": len(self), "span_s": span_s, "rate": len(self) / span_s if span_s else None,
-                "prompt": _length_summary(self.prompt_tokens), "output": _length_summary(self.output_tokens)}
+        return {
+            "rows": len(self),
+            "span_s": span_s,
+            "rate": len(self) / span_s if span_s else None,
+            "prompt": _length_summary(self.prompt_tokens),
+            "output": _length_summary(self.output_tokens),
+        }
 
     def sorted_by_arrival(self) -> Trace:
         """Rows by arrival, ties in the order they had, the first at 0: what a reader ends with."""
@@ -143,7 +159,8 @@ class Trace:
         picked["arrival_ns"] = picked["arrival_ns"] - picked["arrival_ns"][0]
         if self.prefix_unit:
             picked["prefix_offsets"], picked["prefix_ids"] = _gather(
-                self.prefix_offsets[:-1][rows], np.diff(self.prefix_offsets)[rows], self.prefix_ids)
+                self.prefix_offsets[:-1][rows], np.diff(self.prefix_offsets)[rows], self.prefix_ids
+            )
         return replace(self, **picked)
 
     def _need_arrivals(self, what: str) -> None:

@@ -48,8 +48,12 @@ def read(source: Source, schema: Schema, names: Sequence[str]) -> Rows:
                 columns[role].append(convert[role](value))
             except ValueError as reason:
                 key = names[at[role]]
-                raise source.error(f"{key} is missing; add it or remove the row" if value is msgspec.UNSET
-                                   else f"{key} is {shown(value)}, {reason}", line) from None
+                raise source.error(
+                    f"{key} is missing; add it or remove the row"
+                    if value is msgspec.UNSET
+                    else f"{key} is {shown(value)}, {reason}",
+                    line,
+                ) from None
         if schema.prefix:
             _append_ids(source, line, schema, row.prefix, columns["prompt"][-1], unit, offsets, ids)
     prefix = {"prefix_offsets": np.array(offsets), "prefix_ids": np.array(ids)} if unit else {}
@@ -59,37 +63,54 @@ def read(source: Source, schema: Schema, names: Sequence[str]) -> Rows:
 def _decoder(keys: dict[str, str]):
     """A typed decoder that only looks at these keys; numbers with a point or exponent stay exact decimals."""
     missing = {"prefix": None, "request_class": None, "request_id": None}
-    fields = [(role, list[int] | None if role == "prefix" else object, missing.get(role, msgspec.UNSET))
-              for role in keys]
+    fields = [
+        (role, list[int] | None if role == "prefix" else object, missing.get(role, msgspec.UNSET))
+        for role in keys
+    ]
     row = msgspec.defstruct("Row", fields, rename=keys, gc=False)
     return msgspec.json.Decoder(row, float_hook=decimal).decode
 
 
-def _append_ids(source: Source, line: int, schema: Schema, row_ids: list[int] | None, prompt: int, unit: int,
-                offsets: array, ids: array) -> None:
+def _append_ids(
+    source: Source,
+    line: int,
+    schema: Schema,
+    row_ids: list[int] | None,
+    prompt: int,
+    unit: int,
+    offsets: array,
+    ids: array,
+) -> None:
     if not unit:
         if row_ids is not None:
-            raise source.error(f"{schema.prefix} is there although the first row has none; give it to every "
-                               "row or to none", line)
+            raise source.error(
+                f"{schema.prefix} is there although the first row has none; give it to every row or to none",
+                line,
+            )
         return
     row_ids = row_ids or []
     needed = -(-prompt // unit)
     if len(row_ids) != needed:
-        raise source.error(f"{schema.prefix} has {len(row_ids)} ids, but {prompt:,} prompt tokens need "
-                           f"{needed} at a block size of {unit}; give the block size that the ids were made "
-                           "with (--prefix-unit) or correct the row", line)
+        raise source.error(
+            f"{schema.prefix} has {len(row_ids)} ids, but {prompt:,} prompt tokens need "
+            f"{needed} at a block size of {unit}; give the block size that the ids were made "
+            "with (--prefix-unit) or correct the row",
+            line,
+        )
     try:
         ids.extend(row_ids)
     except OverflowError:
-        raise source.error(f"{schema.prefix} holds an id beyond 64 signed bits; number the blocks anew",
-                           line) from None
+        raise source.error(
+            f"{schema.prefix} holds an id beyond 64 signed bits; number the blocks anew", line
+        ) from None
     offsets.append(len(ids))
 
 
 def _unit(source: Source, schema: Schema) -> int:
     if not schema.prefix_unit:
-        raise source.error(f"does not say how many tokens one of its {schema.prefix} stands for; give it "
-                           "(--prefix-unit)")
+        raise source.error(
+            f"does not say how many tokens one of its {schema.prefix} stands for; give it (--prefix-unit)"
+        )
     return schema.prefix_unit
 
 
@@ -118,5 +139,8 @@ def _broken(source: Source, line: int, data: bytes, error: Exception):
         reason = str(error)
         if b"NaN" in data or b"Infinity" in data:
             reason += "; JSON has no NaN or Infinity"
-    return source.error(f"is no JSON object that holds a request ({reason}); correct or remove it, or "
-                        "download the file again if it is cut short", line)
+    return source.error(
+        f"is no JSON object that holds a request ({reason}); correct or remove it, or "
+        "download the file again if it is cut short",
+        line,
+    )

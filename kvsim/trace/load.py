@@ -20,8 +20,14 @@ from kvsim.trace.values import DECIMALS
 _READERS = {"csv": tables, "jsonl": jsonl, "parquet": parquet}
 
 
-def load_trace(source: str | os.PathLike, *, format: str | None = None, columns: object = None,
-               time_unit: str | None = None, prefix_unit: int | None = None) -> Trace:
+def load_trace(
+    source: str | os.PathLike,
+    *,
+    format: str | None = None,
+    columns: object = None,
+    time_unit: str | None = None,
+    prefix_unit: int | None = None,
+) -> Trace:
     """A trace file, gzip or plain, or a bundled trace by name, as columns.
 
     source       path, or "azure-conv-like", "azure-code-like", "chat-small"
@@ -36,8 +42,10 @@ def load_trace(source: str | os.PathLike, *, format: str | None = None, columns:
     returns half a file. Reads the file more than once; memory is that of the columns plus a block of text.
     """
     if columns is not None:
-        raise UserError("columns is not built yet; rename the file's columns to those of a known format, "
-                        "such as arrived_at, num_prefill_tokens, num_decode_tokens")
+        raise UserError(
+            "columns is not built yet; rename the file's columns to those of a known format, "
+            "such as arrived_at, num_prefill_tokens, num_decode_tokens"
+        )
     file = find(source)
     try:
         kind = container(file)
@@ -79,13 +87,17 @@ def _in_order(file: Source, schema: Schema, rows: Rows, sha256: str, prefix_unit
     if prefix_unit is not None and rows.prefix_ids is None:
         raise file.error("has no prefix ids, so prefix_unit means nothing; leave it out")
     notes = [*rows.notes]
-    for tokens, name, cause in ((rows.prompt, schema.prompt, "empty_prompt"),
-                                (rows.output, schema.output, "no_output_requested")):
+    for tokens, name, cause in (
+        (rows.prompt, schema.prompt, "empty_prompt"),
+        (rows.output, schema.output, "no_output_requested"),
+    ):
         zeros = np.count_nonzero(tokens == 0)
         if zeros:
             where = rows.where(int(np.argmax(tokens == 0)))
-            notes.append(f"{file.shown}: {where}: {name} is 0, in {zeros:,} of {n:,} requests of which this "
-                         f"is the first; they will be rejected as {cause}")
+            notes.append(
+                f"{file.shown}: {where}: {name} is 0, in {zeros:,} of {n:,} requests of which this "
+                f"is the first; they will be rejected as {cause}"
+            )
     if rows.arrival is None:
         notes.append(f"{file.shown}: there is no {schema.arrival}, so it is a table of lengths")
     if rows.arrival is not None:
@@ -94,12 +106,24 @@ def _in_order(file: Source, schema: Schema, rows: Rows, sha256: str, prefix_unit
         earlier = np.flatnonzero(rows.arrival[1:] < rows.arrival[:-1])
         if len(earlier):
             where = rows.where(int(earlier[0]) + 1)
-            notes.append(f"{file.shown}: {where}: {schema.arrival} is earlier than in the row before, in "
-                         f"{len(earlier):,} of {n:,} requests of which this is the first; all were sorted")
+            notes.append(
+                f"{file.shown}: {where}: {schema.arrival} is earlier than in the row before, in "
+                f"{len(earlier):,} of {n:,} requests of which this is the first; all were sorted"
+            )
     return Trace(
         arrival_ns=np.zeros(n, np.int64) if rows.arrival is None else rows.arrival,
-        prompt_tokens=rows.prompt, output_tokens=rows.output, priority=rows.priority,
-        request_class=rows.request_class, request_id=rows.request_id, prefix_offsets=rows.prefix_offsets,
-        prefix_ids=rows.prefix_ids, prefix_unit=schema.prefix_unit if rows.prefix_ids is not None else 0,
-        has_arrivals=rows.arrival is not None, name=file.name, source=file.shown, format=schema.name,
-        sha256=sha256, notes=tuple(notes)).sorted_by_arrival()
+        prompt_tokens=rows.prompt,
+        output_tokens=rows.output,
+        priority=rows.priority,
+        request_class=rows.request_class,
+        request_id=rows.request_id,
+        prefix_offsets=rows.prefix_offsets,
+        prefix_ids=rows.prefix_ids,
+        prefix_unit=schema.prefix_unit if rows.prefix_ids is not None else 0,
+        has_arrivals=rows.arrival is not None,
+        name=file.name,
+        source=file.shown,
+        format=schema.name,
+        sha256=sha256,
+        notes=tuple(notes),
+    ).sorted_by_arrival()

@@ -15,8 +15,12 @@ from kvsim.trace.source import Source
 PREFIX_UNIT = b"prefix_unit"  # schema metadata: tokens that one of prefix_ids stands for
 _MOST_GUNZIPPED = 2 * 2**30
 
-_BOUNDS = {"arrival": (0, MAX_NS), "prompt": (0, MAX_TOKENS), "output": (0, MAX_TOKENS),
-           "priority": (-(2**31), 2**31 - 1)}
+_BOUNDS = {
+    "arrival": (0, MAX_NS),
+    "prompt": (0, MAX_TOKENS),
+    "output": (0, MAX_TOKENS),
+    "priority": (-(2**31), 2**31 - 1),
+}
 _TYPES = {"arrival": np.int64, "prompt": np.int32, "output": np.int32, "priority": np.int32}
 
 
@@ -96,8 +100,9 @@ def _texts(source: Source, name: str, column) -> np.ndarray:
 def _ids(source: Source, schema: Schema, column) -> tuple[np.ndarray, np.ndarray]:
     import pyarrow as pa
 
-    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)) or \
-            not pa.types.is_integer(column.type.value_type):
+    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)) or not pa.types.is_integer(
+        column.type.value_type
+    ):
         raise source.error(f"column {schema.prefix} is {column.type}; write it as list<int64>")
     if column.null_count:
         _bad_row(source, schema.prefix, "empty", column.is_null().to_numpy())
@@ -112,19 +117,27 @@ def _ids(source: Source, schema: Schema, column) -> tuple[np.ndarray, np.ndarray
 
 def _check_id_counts(source: Source, schema: Schema, prompt: np.ndarray, offsets: np.ndarray) -> None:
     if not schema.prefix_unit:
-        raise source.error(f"does not say how many tokens one of its {schema.prefix} stands for; give it "
-                           "(--prefix-unit)")
+        raise source.error(
+            f"does not say how many tokens one of its {schema.prefix} stands for; give it (--prefix-unit)"
+        )
     counts, needed = np.diff(offsets), -(-prompt.astype(np.int64) // schema.prefix_unit)
     bad = counts != needed
     if bad.any():
         row = int(np.argmax(bad))
-        _bad_row(source, schema.prefix, f"{counts[row]} ids, but {prompt[row]:,} prompt tokens need "
-                 f"{needed[row]} at a block size of {schema.prefix_unit} (--prefix-unit)", bad)
+        _bad_row(
+            source,
+            schema.prefix,
+            f"{counts[row]} ids, but {prompt[row]:,} prompt tokens need "
+            f"{needed[row]} at a block size of {schema.prefix_unit} (--prefix-unit)",
+            bad,
+        )
 
 
 def _bad_row(source: Source, name: str, what: str, bad: np.ndarray) -> None:
-    raise source.error(f"row {int(np.argmax(bad)) + 1:,}: {name} is {what}; correct or remove it"
-                       + (f" ({np.count_nonzero(bad):,} rows have such a fault)" if bad.sum() > 1 else ""))
+    raise source.error(
+        f"row {int(np.argmax(bad)) + 1:,}: {name} is {what}; correct or remove it"
+        + (f" ({np.count_nonzero(bad):,} rows have such a fault)" if bad.sum() > 1 else "")
+    )
 
 
 def _opened(source: Source):

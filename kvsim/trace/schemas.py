@@ -31,8 +31,9 @@ class Schema(NamedTuple):
     not_with: tuple[str, ...] = ()  # columns of a look-alike whose units differ: better refused than misread
 
     def fits(self, names: Sequence[str]) -> bool:
-        return all(find_column(names, c) >= 0 for c in self.needed()) and \
-            not any(find_column(names, c) >= 0 for c in self.not_with)
+        return all(find_column(names, c) >= 0 for c in self.needed()) and not any(
+            find_column(names, c) >= 0 for c in self.not_with
+        )
 
     def needed(self) -> tuple[str, ...]:
         return (self.arrival, self.prompt, self.output) if self.needs_arrival else (self.prompt, self.output)
@@ -44,20 +45,46 @@ class Schema(NamedTuple):
 
 
 _KVSIM = Schema(
-    "kvsim", "parquet", prompt="prompt_tokens", output="output_tokens", arrival="arrival_ns", time="ns",
-    needs_arrival=False, prefix="prefix_ids", priority="priority", request_class="request_class",
-    request_id="request_id")
+    "kvsim",
+    "parquet",
+    prompt="prompt_tokens",
+    output="output_tokens",
+    arrival="arrival_ns",
+    time="ns",
+    needs_arrival=False,
+    prefix="prefix_ids",
+    priority="priority",
+    request_class="request_class",
+    request_id="request_id",
+)
 
 SCHEMAS: tuple[Schema, ...] = (
     # Azure/AzurePublicDataset: 2023 stamps are naive with 7 digits, later ones carry a zone.
-    Schema("azure", "csv", prompt="ContextTokens", output="GeneratedTokens", arrival="TIMESTAMP",
-           time="stamp"),
+    Schema(
+        "azure", "csv", prompt="ContextTokens", output="GeneratedTokens", arrival="TIMESTAMP", time="stamp"
+    ),
     # microsoft/vidur, data/processed_traces; without arrived_at: its length tables.
-    Schema("vidur", "csv", prompt="num_prefill_tokens", output="num_decode_tokens", arrival="arrived_at",
-           time="s", needs_arrival=False),
+    Schema(
+        "vidur",
+        "csv",
+        prompt="num_prefill_tokens",
+        output="num_decode_tokens",
+        arrival="arrived_at",
+        time="s",
+        needs_arrival=False,
+    ),
     # kvcache-ai/Mooncake, FAST25-release/traces; 512-token blocks. Qwen-Bailian adds keys and counts seconds.
-    Schema("mooncake", "jsonl", prompt="input_length", output="output_length", arrival="timestamp", time="ms",
-           prefix="hash_ids", prefix_unit=512, not_with=("chat_id", "parent_chat_id")),
+    Schema(
+        "mooncake",
+        "jsonl",
+        prompt="input_length",
+        output="output_length",
+        arrival="timestamp",
+        time="ms",
+        prefix="hash_ids",
+        prefix_unit=512,
+        not_with=("chat_id", "parent_chat_id"),
+    ),
     # kvsim's own columns.
     _KVSIM,
     _KVSIM._replace(container="csv", prefix=""),
@@ -76,8 +103,9 @@ def match(source: Source, container: str, names: Sequence[str], format: str | No
     if not entries:
         known = list(dict.fromkeys(s.name for s in SCHEMAS))
         if format not in known:
-            raise UserError(f"format {format!r} is unknown; kvsim reads {', '.join(known)}"
-                            f"{did_you_mean(format, known)}")
+            raise UserError(
+                f"format {format!r} is unknown; kvsim reads {', '.join(known)}{did_you_mean(format, known)}"
+            )
         raise source.error(f"is {container}, which {format} traces are not; leave the format out")
     fits = [s for s in entries if s.fits(names)]
     if fits:
@@ -109,8 +137,10 @@ def _no_match(container: str, names: Sequence[str], entries: Sequence[Schema]) -
     kind = "key" if container == "jsonl" else "column"
     if len(missing[nearest]) == 1:
         unused = [n for n in names if not any(_same(n, c) for c in nearest.needed())]
-        return (f"{kind} {missing[nearest][0]} is missing ({found}); {nearest.name} traces need "
-                f"{', '.join(nearest.needed())}{did_you_mean(missing[nearest][0], unused)}")
+        return (
+            f"{kind} {missing[nearest][0]} is missing ({found}); {nearest.name} traces need "
+            f"{', '.join(nearest.needed())}{did_you_mean(missing[nearest][0], unused)}"
+        )
     if container == "csv" and any(n.strip()[:1].isdigit() for n in names):
         return f"the first line names no columns ({found}); add a header such as {','.join(nearest.needed())}"
     known = "; ".join(f"{s.name}: {', '.join(s.needed())}" for s in entries)

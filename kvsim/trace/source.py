@@ -76,10 +76,13 @@ def find(source: str | os.PathLike) -> Source:
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
-        raise UserError(f"{shown}: no such file, nor a bundled trace ({', '.join(traces.names())})"
-                        f"{did_you_mean(path.name, [*traces.names(), *_neighbours(path)])}") from None
+        raise UserError(
+            f"{shown}: no such file, nor a bundled trace ({', '.join(traces.names())})"
+            f"{did_you_mean(path.name, [*traces.names(), *_neighbours(path)])}"
+        ) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{shown!r}: cannot be read ({error}); check the path") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{shown[:200]!r}: cannot be read ({reason}); check the path") from None
     if stat.S_ISDIR(mode):
         endings = (".csv", ".jsonl", ".parquet", ".gz")
         inside = [name for name in _neighbours(path / "any") if name.endswith(endings)][:3]
@@ -92,7 +95,7 @@ def find(source: str | os.PathLike) -> Source:
 
 
 def container(source: Source) -> str:
-    """"csv", "jsonl" or "parquet" by the first bytes. UserError names what it is if it is none of them."""
+    """ "csv", "jsonl" or "parquet" by the first bytes. UserError names what it is if it is none of them."""
     with source.open() as file:
         head = file.read(_HEAD)
     if not head:
@@ -105,8 +108,11 @@ def container(source: Source) -> str:
             raise source.error(sentence)
     if b"\0" in head:
         half = head.count(0) > len(head) // 3
-        raise source.error("is UTF-16 text; save it as UTF-8" if half else
-                           "holds NUL bytes, so it is binary or damaged; give CSV, JSON lines or Parquet")
+        raise source.error(
+            "is UTF-16 text; save it as UTF-8"
+            if half
+            else "holds NUL bytes, so it is binary or damaged; give CSV, JSON lines or Parquet"
+        )
     if not start and len(head) < _HEAD:
         raise source.error("holds nothing but blank lines; download or export it again")
     return "jsonl" if start.startswith(b"{") else "csv"

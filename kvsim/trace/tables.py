@@ -46,8 +46,11 @@ def read_slow(source: Source, schema: Schema, names: Sequence[str]) -> Rows:
             continue
         if len(fields) != len(names):
             row = shown(",".join(fields))
-            raise source.error(f"has {len(fields)} values under {len(names)} columns ({row}); correct or "
-                               "remove it, or download the file again if it is cut short", line)
+            raise source.error(
+                f"has {len(fields)} values under {len(names)} columns ({row}); correct or "
+                "remove it, or download the file again if it is cut short",
+                line,
+            )
         for role, index in at.items():
             try:
                 columns[role].append(convert[role](fields[index]))
@@ -55,8 +58,11 @@ def read_slow(source: Source, schema: Schema, names: Sequence[str]) -> Rows:
                 column, value = names[index].strip(), shown(fields[index])
                 raise source.error(f"{column} is {value}, {reason}", line) from None
     notes = [f"{source.shown}: line {first_empty}: the first of {empty:,} rows of empty cells, all skipped"]
-    return Rows(**frozen(columns), where=lambda row: f"line {_line_of(source, row)}",
-                notes=tuple(notes) if empty else ())
+    return Rows(
+        **frozen(columns),
+        where=lambda row: f"line {_line_of(source, row)}",
+        notes=tuple(notes) if empty else (),
+    )
 
 
 def read_fast(source: Source, schema: Schema, names: Sequence[str]) -> Rows | None:
@@ -71,22 +77,31 @@ def read_fast(source: Source, schema: Schema, names: Sequence[str]) -> Rows | No
     try:
         types = _arrow_types(schema, at, top[1][1])
         chunks: dict[str, list[np.ndarray]] = {role: [] for role in at}
-        with source.open() as file, arrow_csv.open_csv(
+        with (
+            source.open() as file,
+            arrow_csv.open_csv(
                 file,
                 read_options=arrow_csv.ReadOptions(
-                    column_names=[str(i) for i in range(len(names))], skip_rows=1, block_size=_BLOCK),
+                    column_names=[str(i) for i in range(len(names))], skip_rows=1, block_size=_BLOCK
+                ),
                 parse_options=arrow_csv.ParseOptions(newlines_in_values=True),
                 convert_options=arrow_csv.ConvertOptions(
                     column_types={str(at[role]): kind for role, kind in types.items()},
-                    include_columns=[str(index) for index in at.values()], null_values=[])) as batches:
+                    include_columns=[str(index) for index in at.values()],
+                    null_values=[],
+                ),
+            ) as batches,
+        ):
             for batch in batches:
                 for role, column in zip(at, batch.columns, strict=True):
                     chunks[role].append(_to_numpy(role, column, schema))
     except (pa.ArrowException, ValueError, OSError, EOFError, zlib.error, IndexError):
         return None
     columns = {role: np.concatenate(parts) for role, parts in chunks.items()}
-    return Rows(**{role: columns.get(role) for role in Rows._fields if role in columns or role == "arrival"},
-                where=lambda row: f"line {_line_of(source, row)}")
+    return Rows(
+        **{role: columns.get(role) for role in Rows._fields if role in columns or role == "arrival"},
+        where=lambda row: f"line {_line_of(source, row)}",
+    )
 
 
 def records(source: Source) -> Iterator[tuple[int, list[str]]]:
@@ -100,8 +115,9 @@ def records(source: Source) -> Iterator[tuple[int, list[str]]]:
                 yield line, fields
                 line = reader.line_num + 1
         except csv.Error as error:
-            raise source.error(f"cannot be split into columns ({error}); look for a quote that is not closed",
-                               line) from None
+            raise source.error(
+                f"cannot be split into columns ({error}); look for a quote that is not closed", line
+            ) from None
 
 
 def _body(source: Source) -> Iterator[tuple[int, list[str]]]:
@@ -160,4 +176,4 @@ def _decimal_ns(texts, places: int) -> np.ndarray:
     exact = exact.cast(pa.decimal128(38, places))
     # A decimal128 is its unscaled integer in two words, the low one first: exactly the nanoseconds.
     words = np.frombuffer(exact.buffers()[1], dtype="<i8")[::2]
-    return words[exact.offset:exact.offset + len(exact)].copy()
+    return words[exact.offset : exact.offset + len(exact)].copy()

@@ -19,7 +19,9 @@ _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _HEX = re.compile(r"0[xX][0-9a-fA-F]{1,16}")
 _STAMP = re.compile(
     r"(\d{4})-(\d\d)-(\d\d)(?:[ T](\d\d)(?::(\d\d)(?::(\d\d)(?:\.(\d{1,9}))?)?)?"
-    r"(Z|[+-]\d\d(?::?\d\d)?)?)?", re.ASCII)
+    r"(Z|[+-]\d\d(?::?\d\d)?)?)?",
+    re.ASCII,
+)
 _LONGEST = 100  # characters of a number; a double written out in full is shorter
 _CONTEXT = Context(prec=2 * _LONGEST)
 _FIX = "; correct or remove it"
@@ -59,8 +61,10 @@ def stamp_ns(value: object) -> tuple[int, bool]:
     """
     match = _STAMP.fullmatch(value.strip(" \t")) if isinstance(value, str) else None
     if match is None:
-        raise ValueError("not a time such as 2023-11-16 18:15:46.6805900 (a spreadsheet may have rewritten "
-                         "it); export it again or correct it")
+        raise ValueError(
+            "not a time such as 2023-11-16 18:15:46.6805900 (a spreadsheet may have rewritten "
+            "it); export it again or correct it"
+        )
     *fields, fraction, zone = match.groups()
     try:
         at = datetime(*(int(field or 0) for field in fields))
@@ -107,8 +111,11 @@ def _exact(value: object) -> Decimal:
             return Decimal(int(text, 16))
         if len(text) > _LONGEST or not _NUMBER.fullmatch(text):
             separators = re.fullmatch(r"[+-]?\d{1,3}([,.' \u202f\u00a0]\d{3})+", text) is not None
-            raise ValueError("not a plain number; write it without thousands separators" if separators
-                             else f"not a number{_FIX}")
+            raise ValueError(
+                "not a plain number; write it without thousands separators"
+                if separators
+                else f"not a number{_FIX}"
+            )
         number = decimal(text)
     elif isinstance(value, Decimal):
         number = value

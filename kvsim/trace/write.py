@@ -33,11 +33,13 @@ def write_trace(trace: Trace, path: str | os.PathLike, format: str | None = None
     path = Path(path)
     format = format or _format_of(path, trace)
     if format not in _WRITERS:
-        raise UserError(f"cannot write format {format!r}; choose {', '.join(_WRITERS)}"
-                        f"{did_you_mean(format, _WRITERS)}")
+        raise UserError(
+            f"cannot write format {format!r}; choose {', '.join(_WRITERS)}{did_you_mean(format, _WRITERS)}"
+        )
     if not trace.has_arrivals and format in ("azure", "mooncake"):
-        raise UserError(f"{trace.name} has no arrivals, which {format} needs; give it a rate or write "
-                        "vidur or Parquet")
+        raise UserError(
+            f"{trace.name} has no arrivals, which {format} needs; give it a rate or write vidur or Parquet"
+        )
     if format == "kvsim" and path.suffix == ".gz":
         raise UserError(f"{path}: Parquet is compressed already; leave .gz off the name")
     data = _parquet(trace) if format == "kvsim" else "".join(_WRITERS[format](trace)).encode()
@@ -48,12 +50,17 @@ def write_trace(trace: Trace, path: str | os.PathLike, format: str | None = None
         data = packed.getvalue()
     _replace(path, data)
     held = {"kvsim": ("priority", "request_class", "request_id", "prefix_ids"), "mooncake": ("prefix_ids",)}
-    lost = [name for name in ("priority", "request_class", "request_id", "prefix_ids")
-            if getattr(trace, name) is not None and name not in held.get(format, ())]
+    lost = [
+        name
+        for name in ("priority", "request_class", "request_id", "prefix_ids")
+        if getattr(trace, name) is not None and name not in held.get(format, ())
+    ]
     notes = [f"{path}: {format} has no place for {', '.join(lost)}: left out"] if lost else []
     if format == "mooncake" and trace.prefix_unit not in (0, 512):
-        notes.append(f"{path}: its hash_ids stand for {trace.prefix_unit} tokens, which the file cannot say; "
-                     f"read it with --prefix-unit {trace.prefix_unit}")
+        notes.append(
+            f"{path}: its hash_ids stand for {trace.prefix_unit} tokens, which the file cannot say; "
+            f"read it with --prefix-unit {trace.prefix_unit}"
+        )
     return tuple(notes)
 
 
@@ -62,8 +69,10 @@ def _format_of(path: Path, trace: Trace) -> str:
     csv = "azure" if trace.has_arrivals else "vidur"
     format = {".parquet": "kvsim", ".jsonl": "mooncake", ".csv": csv}.get(Path(name).suffix)
     if format is None:
-        raise UserError(f"{path}: cannot tell a format from the name; end it in .parquet, .jsonl or .csv, or "
-                        f"give the format ({', '.join(_WRITERS)})")
+        raise UserError(
+            f"{path}: cannot tell a format from the name; end it in .parquet, .jsonl or .csv, or "
+            f"give the format ({', '.join(_WRITERS)})"
+        )
     return format
 
 
@@ -76,7 +85,7 @@ def _azure(trace: Trace) -> Iterator[str]:
             at = AZURE_START + timedelta(seconds=second)
         except OverflowError:
             raise UserError(f"{trace.name} spans too many years for a date; write vidur or Parquet") from None
-        yield f"{at:%Y-%m-%d %H:%M:%S}.{fraction:09d}"[:20 + digits] + f",{prompt},{output}\n"
+        yield f"{at:%Y-%m-%d %H:%M:%S}.{fraction:09d}"[: 20 + digits] + f",{prompt},{output}\n"
 
 
 def _vidur(trace: Trace) -> Iterator[str]:
@@ -90,7 +99,7 @@ def _mooncake(trace: Trace) -> Iterator[str]:
     for row, (ns, prompt, output) in enumerate(_rows(trace)):
         ids = ""
         if trace.prefix_unit:
-            ids = f', "hash_ids": {trace.prefix_ids[offsets[row]:offsets[row + 1]].tolist()}'
+            ids = f', "hash_ids": {trace.prefix_ids[offsets[row] : offsets[row + 1]].tolist()}'
         at = str(ns // 10**6) if ns % 10**6 == 0 else _decimal(ns, 6)
         yield f'{{"timestamp": {at}, "input_length": {prompt}, "output_length": {output}{ids}}}\n'
 
@@ -102,8 +111,11 @@ def _parquet(trace: Trace) -> bytes:
     columns = {"arrival_ns": trace.arrival_ns} if trace.has_arrivals else {}
     columns |= {"prompt_tokens": trace.prompt_tokens, "output_tokens": trace.output_tokens}
     columns |= {name: getattr(trace, name) for name in ("priority",) if getattr(trace, name) is not None}
-    columns |= {name: pa.array(getattr(trace, name), pa.string()) for name in ("request_class", "request_id")
-                if getattr(trace, name) is not None}
+    columns |= {
+        name: pa.array(getattr(trace, name), pa.string())
+        for name in ("request_class", "request_id")
+        if getattr(trace, name) is not None
+    }
     metadata = {b"kvsim_trace": b"1"}
     if trace.format == "generated":  # the path of a file that was read is nobody's business
         metadata[b"source"] = trace.source.encode()
@@ -112,11 +124,19 @@ def _parquet(trace: Trace) -> bytes:
         metadata[PREFIX_UNIT] = b"%d" % trace.prefix_unit
     table = pa.table(columns).replace_schema_metadata(metadata)
     # Differences of arrivals and of chained ids are small; a dictionary of them would only be a second copy.
-    deltas = {name: "DELTA_BINARY_PACKED" for name in ("arrival_ns", "prefix_ids.list.element") if
-              name.split(".")[0] in columns}
+    deltas = {
+        name: "DELTA_BINARY_PACKED"
+        for name in ("arrival_ns", "prefix_ids.list.element")
+        if name.split(".")[0] in columns
+    }
     out = io.BytesIO()
-    parquet.write_table(table, out, compression="zstd", column_encoding=deltas or None,
-                        use_dictionary=[n for n in columns if n not in ("arrival_ns", "prefix_ids")])
+    parquet.write_table(
+        table,
+        out,
+        compression="zstd",
+        column_encoding=deltas or None,
+        use_dictionary=[n for n in columns if n not in ("arrival_ns", "prefix_ids")],
+    )
     return out.getvalue()
 
 

@@ -9,17 +9,15 @@ import pytest
 
 from kvsim.trace.columns import COLUMNS
 
-SHARED = Path(__file__).parents[3] / "shared" / "traces"
-
 
 @pytest.fixture
-def shared():
-    """Path of a file under ../shared/traces, or a skip that says so."""
+def shared_trace(shared):
+    """Path of a file under ../shared/traces; skips where the folder is absent."""
 
     def path(name: str) -> Path:
-        if not (SHARED / name).is_file():
-            pytest.skip(f"../shared/traces/{name} is not here")
-        return SHARED / name
+        if not (shared / "traces" / name).is_file():
+            pytest.skip(f"needs ../shared/traces/{name}")
+        return shared / "traces" / name
 
     return path
 

@@ -1,4 +1,4 @@
-"""What each bad file must get: one sentence that names file, line, column, value and what to do, and no Trace."""
+"""What each bad file must get: one sentence with file, line, column, value and what to do, and no Trace."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvsim.errors import UserError
 from kvsim.trace import load_trace, source
 from tests.trace.test_trace_readers import AZURE, MOONCAKE, VIDUR
 
-# ../shared/traces/malformed/manifest.json as assertions: file -> words that the error must hold, or None: accepted.
+# ../shared/traces/malformed/manifest.json as assertions: file -> words of the error, or None: accepted.
 MANIFEST = {
     "m01_missing_column.csv": ["line 1", "GeneratedTokens is missing", "TIMESTAMP, ContextTokens"],
     "m02_nan_tokens.csv": ["line 4", "ContextTokens", "'NaN'"],
@@ -42,8 +42,8 @@ def error_of(path, **options) -> str:
 
 
 @pytest.mark.parametrize("name", MANIFEST)
-def test_shared_malformed_files(shared, name):
-    path = shared(f"malformed/{name}")
+def test_shared_malformed_files(shared_trace, name):
+    path = shared_trace(f"malformed/{name}")
     if MANIFEST[name] is not None:
         sentence = error_of(path)
         assert all(word in sentence for word in [name, *MANIFEST[name]]), sentence
@@ -63,10 +63,11 @@ def test_shared_malformed_files(shared, name):
         assert trace.output_tokens[1] == 0
 
 
-def test_manifest_lists_no_file_that_is_not_tested_here(shared):
-    entries = json.loads(shared("malformed/manifest.json").read_text())
-    assert {e["file"]: e["expect"] in ("accept", "accept-warn", "policy") for e in entries} == \
-        {name: words is None for name, words in MANIFEST.items()}
+def test_manifest_lists_no_file_that_is_not_tested_here(shared_trace):
+    entries = json.loads(shared_trace("malformed/manifest.json").read_text())
+    assert {e["file"]: e["expect"] in ("accept", "accept-warn", "policy") for e in entries} == {
+        name: words is None for name, words in MANIFEST.items()
+    }
 
 
 def edited(text: str, old: str, new: str) -> str:
@@ -93,33 +94,54 @@ BAD_CSV = {
     "huge exponent": (edited(AZURE, ",396,", ",1e999999999,"), ["line 3", "far too large"]),
     "hopeless exponent": (edited(AZURE, ",396,", ",1e99999999999999999999999,"), ["line 3"]),
     "boolean": (edited(AZURE, ",396,", ",True,"), ["line 3", "'True'"]),
-    "spreadsheet date": (edited(AZURE, "2023-11-16 18:15:50.9951690", "11/16/2023 18:15"),
-                         ["line 3", "TIMESTAMP is '11/16/2023 18:15'", "spreadsheet"]),
-    "spreadsheet minutes": (edited(AZURE, "2023-11-16 18:15:50.9951690", "15:51.0"), ["line 3", "spreadsheet"]),
-    "no such day": (edited(AZURE, "2023-11-16 18:15:50", "2023-02-30 18:15:50"), ["line 3", "does not exist"]),
+    "spreadsheet date": (
+        edited(AZURE, "2023-11-16 18:15:50.9951690", "11/16/2023 18:15"),
+        ["line 3", "TIMESTAMP is '11/16/2023 18:15'", "spreadsheet"],
+    ),
+    "spreadsheet minutes": (
+        edited(AZURE, "2023-11-16 18:15:50.9951690", "15:51.0"),
+        ["line 3", "spreadsheet"],
+    ),
+    "no such day": (
+        edited(AZURE, "2023-11-16 18:15:50", "2023-02-30 18:15:50"),
+        ["line 3", "does not exist"],
+    ),
     "no such zone": (edited(AZURE, "690,396", "690+25:00,396"), ["line 3"]),
     "year 1": (edited(AZURE, "2023-11-16 18:15:50", "0001-01-01 00:00:00"), ["line 3", "1678"]),
     "ten digits": (edited(AZURE, "9951690,", "9951690123,"), ["line 3", "not a time"]),
-    "mixed zones": (edited(AZURE, "9951690,", "9951690Z,"), ["line 3", "zone offset", "rows before have none"]),
+    "mixed zones": (
+        edited(AZURE, "9951690,", "9951690Z,"),
+        ["line 3", "zone offset", "rows before have none"],
+    ),
     "mixed zones the other way": (edited(AZURE, "6805900,", "6805900Z,"), ["line 3", "rows before have one"]),
     "XXX for a time": (edited(AZURE, "2023-11-16 18:15:46.6805900", "XXX"), ["line 2", "'XXX'"]),
     "span": (edited(edited(AZURE, "2023", "1700"), "2023", "2200"), ["292 years"]),
     "column twice": (edited(AZURE, "GeneratedTokens", "GeneratedTokens,ContextTokens"), ["line 1", "twice"]),
-    "misspelt column": (edited(AZURE, "GeneratedTokens", "GenratedTokens"),
-                        ["line 1", "GeneratedTokens is missing", "did you mean 'GenratedTokens'"]),
+    "misspelt column": (
+        edited(AZURE, "GeneratedTokens", "GenratedTokens"),
+        ["line 1", "GeneratedTokens is missing", "did you mean 'GenratedTokens'"],
+    ),
     "tabs": (AZURE.replace(",", "\t"), ["line 1", "separated by '\\t'"]),
     "unknown columns": ("a,b\n1,2\n", ["line 1", "found: a, b", "azure", "vidur"]),
     "open quote": (edited(AZURE, ",396,", ',"396,'), ["line 3"]),
-    "open quote in a large file": (edited(AZURE, ",396,", ',"396,') + "\n2023-11-16 18:15:52,1,2" * 10_000, ["line 3"]),
-    "quoted line breaks shift lines": ('x,arrived_at,num_prefill_tokens,num_decode_tokens\n"a\nb",1,2,3\n"",4,-5,6\n',
-                                       ["line 4", "num_prefill_tokens is '-5'"]),
+    "open quote in a large file": (
+        edited(AZURE, ",396,", ',"396,') + "\n2023-11-16 18:15:52,1,2" * 10_000,
+        ["line 3"],
+    ),
+    "quoted line breaks shift lines": (
+        'x,arrived_at,num_prefill_tokens,num_decode_tokens\n"a\nb",1,2,3\n"",4,-5,6\n',
+        ["line 4", "num_prefill_tokens is '-5'"],
+    ),
     "arrival nan": (edited(VIDUR, "4.314579", "nan"), ["line 3", "arrived_at is 'nan'", "not a number"]),
     "arrival inf": (edited(VIDUR, "4.314579", "inf"), ["line 3", "'inf'"]),
     "arrival negative": (edited(VIDUR, "4.314579", "-4.3"), ["line 3", "before the start"]),
     "arrival empty": (edited(VIDUR, "4.314579", ""), ["line 3", "empty"]),
     "arrival too late": (edited(VIDUR, "4.314579", "9223372036.854775808"), ["line 3", "292 years"]),
     "arrival that wraps a decimal128": (edited(VIDUR, "4.314579", "1e30"), ["line 3", "292 years"]),
-    "not UTF-8 in a class": (b"prompt_tokens,output_tokens,request_class\n1,2,a\n3,4,\xff\n", ["line 3", "UTF-8"]),
+    "not UTF-8 in a class": (
+        b"prompt_tokens,output_tokens,request_class\n1,2,a\n3,4,\xff\n",
+        ["line 3", "UTF-8"],
+    ),
 }
 
 
@@ -159,12 +181,18 @@ BAD_JSONL = {
     "too many ids": (row_of(1, hash_ids=[1, 2, 3, 4]), ["line 1", "has 4 ids", "1,100", "need 3", "512"]),
     "two objects on a line": (MOONCAKE.replace("}\n{", "} {"), ["line 1", "trailing"]),
     "array": (json.dumps([json.loads(row) for row in MOONCAKE.splitlines()]), ["JSON array", "jq"]),
-    "pretty-printed": (json.dumps(json.loads(MOONCAKE.splitlines()[0]), indent=1), ["line 1", "one object a line"]),
+    "pretty-printed": (
+        json.dumps(json.loads(MOONCAKE.splitlines()[0]), indent=1),
+        ["line 1", "one object a line"],
+    ),
     "an array among rows": (MOONCAKE + "[1]\n", ["line 4", "array"]),
     "csv among rows": (MOONCAKE + "1,2,3\n", ["line 4"]),
     "other keys": ('{"a": 1}\n', ["line 1", "found: a", "mooncake"]),
     "look-alike in seconds": (row_of(1, chat_id=0, parent_chat_id=-1), ["line 1", "chat_id"]),
-    "nested without end": (edited(MOONCAKE, '"output_length": 30', '"output_length": ' + "[" * 100_000), ["line 2"]),
+    "nested without end": (
+        edited(MOONCAKE, '"output_length": 30', '"output_length": ' + "[" * 100_000),
+        ["line 2"],
+    ),
     "not UTF-8": (MOONCAKE.encode() + b'{"timestamp": "\xff"}\n', ["line 4"]),
     "bytes cut from the middle": (MOONCAKE.encode()[:90] + b"\0" * 20 + MOONCAKE.encode()[90:], ["NUL"]),
 }
@@ -185,7 +213,10 @@ def parquet_bytes(metadata=None, **columns) -> bytes:
 
 GOOD = {"arrival_ns": [0, 5], "prompt_tokens": [3, 40], "output_tokens": [1, 2]}
 BAD_PARQUET = {
-    "missing column": (parquet_bytes(arrival_ns=[1], prompt_tokens=[2]), ["output_tokens is missing", "found: arrival_ns"]),
+    "missing column": (
+        parquet_bytes(arrival_ns=[1], prompt_tokens=[2]),
+        ["output_tokens is missing", "found: arrival_ns"],
+    ),
     "no rows": (parquet_bytes(**{k: pa.array([], pa.int64()) for k in GOOD}), ["no requests"]),
     "null": (parquet_bytes(**GOOD | {"prompt_tokens": [3, None]}), ["row 2", "prompt_tokens is empty"]),
     "NaN": (parquet_bytes(**GOOD | {"prompt_tokens": [3, np.nan]}), ["row 2", "nan"]),
@@ -198,11 +229,16 @@ BAD_PARQUET = {
     "nested": (parquet_bytes(**GOOD | {"prompt_tokens": [{"a": 1}, {"a": 2}]}), ["prompt_tokens"]),
     "ids without unit": (parquet_bytes(**GOOD, prefix_ids=[[1], [1, 2, 3]]), ["--prefix-unit"]),
     "bad unit": (parquet_bytes({"prefix_unit": "x"}, **GOOD, prefix_ids=[[1], [1, 2, 3]]), ["prefix_unit"]),
-    "wrong id count": (parquet_bytes({"prefix_unit": "16"}, **GOOD, prefix_ids=[[1], [1, 2]]),
-                       ["row 2", "2 ids", "need 3", "16"]),
+    "wrong id count": (
+        parquet_bytes({"prefix_unit": "16"}, **GOOD, prefix_ids=[[1], [1, 2]]),
+        ["row 2", "2 ids", "need 3", "16"],
+    ),
     "null ids": (parquet_bytes({"prefix_unit": "16"}, **GOOD, prefix_ids=[[1], [1, None, 3]]), ["empty ids"]),
     "null list": (parquet_bytes({"prefix_unit": "16"}, **GOOD, prefix_ids=[[1], None]), ["row 2"]),
-    "text ids": (parquet_bytes({"prefix_unit": "16"}, **GOOD, prefix_ids=[["1"], ["a", "b", "c"]]), ["prefix_ids is"]),
+    "text ids": (
+        parquet_bytes({"prefix_unit": "16"}, **GOOD, prefix_ids=[["1"], ["a", "b", "c"]]),
+        ["prefix_ids is"],
+    ),
     "truncated": (parquet_bytes(**GOOD)[:-20], ["damaged"]),
     "head only": (b"PAR1", ["damaged"]),
 }
@@ -216,19 +252,33 @@ def test_bad_parquet(save, case):
     assert error_of(save(gzip.compress(content), "p.parquet"))
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    (b"", "is empty"), (gzip.compress(b""), "is empty"),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "git lfs pull"),
-    (b"\n<!DOCTYPE html><html></html>", "HTML"), (b"<?xml version='1.0'?>", "HTML or XML"),
-    (AZURE.encode("utf-16"), "UTF-16"), (AZURE.encode("utf-16-le"), "UTF-16"),
-    (b"PK\x03\x04 workbook", "xlsx"), (b"\x28\xb5\x2f\xfd rest", "zstd -d"), (b"\xfd7zXZ\0 rest", "xz -d"),
-    (b"BZh91AY&SY rest", "bzip2 -d"), (gzip.compress(gzip.compress(AZURE.encode())), "gzip inside gzip"),
-    (bytes(range(256)) * 4, "NUL"), (AZURE.encode() + b"\0" * 50, "NUL"),
-    (gzip.compress(AZURE.encode())[:-9], "truncated or corrupt"),
-    (gzip.compress(AZURE.encode())[:-1], "truncated or corrupt"), (b"\x1f\x8b", "truncated or corrupt"),
-    (gzip.compress(AZURE.encode())[:40] + b"\xff\xff" + gzip.compress(AZURE.encode())[42:], "truncated or corrupt"),
-    (gzip.compress(AZURE.encode()) + b"<html>", "truncated or corrupt"),
-])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        (gzip.compress(b""), "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html></html>", "HTML"),
+        (b"<?xml version='1.0'?>", "HTML or XML"),
+        (AZURE.encode("utf-16"), "UTF-16"),
+        (AZURE.encode("utf-16-le"), "UTF-16"),
+        (b"PK\x03\x04 workbook", "xlsx"),
+        (b"\x28\xb5\x2f\xfd rest", "zstd -d"),
+        (b"\xfd7zXZ\0 rest", "xz -d"),
+        (b"BZh91AY&SY rest", "bzip2 -d"),
+        (gzip.compress(gzip.compress(AZURE.encode())), "gzip inside gzip"),
+        (bytes(range(256)) * 4, "NUL"),
+        (AZURE.encode() + b"\0" * 50, "NUL"),
+        (gzip.compress(AZURE.encode())[:-9], "truncated or corrupt"),
+        (gzip.compress(AZURE.encode())[:-1], "truncated or corrupt"),
+        (b"\x1f\x8b", "truncated or corrupt"),
+        (
+            gzip.compress(AZURE.encode())[:40] + b"\xff\xff" + gzip.compress(AZURE.encode())[42:],
+            "truncated or corrupt",
+        ),
+        (gzip.compress(AZURE.encode()) + b"<html>", "truncated or corrupt"),
+    ],
+)
 def test_files_that_are_no_traces(save, content, words):
     assert words in error_of(save(content))
 

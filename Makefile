@@ -1,0 +1,44 @@
+# Everything runs in .venv, made on first use; only Python 3.11 or newer, make and pip are needed.
+PYTHON ?= python3
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: demo test test-all lint bench clean
+
+demo: .venv/run.done
+	$(BIN)/kvsim run -o demo-run
+
+test: .venv/test.done
+	$(PYTEST) -m "not heavy and not gpu" -n 2
+
+test-all: .venv/test-all.done
+	$(PYTEST) -m "not gpu" -n 2
+
+lint: .venv/test-all.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv/test-all.done
+	cd benchmarks && ../$(BIN)/asv machine --yes && ../$(BIN)/asv run --quick --python=same --show-stderr
+
+# One stamp for each set of installs; a changed pyproject.toml makes them again.
+.venv/python.done:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "kvsim needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/run.done: .venv/python.done pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+.venv/test.done: .venv/run.done
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,plot]'
+	touch $@
+
+.venv/test-all.done: .venv/test.done
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,plot,lint,bench]' build
+	touch $@
+
+clean:
+	rm -rf .venv demo-run build dist *.egg-info

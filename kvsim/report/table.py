@@ -1,0 +1,344 @@
+"""What the terminal shows after a run: one screen of aligned text, 80 columns wide.
+
+The text is the same everywhere; on a terminal rich colours it, and where the encoding has no blocks and lines
+they become ASCII.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import textwrap
+from typing import TextIO
+
+import numpy as np
+
+from kvsim.metrics import LATENCIES, MANY_PREEMPTIONS
+from kvsim.report import words
+from kvsim.units import NS_PER_S
+
+WIDTH = 80
+CHART_COLUMNS = 58
+CHART_ROWS = 3
+MAX_CAUSES = 6
+LABELS = {"ttft": "ttft", "tpot": "tpot", "itl": "itl", "e2el": "e2el", "queue": "queue"}
+_LEVELS = " ▁▂▃▄▅▆▇█"
+_ASCII_LEVELS = " .:-=+*%#"
+_TO_ASCII = str.maketrans({**dict(zip(_LEVELS, _ASCII_LEVELS, strict=True)), "░": ".", "│": "|", "└": "+",
+                           "─": "-", "┴": "+", "µ": "u", "≥": ">"})  # fmt: skip
+
+
+def summary_text(summary: dict) -> str:
+    """Verdict, outcomes, throughput, latencies and pool usage, from the summary alone."""
+    sections = [_verdict(summary), _outcomes(summary), _latencies(summary), _usage(summary)]
+    return _joined(sections)
+
+
+def result_text(result, folder: str | None = None) -> str:
+    """All that the terminal shows. `folder`: where the run was saved, for the command to go on with."""
+    summary = result.summary()
+    sections = [_verdict(summary) + _deployment(result)]
+    if summary["verdict"] == "does_not_start":
+        sections += [_memory(result), _notes(result)]
+        return _joined(sections)
+    sections += [
+        _outcomes(summary),
+        _latencies(summary),
+        _chart(result),
+        _preemptions(result),
+        _causes(result, folder),
+        _notes(result),
+    ]
+    return _joined(sections)
+
+
+def print_result(result, stream: TextIO | None = None, *, folder: str | None = None) -> None:
+    """Print a run to `stream` (standard output): coloured when it is a terminal and NO_COLOR is not set."""
+    stream = stream or sys.stdout
+    text = _writable(result_text(result, folder), getattr(stream, "encoding", None) or "utf-8")
+    if stream.isatty():
+        _print_coloured(text, result.summary()["verdict"], stream)
+    else:
+        stream.write(text + "\n")
+
+
+def _print_coloured(text: str, verdict: str, stream: TextIO) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    colour = {"stable": "green", "backlogged": "yellow"}.get(verdict, "red")
+    shown = Text(text, no_wrap=True)
+    shown.highlight_regex(rf"\A{words.VERDICTS[verdict]}", f"bold {colour}")
+    shown.highlight_regex(r"(?m)^(outcome|latency|KV pool|memory|preemptions|not finished)\b.*$", "bold")
+    shown.highlight_regex(r"[▁▂▃▄▅▆▇█]+", "cyan")
+    shown.highlight_regex(r"(?m)^note:", "dim")
+    shown.highlight_regex(r"(?m)^  (rejected|unservable|timed out|out of memory) +(?!0 )", "red")
+    # NO_COLOR and TERM=dumb are rich's business. Lines are laid out already, so it must not wrap or cut them.
+    Console(file=stream, highlight=False, soft_wrap=True).print(shown)
+
+
+def _writable(text: str, encoding: str) -> str:
+    """`text` with nothing in it that could steer a terminal or that `encoding` cannot write."""
+    lines = [words.printable(line) for line in text.split("\n")]
+    text = "\n".join(lines)
+    try:
+        (_LEVELS + "░│└─µ").encode(encoding)
+    except UnicodeEncodeError:
+        text = text.translate(_TO_ASCII)
+    return text.encode(encoding, "replace").decode(encoding)
+
+
+def _joined(sections: list[list[str]]) -> str:
+    """Sections with a blank line between them; empty ones are left out."""
+    return "\n\n".join("\n".join(line.rstrip() for line in lines) for lines in sections if lines)
+
+
+def _wrapped(text: str, indent: str = "  ", first: str = "") -> list[str]:
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=first, subsequent_indent=indent, break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
+
+
+def aligned(rows: list[list[str]], align: str, gap: str = "  ") -> list[str]:
+    """Rows of cells as lines; `align` has `<` or `>` for each column."""
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    return [
+        gap.join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+# ---------------------------------------------------------------- sections
+
+
+def _verdict(summary: dict) -> list[str]:
+    word, sentence = words.verdict_sentence(summary)
+    return _wrapped(f"{word}: {sentence}")
+
+
+def _deployment(result) -> list[str]:
+    facts = words.deployment_facts(result)
+    return _wrapped(", ".join(facts[:2])) + _wrapped("  " + ", ".join(facts[2:]))
+
+
+def _memory(result) -> list[str]:
+    budget = result.deployment["budget"]
+    lines = aligned([[f"  {name}", size] for name, size in words.memory_terms(budget)], "<>")
+    return [f"memory on {budget['binding_rank']}", *lines]
+
+
+def _outcomes(summary: dict) -> list[str]:
+    n, outcomes = summary["num_requests"], summary["outcomes"]
+    left = [["outcome", "requests", "share"]]
+    for name, number in outcomes.items():
+        left.append([f"  {words.OUTCOMES[name]}", f"{number:,}", words.percent(number, n) if number else ""])
+    right = throughput_rows(summary)
+    left += [["", "", ""]] * (len(right) - len(left))
+    right += [("", "")] * (len(left) - len(right))
+    return aligned([[*cells, f"   {name}", value] for cells, (name, value) in zip(left, right, strict=True)], "<>><>")
+
+
+def throughput_rows(summary: dict) -> list[tuple[str, str]]:
+    """(what, how much) for people: durations, rates, totals."""
+    seconds = summary["duration"]
+    prompts = summary["total_input_tokens"] / seconds if seconds else 0.0
+    rows = [
+        ("simulated time", words.tidy_seconds(summary["makespan_s"])),
+        ("completed", f"{words.rate(summary['request_throughput'])} requests/s"),
+        ("prompt tokens", f"{words.rate(prompts)} tokens/s"),
+        ("output tokens", f"{words.rate(summary['output_throughput'])} tokens/s"),
+        ("steps", f"{summary['num_steps']:,}"),
+        ("preemptions", f"{summary['num_preemptions']:,}"),
+        ("replayed in", f"{summary['wall']['engine_s']:.3g} s"),
+    ]
+    if "goodput" in summary:
+        goodput = summary["goodput"]
+        limits = ", ".join(f"{name} {limit:g}" for name, limit in goodput["objectives_ms"].items())
+        rows.insert(2, ("goodput", f"{words.rate(summary['request_goodput'])} requests/s"))
+        rows.insert(3, (f"within {limits} ms", words.percent(goodput["met"], summary["num_requests"])))
+    return rows
+
+
+def latency_rows(summary: dict) -> list[list[str]]:
+    """A header, then a row for each latency, cells as text."""
+    columns = ("mean", "p50", "p90", "p95", "p99")
+    rows = [["latency", *columns]]
+    for name in LATENCIES:
+        rows.append([name, *(words.milliseconds(summary[f"{column}_{name}_ms"]) for column in columns)])
+    return rows
+
+
+def _latencies(summary: dict) -> list[str]:
+    if not summary["completed"]:
+        return ["latency: no request was completed"]
+    rows = latency_rows(summary)
+    return aligned([rows[0], *([f"  {row[0]:<8}", *row[1:]] for row in rows[1:])], "<>>>>>", "   ")
+
+
+def _usage(summary: dict) -> list[str]:
+    usage, blocks = summary["kv_cache_usage"], summary["num_gpu_blocks"] - 1
+    return _wrapped(
+        f"KV pool of {words.count(max(0, blocks), 'block')}: mean {usage['mean']:.1%}, p95 {usage['p95']:.1%},"
+        f" peak {usage['max']:.1%} ({summary['peak_blocks_used']:,} blocks)".replace("%", " %")
+    )
+
+
+def _notes(result) -> list[str]:
+    return [line for note in result.notes for line in _wrapped(note, "      ", "note: ")]
+
+
+# ---------------------------------------------------------------- chart
+
+
+def _chart(result) -> list[str]:
+    """The pool, running and waiting over time; rows for preemptions and rejections when there are any."""
+    summary, bins = result.summary(), result.bins
+    if bins.num_rows == 0:
+        return _usage(summary)
+    usable = max(1, summary["num_gpu_blocks"] - 1)
+    mean, peak = _resampled(bins, "blocks_used_mean", "blocks_used_max")
+    lines = _usage(summary)
+    for row in reversed(range(CHART_ROWS)):
+        cells = "".join(
+            _cell(m / usable * CHART_ROWS - row, p / usable * CHART_ROWS - row) for m, p in zip(mean, peak, strict=True)
+        )
+        label = "100 % " if row == CHART_ROWS - 1 else ""
+        legend = " █ mean" if row == CHART_ROWS - 1 else " ░ peak" if row == CHART_ROWS - 2 else ""
+        lines.append(f"{label:>11}│{cells}│{legend}")
+    for name in ("running", "waiting"):
+        mean, peak = _resampled(bins, f"{name}_mean", f"{name}_max")
+        highest = int(peak.max())
+        lines.append(f"  {name:<9}│{_sparkline(mean, highest)}│ max {highest:,}")
+    for name in ("preemptions", "rejections"):
+        counts = _counted(bins, name)
+        if counts.any():
+            label = {"preemptions": "preempted", "rejections": "rejected"}[name]
+            lines.append(f"  {label:<9}│{_sparkline(counts, counts.max())}│ sum {int(counts.sum()):,}")
+    end = _end(bins) / NS_PER_S
+    middle, last = words.tidy_seconds(end / 2), words.tidy_seconds(end)
+    axis = f"0 s{middle:^{CHART_COLUMNS - 6}}"
+    lines.append(f"{'':11}└{'─' * CHART_COLUMNS}┘".replace("┘", ""))
+    lines.append(f"{'':12}{axis[: CHART_COLUMNS - len(last)]:<{CHART_COLUMNS - len(last)}}{last}")
+    return lines
+
+
+def _end(bins) -> int:
+    return int(bins["time_ns"][-1].as_py() + bins["width_ns"][-1].as_py())
+
+
+def _resampled(bins, mean_name: str, max_name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Mean by time and maximum in CHART_COLUMNS equal spans of the run."""
+    start, width = bins["time_ns"].to_numpy(), bins["width_ns"].to_numpy()
+    means, peaks = bins[mean_name].to_numpy(), bins[max_name].to_numpy()
+    edges = np.linspace(0, start[-1] + width[-1], CHART_COLUMNS + 1)
+    ends = np.append(start, start[-1] + width[-1])
+    area = np.interp(edges, ends, np.concatenate([[0.0], np.cumsum(means * width)]))
+    first = np.clip(np.searchsorted(ends, edges[:-1], "right") - 1, 0, len(start) - 1)
+    last = np.maximum(np.searchsorted(ends, edges[1:], "left"), first + 1)
+    highest = np.array([peaks[a:b].max() for a, b in zip(first, last, strict=True)])
+    return np.diff(area) / np.diff(edges), highest
+
+
+def _counted(bins, name: str) -> np.ndarray:
+    """Sums of a count in CHART_COLUMNS equal spans, a bin counting where its middle is."""
+    middle = bins["time_ns"].to_numpy() + bins["width_ns"].to_numpy() / 2
+    column = (middle / _end(bins) * CHART_COLUMNS).astype(np.int64)
+    return np.bincount(np.minimum(column, CHART_COLUMNS - 1), bins[name].to_numpy(), CHART_COLUMNS)
+
+
+def _cell(mean: float, peak: float) -> str:
+    """One cell of the chart: how much of it, 0..1, the mean and the peak fill."""
+    if mean > 1 / 16:
+        return _LEVELS[min(8, max(1, round(8 * mean)))]
+    return "░" if peak >= 0.5 else " "
+
+
+def _sparkline(values: np.ndarray, highest: float) -> str:
+    """A row of bars; what is not nothing is at least the lowest bar."""
+    if highest <= 0:
+        return " " * len(values)
+    return "".join(_LEVELS[min(8, int(np.ceil(8 * v / highest)))] if v > 0 else " " for v in values)
+
+
+# ---------------------------------------------------------------- what went wrong
+
+
+def _preemptions(result) -> list[str]:
+    """The first and the worst preemptions with time, request, cause, blocks and tokens lost."""
+    summary = result.summary()
+    total = summary["num_preemptions"]
+    if total == 0:
+        return []
+    lost = ""
+    if result.requests is not None:
+        times = result.requests["num_preemptions"].to_numpy()
+        recomputed = int(result.requests["recomputed_tokens"].to_numpy().sum())
+        most = int(times.argmax())
+        lost = (
+            f"; {words.count(recomputed, 'token')} computed again; {words.count(int((times > 0).sum()), 'request')},"
+            f" request {most} most often ({times[most]:,} times)"
+        )
+    head = _wrapped(f"preemptions: {total:,}{lost}")
+    if result.events is None:
+        return [*head, "  which, when and why was not kept (--record events)"]
+    kinds, names = words.codes(result.events["kind"])
+    events = result.events.take(np.flatnonzero(kinds == words.code_of(names, "preempt")))
+    tokens = events["tokens_lost"].to_numpy()
+    first = [0, 1][: len(tokens)]
+    worst = [k for k in np.argsort(-tokens, kind="stable")[:2] if k not in first]
+    rows = [["", "time", "request", "cause", "blocks", "tokens lost", "for request"]]
+    for label, chosen in (("first", first), ("worst", worst)):
+        for k in chosen:
+            event = events.slice(k, 1).to_pylist()[0]
+            rows.append(
+                [
+                    f"  {label}",
+                    words.at(event["time_ns"]),
+                    f"{event['request']}",
+                    event["cause"],
+                    f"{event['blocks_free_after'] - event['blocks_free_before']:,}",
+                    f"{event['tokens_lost']:,}",
+                    "itself" if event["for_request"] == event["request"] else f"{event['for_request']}",
+                ]
+            )
+    return [*head, *aligned(rows, "<>><>>>")]
+
+
+def _causes(result, folder: str | None) -> list[str]:
+    """How many requests did not finish, by cause, with an example and how to go on."""
+    summary = result.summary()
+    if result.requests is None:
+        bad = summary["num_requests"] - summary["outcomes"]["finished"]
+        return [f"not finished: {bad:,}; which and why was not kept (--record requests)"] if bad else []
+    outcome, outcomes = words.codes(result.requests["outcome"])
+    cause, causes = words.codes(result.requests["cause"])
+    bad = np.flatnonzero(outcome != words.code_of(outcomes, "finished"))
+    pairs, first, counts = np.unique(
+        outcome[bad] * (len(causes) + 1) + cause[bad] + 1, return_index=True, return_counts=True
+    )
+    example = int(bad[first[counts.argmax()]]) if len(bad) else _example(result)
+    lines = []
+    if len(bad):
+        order = np.argsort(-counts, kind="stable")
+        rows = [["not finished", "cause", "requests", "first", "arrived"]]
+        for k in order[:MAX_CAUSES]:
+            o, c = divmod(int(pairs[k]), len(causes) + 1)
+            row = int(bad[first[k]])
+            arrival = result.requests["arrival_ns"][row].as_py()
+            rows.append(
+                [f"  {words.OUTCOMES[outcomes[o]]}", causes[c - 1] if c else "-", f"{counts[k]:,}", f"{row}",
+                 words.at(arrival)]
+            )  # fmt: skip
+        lines = aligned(rows, "<<>>>")
+        if len(order) > MAX_CAUSES:
+            lines.append(f"  and {len(order) - MAX_CAUSES} more causes")
+    if example is not None and folder is not None:
+        lines += [f"what happened to one of them: kvsim why {shlex.quote(str(folder))} {example}"]
+    return lines
+
+
+def _example(result) -> int | None:
+    """A request worth asking about when all finished: the one preempted most often."""
+    times = result.requests["num_preemptions"].to_numpy()
+    return int(times.argmax()) if len(times) and times.max() > 0 else None

@@ -1,0 +1,164 @@
+"""What must hold whatever happens: of every request, of every block, of the order of events."""
+
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as some
+
+from kvsim import run
+from kvsim.engine import state as st
+from kvsim.engine.loop import advance
+from tests.engine.workloads import (
+    cost_columns,
+    counters,
+    duration,
+    event_rows,
+    free_list,
+    request_rows,
+    run_compiled,
+    workloads,
+)
+from tests.naive import engine as naive
+
+END_KINDS = {"finish": "finished", "cap": "capped", "reject": "rejected", "time_out": "timed_out"}
+# At equal times: ends of a step, arrivals, time-outs, then what schedule() does.
+ORDER = {"first_token": 0, "finish": 0, "cap": 0, "arrive": 1, "reject": 1, "time_out": 2}
+
+
+@given(workloads())
+def test_of_every_request(workload):
+    rows, settings = workload
+    got, _ = run_compiled(rows, settings, identities=True)
+    requests = request_rows(got)
+    ends = Counter((kind, r) for _, _, kind, r, *_ in event_rows(got.events))
+    for r, ((_, prompt, _), row) in enumerate(zip(rows, requests, strict=True)):
+        assert row["outcome"] in st.OUTCOMES[1:]
+        if row["outcome"] == "finished":
+            assert row["scheduled_tokens"] == prompt + row["generated_tokens"] - 1 + row["recomputed_tokens"]
+        for kind, outcome in (*END_KINDS.items(), ("unservable", "unservable")):
+            assert ends[kind, r] == (row["outcome"] == outcome)
+        assert (row["finished_ns"] is None) == (row["outcome"] == "unfinished")
+        times = [row[name] for name in ("arrival_ns", "scheduled_ns", "first_token_ns", "finished_ns")]
+        times = [t for t in times if t is not None]
+        assert times == sorted(times) or row["outcome"] == "unfinished"
+
+
+@given(workloads())
+def test_of_the_pool(workload):
+    rows, settings = workload
+    got, _ = run_compiled(rows, settings, identities=True)
+    if got.ended == "done":  # B19: nothing is kept after the last request
+        assert sorted(free_list(got)) == list(range(1, settings.num_gpu_blocks))
+    usable = settings.num_gpu_blocks - 1
+    for _, _, kind, _, _, before, after, *_ in event_rows(got.events):
+        assert 0 <= before <= usable and 0 <= after <= usable
+        if kind in ("admit", "resume"):
+            assert after < before
+        elif kind in ("preempt", "finish", "cap"):
+            assert after > before
+        elif kind != "time_out":
+            assert after == before
+
+
+@given(workloads())
+def test_of_the_order_of_events(workload):
+    rows, settings = workload
+    got, _ = run_compiled(rows, settings, identities=False)
+    events = event_rows(got.events)
+    keys = [(time, ORDER.get(kind, 3)) for time, _, kind, *_ in events]
+    assert [t for t, _ in keys] == sorted(t for t, _ in keys)
+    if settings.max_concurrency is None and not settings.lockstep:
+        # In a closed loop an end makes room for an arrival at the same nanosecond. An empty step takes no time,
+        # so that a second schedule() may follow at once: order holds within each step number.
+        by_step = {}
+        for (time, rank), (_, step, kind, *_) in zip(keys, events, strict=True):
+            turn = (time, step + (rank == 0))
+            by_step.setdefault(turn, []).append(rank)
+        assert all(ranks == sorted(ranks) for ranks in by_step.values())
+
+
+def test_a_broken_pool_is_noticed():
+    settings = naive.Settings(num_gpu_blocks=20, max_model_len=64)
+    state = packed([(0, 20, 30), (5, 40, 10)], settings, check=True)
+    assert advance(state, 5, -1) == st.REACHED
+    state.now[0].free_blocks -= 1
+    with pytest.raises(AssertionError, match="broke invariant 1"):
+        run.drive(state)
+
+
+@given(workloads(), some.lists(some.integers(1, 40), min_size=1, max_size=20))
+def test_stopping_and_going_on_changes_nothing(workload, pauses):
+    """`advance` to any moment, and on again, is the same run."""
+    rows, settings = workload
+    whole, _ = run_compiled(rows, settings, identities=True)
+    state = packed(rows, settings)
+    moment = 0
+    unit = 1 if settings.lockstep else 1_000_000
+    for pause in pauses:
+        moment += pause * unit
+        if advance(state, moment, -1) in (st.DONE, st.STALLED, st.HORIZON, st.EVENTS_FULL, st.TIMELINE_FULL):
+            break
+    again = run.drive(state)
+    assert event_rows(again.events) == event_rows(whole.events)
+    assert request_rows(again) == request_rows(whole)
+    assert counters(again) == counters(whole)
+
+
+@given(workloads())
+def test_the_timeline_adds_up(workload):
+    """Bins hold what the totals hold, however often they were merged."""
+    rows, settings = workload
+    got, _ = run_compiled(rows, settings, identities=False, num_bins=2)
+    bins, now = got.state.timeline, got.state.now[0]
+    used = np.arange(settings.num_gpu_blocks)
+    assert bins.used_area.sum() == (used * got.state.used_time).sum()
+    assert bins.used_max.max() <= now.peak_used
+    assert bins.steps.sum() == now.num_steps
+    assert bins.prefill_tokens.sum() + bins.decode_tokens.sum() == now.total_scheduled
+    assert bins.preemptions.sum() == now.total_preemptions
+    assert bins.rejections.sum() == now.total_rejected
+    assert got.state.gap_counts.sum() == now.gap_count
+
+
+def packed(rows, settings, check=False):
+    columns = np.array(rows, np.int64).reshape(-1, 3)
+    return st.pack(
+        arrival_ns=columns[:, 0],
+        prompt_tokens=columns[:, 1],
+        output_tokens=columns[:, 2],
+        settings=run.pack_settings(
+            SimpleNamespace(**vars(settings)),
+            settings.num_gpu_blocks,
+            frontend=settings.frontend,
+            deadline_ns=settings.deadline_ns,
+            until_ns=settings.until_ns,
+            max_concurrency=settings.max_concurrency,
+            strict=settings.strict,
+            lockstep=settings.lockstep,
+            identities=True,
+            check=check,
+        ),
+        cost=cost_columns(settings.max_num_batched_tokens, settings.max_num_seqs),
+        bin_width_ns=1 if settings.lockstep else 1_000_000,
+    )
+
+
+def test_azure_under_pressure_equals_the_naive_engine(shared):
+    """The first 2,000 requests of a real hour through a pool a fifth of what they want."""
+    from kvsim.trace import load_trace
+
+    trace = load_trace(shared / "traces" / "azure_llm_2023_conv.csv.gz").limit(2000)
+    columns = (trace.arrival_ns.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist())
+    rows = list(zip(*columns, strict=True))
+    settings = naive.Settings(num_gpu_blocks=900, max_num_seqs=64, max_num_batched_tokens=1024)
+    ref = naive.run(rows, settings, duration=duration)
+    assert ref.counters["num_preemptions"] > 100
+    for identities in (False, True):
+        got, _ = run_compiled(rows, settings, identities=identities, check=False)
+        assert event_rows(got.events) == ref.events
+        assert request_rows(got) == ref.requests
+        assert counters(got) == ref.counters
+    assert free_list(got) == ref.free_list

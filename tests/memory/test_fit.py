@@ -1,0 +1,378 @@
+"""fit(): terms that add up, blocks that equal vLLM's planner, failures that name the term that breaks."""
+
+import csv
+import json
+import math
+import re
+import subprocess
+import sys
+from statistics import mean, median
+
+import msgspec
+import pytest
+
+from kvsim.catalog.architecture import from_config
+from kvsim.errors import UserError
+from kvsim.memory import fit
+from kvsim.memory.weights import pipeline_stages, rank_weight_bytes
+from kvsim.specs import deployment, load_gpu, load_model
+from kvsim.units import GIB
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "settings"),
+    [
+        ("llama-3.1-8b", "a100-80gb", {}),
+        ("llama-3-70b", "h100", {"tensor_parallel_size": 4, "kv_cache_dtype": "fp8"}),
+        ("mixtral-8x7b", "h100", {"tensor_parallel_size": 2}),
+        ("deepseek-v3", "h200", {"tensor_parallel_size": 8}),
+        ("deepseek-v2-lite", "h100", {"block_size": 64, "max_model_len": 8192}),
+        ("opt-13b", "a100-80gb", {"enforce_eager": True}),
+    ],
+)
+def test_the_terms_add_up(model, gpu, settings):
+    dep = deployment(model, gpu=gpu, **settings)
+    b = fit(dep)
+    parts = b.weights_bytes + b.activation_bytes + b.non_torch_bytes + b.cuda_graph_bytes + b.kv_bytes
+    assert parts == b.requested_bytes == math.ceil(b.total_bytes * 92 / 100)
+    assert b.num_gpu_blocks == b.kv_bytes // b.bytes_per_block
+    assert b.bytes_per_block == sum(g.layers * g.page_bytes for g in b.groups)
+    assert b.bytes_per_token == b.bytes_per_block / dep.settings.block_size
+    assert sum(b.weights_by_component.values()) == b.weights_bytes
+    assert b.failure is None and b.verdict == "fits"
+    assert b.cuda_graph_bytes == 0 or not dep.settings.enforce_eager
+
+
+@pytest.mark.parametrize(
+    ("model", "tp", "kv", "size"),
+    [
+        ("llama-3.1-8b", 1, "auto", 131072),
+        ("llama-3.1-8b", 1, "fp8", 65536),
+        ("llama-3.1-8b", 4, "auto", 32768),
+        ("llama-3.1-8b", 16, "auto", 16384),  # 8 KV heads: copied beyond TP8
+        ("llama-2-7b", 1, "auto", 524288),
+        ("opt-66b", 1, "auto", 2359296),
+        ("deepseek-v3", 1, "auto", 70272),  # 61 layers of 576 elements
+        ("deepseek-v3", 8, "auto", 70272),  # replicated on every rank
+        ("falcon-7b", 1, "auto", 8192),
+    ],
+)
+def test_kv_bytes_per_token(model, tp, kv, size):
+    dep = deployment(model, gpu="b300", tensor_parallel_size=tp, kv_cache_dtype=kv, block_size=1)
+    assert fit(dep).bytes_per_token == size
+
+
+def test_block_arithmetic_equals_vllms_planner(shared):
+    """Plain cases of oracle/kv_plan_vectors.json: given bytes, the same blocks, tokens and concurrency."""
+    seen = 0
+    for case in json.loads((shared / "oracle" / "kv_plan_vectors.json").read_text()):
+        kind = case["kinds"][0]
+        if len(case["kinds"]) > 1 or kind["kind"] not in ("FullAttentionSpec", "MLAAttentionSpec"):
+            continue
+        seen += 1
+        mla = kind["kind"] == "MLAAttentionSpec"
+        model = _shape(
+            layers=len(case["layers"]),
+            heads=kind["kv_heads"] * 4,
+            kv_heads=kind["kv_heads"],
+            head_dim=kind["head_size"],
+            mla=mla,
+        )
+        gpu = msgspec.structs.replace(load_gpu("b300"), total_bytes=1000 * GIB)
+        dep = deployment(
+            model,
+            gpu=gpu,
+            block_size=kind["block_size"],
+            max_model_len=case["max_model_len"],
+            kv_cache_memory_bytes=case["available_bytes"],
+        )
+        b = fit(dep)
+        if "error" in case:
+            assert b.failure.cause == "one_max_length_request"
+            longest = re.search(r"maximum model length is (\d+)", case["error"])[1]
+            assert f"fits is {int(longest):,}" in b.failure.sentence
+            continue
+        assert (b.num_gpu_blocks, b.kv_cache_tokens) == (case["num_blocks"], case["kv_cache_tokens"])
+        assert b.max_concurrency == case["max_concurrency"]
+        assert b.groups[0].page_bytes == kind["page_bytes"]
+        assert b.blocks_for_max_model_len == case["groups"][0]["pages_per_request"]
+    assert seen == 5
+
+
+def _shape(*, layers, heads, kv_heads, head_dim, mla=False):
+    config = {
+        "model_type": "deepseek_v2" if mla else "llama",
+        "hidden_size": 1024,
+        "intermediate_size": 1024,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocab_size": 1024,
+        "max_position_embeddings": 10**6,
+        "kv_lora_rank": head_dim - 64,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+    }
+    return from_config(config, name="shape", where="test")
+
+
+# ---------------------------------------------------------------- what breaks
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "settings", "kind", "cause", "sentence"),
+    [
+        ("llama-3-70b", "a100-80gb", {}, "load_oom", "weights", "131.42 GiB are 58.23 GiB more than the"),
+        (
+            "llama-3.1-8b",
+            "rtx-4090",
+            {"gpu_memory_utilization": 0.65},
+            "start_oom",
+            "activations",
+            "an activation peak of 0.47 GiB and 0.25 GiB outside torch are",
+        ),
+        (
+            "llama-3.1-8b",
+            "rtx-4090",
+            {"gpu_memory_utilization": 0.7},
+            "start_oom",
+            "cuda_graphs",
+            "enforce_eager does without",
+        ),
+        (
+            "llama-3.1-8b",
+            "rtx-4090",
+            {},
+            "start_oom",
+            "one_max_length_request",
+            "the longest max_model_len that fits is 40,848",
+        ),
+        (
+            "llama-3.1-8b",
+            "rtx-4090",
+            {"kv_cache_memory_bytes": 1},
+            "start_oom",
+            "one_max_length_request",
+            "no length fits",
+        ),
+    ],
+)
+def test_the_term_that_breaks(model, gpu, settings, kind, cause, sentence):
+    """Claim C09: memory that runs out before the first request is a start_oom with its cause."""
+    b = fit(deployment(model, gpu=gpu, **settings))
+    assert (b.failure.kind, b.failure.cause, b.verdict) == (kind, cause, "does_not_fit")
+    assert sentence in b.failure.sentence and "\n" not in b.failure.sentence
+    assert b.failure.short_bytes > 0 and b.log_lines == ()
+
+
+def test_one_request_fits_exactly_at_the_longest_length():
+    dep = deployment("llama-3.1-8b", gpu="rtx-4090")
+    b = fit(dep.replace(max_model_len=40848))
+    assert b.failure is None and b.verdict == "tight"
+    assert b.num_gpu_blocks - 1 == b.blocks_for_max_model_len
+    assert fit(dep.replace(max_model_len=40849)).failure.short_bytes <= b.bytes_per_block
+
+
+def test_shortfall_closes_the_gap():
+    """Giving the pool exactly `short_bytes` more makes it start."""
+    dep = deployment("llama-3.1-8b", gpu="h100", kv_cache_memory_bytes=10 * GIB)
+    short = fit(dep).failure.short_bytes
+    assert fit(dep.replace(kv_cache_memory_bytes=10 * GIB + short)).failure is None
+    assert fit(dep.replace(kv_cache_memory_bytes=10 * GIB + short - 1)).failure is not None
+
+
+def test_overrides():
+    dep = deployment("llama-3.1-8b", gpu="a100-80gb")
+    b = fit(dep.replace(num_gpu_blocks_override=101))
+    assert b.num_gpu_blocks == 101 and b.failure is None
+    assert len(b.notes) == 1 and "skips the check" in b.notes[0]
+    b = fit(dep.replace(kv_cache_memory_bytes="20GiB"))
+    assert b.num_gpu_blocks == 20 * GIB // b.bytes_per_block
+    with pytest.raises(UserError, match=r"kv_cache_memory_bytes asks for 70\.00 GiB"):
+        fit(dep.replace(kv_cache_memory_bytes="70GiB"))
+    with pytest.raises(UserError, match=r"gpu_memory_utilization 0\.999 asks .* lower it to 0\.99"):
+        fit(dep.replace(gpu_memory_utilization=0.999))
+
+
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        ("gemma-3-27b", "52 sliding layers"),
+        ("mistral-7b-v0.1", "32 sliding layers"),
+        ("llama-4-scout", "36 chunked layers"),
+        ("jamba-v0.1", "28 mamba1 state layers"),
+        ("deepseek-v3.2", "61 sparse-attention index layers"),
+        ("deepseek-v4-flash", "43 unsupported layers"),
+    ],
+)
+def test_layers_that_are_not_supported_yet_are_named(model, kind):
+    with pytest.raises(UserError, match=f"{model} has {kind}"):
+        fit(deployment(model, gpu="h200"))
+
+
+def test_log_lines_are_vllms():
+    b = fit(deployment("llama-3.1-8b", gpu="h100", kv_cache_memory_bytes=4 * GIB, max_model_len=2048))
+    assert b.log_lines[1] == (
+        "GPU KV cache size: 32,768 tokens, Maximum concurrency for 2,048 tokens per request: 16.00x"
+    )
+    assert str(b).startswith("FITS\n") and b.log_lines[1] in str(b)
+
+
+# ---------------------------------------------------------------- parallelism and versions
+
+
+def test_tensor_parallelism_divides_what_it_can():
+    model = load_model("llama-3-70b")
+    whole = rank_weight_bytes(deployment(model, gpu="h200"), 0)
+    split = rank_weight_bytes(deployment(model, gpu="h200", tensor_parallel_size=8), 0)
+    assert split["norms"] == whole["norms"] and split["rotary"] == whole["rotary"]
+    for name in ("embedding", "attention", "mlp", "head"):
+        assert split[name] * 8 == whole[name]
+    copied = rank_weight_bytes(deployment(model, gpu="h200", tensor_parallel_size=16), 0)
+    assert copied["attention"] * 16 > whole["attention"]  # 8 KV heads on 16 ranks
+    mla = [
+        rank_weight_bytes(deployment("deepseek-v3", gpu="h200", tensor_parallel_size=tp), 0) for tp in (1, 8)
+    ]
+    assert mla[1]["attention"] * 8 > mla[0]["attention"] and mla[1]["experts"] * 8 == mla[0]["experts"]
+    dealt = deployment("deepseek-v3", gpu="h200", tensor_parallel_size=8, enable_expert_parallel=True)
+    assert rank_weight_bytes(dealt, 0)["experts"] == mla[1]["experts"]
+
+
+def test_pipeline_stages():
+    assert [len(r) for r in pipeline_stages(80, 4)] == [20, 20, 20, 20]
+    assert [len(r) for r in pipeline_stages(62, 4)] == [15, 16, 16, 15]
+    assert [i for r in pipeline_stages(61, 3) for i in r] == list(range(61))
+    model = load_model("llama-3.1-8b")
+    dep = deployment(model, gpu="h100", pipeline_parallel_size=4)
+    stages = [rank_weight_bytes(dep, i) for i in range(4)]
+    assert [s.get("embedding", 0) > 0 for s in stages] == [True, False, False, False]
+    assert [s.get("head", 0) > 0 for s in stages] == [False, False, False, True]
+    whole = rank_weight_bytes(deployment(model, gpu="h100"), 0)
+    assert sum(sum(s.values()) - s["rotary"] for s in stages) == sum(whole.values()) - whole["rotary"]
+    b = fit(dep)
+    assert b.binding_rank == "pipeline stage 4 of 4" and b.groups[0].layers == 8
+    tied = deployment("llama-3.2-1b", gpu="h100", pipeline_parallel_size=2)
+    assert rank_weight_bytes(tied, 1)["embedding"] == rank_weight_bytes(tied, 0)["embedding"] > 0
+
+
+def test_rules_by_version():
+    dep = deployment("llama-3.1-8b", gpu="h100")
+    old, before_graphs = (fit(dep.replace(engine_version=v)) for v in ("0.16.0", "0.20.0"))
+    now = fit(dep)
+    assert now.kv_bytes == before_graphs.kv_bytes - now.cuda_graph_bytes
+    assert old.activation_bytes > 2 * now.activation_bytes  # 38.1 bytes a logit before 0.17
+    assert old.non_torch_bytes < before_graphs.non_torch_bytes == now.non_torch_bytes
+
+
+# ---------------------------------------------------------------- against logs
+
+
+def test_anchor_llama_70b_w8a8():
+    """vLLM PR 12569: weights 67.7229 GiB; 1381 blocks of 16 at 2,048 tokens are 10.79x and 22,096 tokens."""
+    dep = deployment(
+        "llama-3.1-70b",
+        gpu="a100-80gb",
+        quantization="int8",
+        gpu_memory_utilization=0.98,
+        max_model_len=2048,
+        num_gpu_blocks_override=1381,
+    )
+    b = fit(dep)
+    assert b.weights_bytes / GIB == pytest.approx(67.7229, rel=0.001)
+    assert (b.kv_cache_tokens, f"{b.max_concurrency:.2f}") == (22096, "10.79")
+
+
+def test_against_start_up_logs(shared):
+    """truth/memory_records.csv, text models on vLLM >= 0.15 with one pipeline stage and known settings."""
+    archs = json.loads((shared / "truth" / "model_arch.json").read_text())
+    errors = {"weights": [], "activation": [], "blocks": [], "end_to_end": []}
+    with (shared / "truth" / "memory_records.csv").open() as file:
+        for row in csv.DictReader(file):
+            dep = _recorded_deployment(row, archs)
+            if dep is None:
+                continue
+            b = fit(dep)
+            blocks = float(row["num_blocks"] or 0) or float(row["kv_tokens"]) / dep.settings.block_size
+            given = int(float(row["kv_avail_gib"]) * GIB) // b.bytes_per_block
+            errors["blocks"].append(abs(given / blocks - 1))
+            errors["end_to_end"].append(abs(b.num_gpu_blocks / blocks - 1))
+            if not row["weight_quant"] or row["weight_quant"] == "None":
+                errors["weights"].append(abs(b.weights_bytes / GIB / float(row["weights_gib"]) - 1))
+            if row["activation_peak_gib"]:
+                logged = float(row["activation_peak_gib"])
+                errors["activation"].append(abs(b.activation_bytes / GIB / logged - 1))
+    assert len(errors["blocks"]) >= 30
+    assert max(errors["blocks"]) <= 0.001
+    assert mean(errors["weights"]) <= 0.006
+    assert mean(errors["activation"]) <= 0.02
+    assert median(errors["end_to_end"]) <= 0.01
+    assert sorted(errors["end_to_end"])[int(0.95 * len(errors["end_to_end"]))] <= 0.03
+
+
+_TYPES = (("qwen2.5", "qwen2"), ("kimi-dev", "qwen2"), ("qwen3", "qwen3"), ("phi-2", "phi"))
+
+
+def _recorded_deployment(row, archs):
+    """The deployment of a record, its model built from model_arch.json; None if it is out of scope."""
+    version = re.match(r"(\d+)\.(\d+)\.\d+$", row["version"])
+    if row["engine"] != "vllm" or not version or int(version[2]) < 15 or row["pp"] != "1":
+        return None
+    name = row["model"].lower()
+    base = re.sub(r"-(fp8-dynamic|quantized\.w\da\d+)$", "", name.split("/")[1]).replace("meta-", "")
+    a = next((a for n, a in archs.items() if n.lower().split("/")[1] == base), None)
+    hybrids = ("gemma", "llama-4", "gpt-oss", "granite-vision")
+    if a is None or a.get("mm") or any(h in name for h in hybrids):
+        return None
+    config = {
+        "model_type": next((t for word, t in _TYPES if word in name), "llama"),
+        "hidden_size": a["hidden"],
+        "intermediate_size": a["intermediate"],
+        "num_hidden_layers": a["layers"],
+        "num_attention_heads": a["heads"],
+        "num_key_value_heads": a["kv_heads"],
+        "head_dim": a["head_dim"],
+        "vocab_size": a["vocab"],
+        "tie_word_embeddings": a.get("tied", False),
+        "max_position_embeddings": 40960 if "qwen3" in name else 131072,
+    }
+    if a["attn"] == "mla":
+        config |= {"model_type": "deepseek_v2", "kv_lora_rank": a["kv_lora"], "qk_rope_head_dim": a["rope"]}
+        config |= {"qk_nope_head_dim": a["head_dim"] - a["rope"], "v_head_dim": 128}
+    elif "experts" in a:
+        config["model_type"] = (
+            "qwen2_moe" if "shared_I" in a else "qwen3_moe" if "qwen3" in name else "mixtral"
+        )
+    if "experts" in a:
+        config |= {"num_experts": a["experts"], "num_experts_per_tok": a["topk"]}
+        config |= {"moe_intermediate_size": a["moe_I"], "first_k_dense_replace": a.get("first_dense")}
+        config |= {"n_shared_experts": a.get("shared"), "shared_expert_intermediate_size": a.get("shared_I")}
+    quantized = (("w4a16", "int4"), ("w8a8", "int8"), ("fp8", "fp8"))
+    quantization = next((q for word, q in quantized if word in name + row["weight_quant"]), None)
+    gpu = load_gpu("h100")
+    return deployment(
+        from_config(config, name=row["model"], where="model_arch.json"),
+        gpu=msgspec.structs.replace(gpu, total_bytes=round(float(row["gpu_total_gib"]) * GIB)),
+        engine_version=row["version"],
+        tensor_parallel_size=int(row["tp"]),
+        gpu_memory_utilization=float(row["util"]),
+        max_model_len=int(row["max_model_len"]),
+        max_num_batched_tokens=int(row["max_num_batched_tokens"]),
+        max_num_seqs=int(row["max_num_seqs"]),
+        block_size=int(row["block_size"]),
+        dtype=row["dtype"] or "auto",
+        kv_cache_dtype=row["kv_dtype"],
+        quantization=quantization,
+        enforce_eager=row["enforce_eager"] == "True",
+    )
+
+
+def test_loads_nothing_heavy():
+    code = (
+        "import sys; from kvsim.memory import fit; from kvsim.specs import deployment;"
+        "fit(deployment('llama-3.1-8b', gpu='a100-80gb'));"
+        "print(sorted({'numpy', 'numba', 'pyarrow', 'plotly', 'rich'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,88 @@
+"""Practitioners' claims that a run answers, by the ids of ../shared/spec/claims.md."""
+
+import numpy as np
+import pytest
+
+import kvsim as kv
+from kvsim.trace import Trace
+
+
+def made(prompt, output, gap_s, n=200, **columns):
+    return Trace(
+        arrival_ns=(np.arange(n) * gap_s * 1e9).astype(np.int64),
+        prompt_tokens=np.full(n, prompt, np.int32),
+        output_tokens=np.full(n, output, np.int32),
+        name="made",
+        source="made",
+        format="made",
+        **columns,
+    )
+
+
+def deployment(blocks, **settings):
+    return kv.deployment("llama-3.1-8b", gpu="a100-80gb", num_gpu_blocks_override=blocks, **settings)
+
+
+def kinds(result):
+    return result.events["kind"].to_pylist()
+
+
+def test_C09_requests_queue_preempt_reject_or_oom():
+    """Four distinct counters, each reachable; OOM of a paged engine is the start that fails."""
+    queued = kv.simulate(made(4000, 50, 0.01), deployment(2000, max_model_len=8192))
+    assert "wait" in kinds(queued) and queued.summary()["num_preemptions"] == 0
+    assert queued.summary()["p99_queue_ms"] > 0
+    preempted = kv.simulate(made(100, 2000, 0.01), deployment(2000, max_model_len=8192))
+    assert preempted.summary()["num_preemptions"] > 0
+    rejected = kv.simulate(made(9000, 10, 0.5), deployment(2000, max_model_len=8192))
+    assert rejected.summary()["outcomes"]["rejected"] == 200
+    assert set(rejected.requests["cause"].to_pylist()) == {"prompt_ge_max_model_len"}
+    oom = kv.simulate(made(10, 10, 0.5), kv.deployment("llama-3.1-8b", gpu="rtx-4090", max_model_len=131072))
+    assert oom.summary()["verdict"] == "does_not_start"
+    assert kinds(oom) == ["start_oom"] and oom.events["cause"].to_pylist() == ["one_max_length_request"]
+
+
+def test_C09_weights_that_do_not_fit_are_a_load_oom():
+    result = kv.simulate(made(10, 10, 0.5), kv.deployment("llama-3-70b", gpu="a100-80gb"))
+    assert kinds(result) == ["load_oom"] and result.events["cause"].to_pylist() == ["weights"]
+    failure = result.summary()["failure"]
+    assert failure["short_bytes"] > 0 and "GiB" in failure["sentence"]
+
+
+@pytest.mark.parametrize("blocks", [300, 2000])
+def test_C16_prefill_allocates_decode_grows_completion_frees(blocks):
+    """The ledger: every block that was taken is given back, at every event and at the end (`check`)."""
+    result = kv.simulate(made(300, 200, 0.02), deployment(blocks, max_model_len=2048), check=True)
+    events = result.events.to_pylist()
+    taken = {e["request"] for e in events if e["kind"] == "admit" and e["blocks_free_after"] < e["blocks_free_before"]}
+    freed = {e["request"] for e in events if e["kind"] == "finish" and e["blocks_free_after"] > e["blocks_free_before"]}
+    assert taken == freed == set(range(200))
+    row = result.requests.to_pylist()[0]
+    assert row["peak_blocks"] == -(-(300 + 200 - 1) // 16)  # it grew; the last token is never computed
+
+
+def test_B19_memory_does_not_keep_growing():
+    result = kv.simulate(made(300, 200, 0.02), deployment(400, max_model_len=2048), check=True)
+    assert result.summary()["num_preemptions"] > 0
+    assert result.events["blocks_free_after"].to_pylist()[-1] == 399
+
+
+def test_E10_there_is_a_third_option():
+    """Neither fits nor OOMs: one run that queues, preempts and rejects, and still serves the rest."""
+    n = 300
+    trace = Trace(
+        arrival_ns=(np.arange(n) * 2e7).astype(np.int64),
+        prompt_tokens=np.where(np.arange(n) % 10 == 0, 3000, 200).astype(np.int32),
+        output_tokens=np.full(n, 400, np.int32),
+        name="made",
+        source="made",
+        format="made",
+    )
+    result = kv.simulate(trace, deployment(1000, max_model_len=2048))
+    summary = result.summary()
+    assert "wait" in kinds(result)
+    assert summary["num_preemptions"] > 0
+    assert summary["outcomes"]["rejected"] == n // 10
+    assert summary["outcomes"]["finished"] == n - n // 10
+    assert summary["outcomes"]["oom"] == 0
+    assert summary["verdict"] == "overloaded"

@@ -1,0 +1,72 @@
+"""The one decorator: its cache cannot go stale, and every entry compiles once."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from kvsim import _jit
+
+needs_jit = pytest.mark.skipif(_jit.is_disabled(), reason="NUMBA_DISABLE_JIT is set: nothing is compiled")
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_digest_covers_every_compiled_source():
+    names = {path.name for path in _jit._compiled_sources()}
+    assert {"_jit.py", "units.py", "state.py", "blocks.py", "schedule.py", "loop.py"} <= names
+
+
+def test_an_edited_source_gets_another_cache(monkeypatch, tmp_path):
+    edited = tmp_path / "loop.py"
+    edited.write_text("# changed")
+    before = _jit.source_digest()
+    monkeypatch.setattr(_jit, "_compiled_sources", lambda: [edited])
+    assert _jit.source_digest.__wrapped__() != before
+
+
+def test_bounds_checking_gets_another_cache():
+    code = "from kvsim import _jit; print(_jit.source_digest())"
+    plain, checked = (run_python(code, NUMBA_BOUNDSCHECK=flag).stdout for flag in ("0", "1"))
+    assert plain and checked and plain != checked
+
+
+def test_an_unwritable_cache_folder_is_no_obstacle(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    done = run_python("from kvsim import _jit; print(_jit.cache_dir())", KVSIM_CACHE_DIR=str(file / "below"))
+    assert done.returncode == 0 and "kvsim-" in done.stdout
+
+
+@needs_jit
+def test_out_of_range_is_caught_when_bounds_are_checked():
+    code = (
+        "import numpy as np\nfrom kvsim.engine.loop import without\n"
+        "without(np.zeros(3, np.int64), np.int64(3), np.int64(7))"
+    )
+    done = run_python(code, NUMBA_BOUNDSCHECK="1")
+    assert "IndexError" in done.stderr
+
+
+@needs_jit
+def test_each_compiled_entry_has_one_signature(naive_workloads_ran):
+    from kvsim.engine.loop import advance
+
+    assert len(advance.signatures) == 1
+
+
+@pytest.fixture
+def naive_workloads_ran():
+    """Run both variants, every kind of clock, so that a second signature would have appeared."""
+    from tests.engine.workloads import run_compiled
+    from tests.naive.engine import Settings
+
+    for identities in (False, True):
+        for lockstep in (False, True):
+            settings = Settings(num_gpu_blocks=9, max_model_len=64, lockstep=lockstep)
+            run_compiled([(0, 20, 30), (5, 40, 10)], settings, identities=identities)
