@@ -78,7 +78,13 @@ def source_digest() -> str:
     digest = hashlib.sha256()
     for path in _compiled_sources():
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    flags = (numba.__version__, sys.version_info[:2], config.BOUNDSCHECK, config.OPT, config.DEBUGINFO_DEFAULT)
+    flags = (
+        numba.__version__,
+        sys.version_info[:2],
+        config.BOUNDSCHECK,
+        config.OPT,
+        config.DEBUGINFO_DEFAULT,
+    )
     digest.update(repr(flags).encode())
     return digest.hexdigest()
 
@@ -135,7 +141,7 @@ def _source_keyed_cache() -> type:
             return cls(function)
 
     class Impl(caching.CompileResultCacheImpl):
-        _locator_classes = [Locator]
+        _locator_classes = (Locator,)
 
     class SourceKeyedCache(caching.FunctionCache):
         _impl_class = Impl

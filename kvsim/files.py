@@ -26,7 +26,9 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another place with --out") from None
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; choose another place with --out"
+        ) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -39,7 +41,9 @@ def make_folder(path: str | os.PathLike) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the folder {path}: {error.strerror}; choose another with --out") from None
+        raise UserError(
+            f"cannot make the folder {path}: {error.strerror}; choose another with --out"
+        ) from None
     return path
 
 

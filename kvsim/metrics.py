@@ -108,8 +108,8 @@ def met_objectives(table: np.ndarray, completed: np.ndarray, objectives_ms: dict
 
 
 def is_backlogged(table: np.ndarray, outcomes: np.ndarray) -> bool:
-    """True when the queue still grows over the last third of the arrivals: it is never empty there, and longer
-    on average in the second half of that third than in the first. `table` in order of arrival."""
+    """True when the queue still grows over the last third of the arrivals: it is longer on average in the second
+    half of that third than in the first, and never empty in that second half. `table` in order of arrival."""
     received = table[(outcomes != st.REJECTED) & (table["status"] != st.PENDING)]
     n = len(received)
     if n < 12:
@@ -120,7 +120,7 @@ def is_backlogged(table: np.ndarray, outcomes: np.ndarray) -> bool:
     arrived = np.arange(n - n // 3, n)  # others that arrived before each of them
     waiting = arrived - np.searchsorted(scheduled, last_third)
     half = len(waiting) // 2
-    return bool(waiting.min() > 0 and waiting[half:].mean() > waiting[:half].mean())
+    return bool(waiting[half:].min() > 0 and waiting[half:].mean() > waiting[:half].mean())
 
 
 def verdict(table: np.ndarray, outcomes: np.ndarray, num_preemptions: int, num_admissions: int) -> str:

@@ -117,10 +117,14 @@ class Result:
         outcomes, causes = outcome_and_cause(run)
         summary = _head(trace, deployment, options, seed, command)
         summary |= {
-            "verdict": metrics.verdict(table, outcomes, int(now.total_preemptions), int(now.total_admissions)),
+            "verdict": metrics.verdict(
+                table, outcomes, int(now.total_preemptions), int(now.total_admissions)
+            ),
             "ended": run.ended,
             "num_requests": len(table),
-            "outcomes": {name: int((outcomes == code).sum()) for code, name in enumerate(st.OUTCOMES) if name},
+            "outcomes": {
+                name: int((outcomes == code).sum()) for code, name in enumerate(st.OUTCOMES) if name
+            },
             "num_preemptions": int(now.total_preemptions),
             "num_admissions": int(now.total_admissions),
             "num_steps": int(now.num_steps),
@@ -243,7 +247,12 @@ def _head(trace, deployment, options, seed, command) -> dict:
         "engine": ENGINE,
         "seed": seed,
         "command": command,
-        "trace": {"name": trace.name, "source": str(trace.source), "format": trace.format, "sha256": trace.sha256},
+        "trace": {
+            "name": trace.name,
+            "source": str(trace.source),
+            "format": trace.format,
+            "sha256": trace.sha256,
+        },
         "model": deployment.model.name,
         "gpu": deployment.gpu.name,
         "num_gpus": deployment.num_gpus,
@@ -279,7 +288,10 @@ def _latency_summary(run, outcomes, objectives) -> dict:
     done = table[completed]
     duration = int(done["finished_at"].max()) if len(done) else 0
     summary = metrics.throughput(
-        len(done), int(done["prompt"].sum(dtype=np.int64)), int(done["generated"].sum(dtype=np.int64)), duration
+        len(done),
+        int(done["prompt"].sum(dtype=np.int64)),
+        int(done["generated"].sum(dtype=np.int64)),
+        duration,
     )
     if objectives:
         good = metrics.met_objectives(table, completed, objectives)

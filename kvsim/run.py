@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 EVENTS_BY_DEFAULT_UP_TO = 200_000  # requests; above that `record` defaults to "requests"
 RECORD_LEVELS = ("summary", "requests", "events")
 MAX_BINS = 1_000_000
+# What the engine's columns are made for: block numbers are int32, step times are tabulated by tokens.
+MAX_GPU_BLOCKS = 2**31 - 1
+MAX_BATCHED_TOKENS = 2**24
+MAX_SEQS = 2**20
 
 
 @dataclass
@@ -107,6 +111,7 @@ def simulate(
         return Result.not_started(**common)
     if not trace.has_arrivals:
         raise UserError(f"{trace.source} has no arrival times; give a rate in requests per second (--rate R)")
+    _check_sizes(settings, budget.num_gpu_blocks)
     if type(step_time) is tuple:
         cost = steptime.constant_step(*step_time, settings.max_num_batched_tokens, settings.max_num_seqs)
     else:
@@ -132,12 +137,35 @@ def simulate(
         cost=st.Cost(cost.linear_s, cost.sampled_s, cost.context_s, cost.pair_s),
         bin_width_ns=_ns(bin_s, "bin") if bin_s else _nice_width(span // 1000),
     )
+    load_engine()
     engine_started = time.perf_counter()
     run = drive(state, fixed_bins=bin_s is not None, progress=progress, on_step=on_step)
     finished = time.perf_counter()
     return Result.from_engine(
         run, prepare_s=engine_started - prepare_started, engine_s=finished - engine_started, **common
     )
+
+
+def load_engine() -> None:
+    """Have the engine's machine code ready, from the cache or compiled: runs an empty trace, which takes no
+    time when it is loaded already."""
+    from kvsim import _jit
+
+    none = np.zeros(0, np.int32)
+    settings = st.Settings(*([0] * len(st.Settings._fields)))._replace(num_gpu_blocks=2, until_ns=st.NEVER)
+    cost = st.Cost(np.zeros(1), np.zeros(1), 0.0, 0.0)
+    drive(
+        st.pack(
+            arrival_ns=none,
+            prompt_tokens=none,
+            output_tokens=none,
+            settings=settings,
+            cost=cost,
+            bin_width_ns=1,
+        )
+    )
+    if not _jit.is_warm():
+        _jit.mark_warm()
 
 
 def pack_settings(
@@ -262,6 +290,16 @@ def _nice_width(width_ns: int) -> int:
             if width * factor >= width_ns:
                 return width * factor
         width *= 10
+
+
+def _check_sizes(settings, num_gpu_blocks: int) -> None:
+    for name, value, limit in (
+        ("num_gpu_blocks", num_gpu_blocks, MAX_GPU_BLOCKS),
+        ("max_num_batched_tokens", settings.max_num_batched_tokens, MAX_BATCHED_TOKENS),
+        ("max_num_seqs", settings.max_num_seqs, MAX_SEQS),
+    ):
+        if value > limit:
+            raise UserError(f"{name} is {value:,}; kvsim simulates at most {limit:,}, so give a smaller one")
 
 
 def _record_level(record: str | None, num_requests: int) -> str:

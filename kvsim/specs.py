@@ -684,8 +684,7 @@ def flag_names() -> list[str]:
 
 
 def _vllm_spelling(argv: list[str]) -> list[str]:
-    """Underscores become dashes, `--flag.key=value` `--flag=value`, `--flag=True` and `--flag True` `--flag`.
-    """
+    """Underscores become dashes, `--flag.key=value` `--flag=value`, `--flag=True` and `--flag True` `--flag`."""
     bools = {"--" + f.name.replace("_", "-") for f in ENGINE_FLAGS if f.kind == "bool"}
     bools |= {f"--{name}" for name, kind in _known_flags().kinds().items() if kind == "bool"}
     out: list[str] = []

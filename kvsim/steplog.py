@@ -27,7 +27,9 @@ class StepLog:
     are kept, `fin` finished by this step, `run2 wait2 free2` after it. `pre`, `blk`, `fin` only when not empty.
     """
 
-    def __init__(self, write: Callable[[dict], None], *, blocks: bool = True, numbers: np.ndarray | None = None):
+    def __init__(
+        self, write: Callable[[dict], None], *, blocks: bool = True, numbers: np.ndarray | None = None
+    ):
         self.write = write
         self.blocks = blocks
         self.numbers = numbers  # row -> the request's number in the log; None: the row itself

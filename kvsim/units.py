@@ -16,7 +16,16 @@ KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
 NS_PER_US, NS_PER_MS, NS_PER_S = 10**3, 10**6, 10**9
 
 _BYTE_UNITS = {
-    "": 1, "b": 1, "kb": KB, "mb": MB, "gb": GB, "tb": TB, "kib": KIB, "mib": MIB, "gib": GIB, "tib": TIB,
+    "": 1,
+    "b": 1,
+    "kb": KB,
+    "mb": MB,
+    "gb": GB,
+    "tb": TB,
+    "kib": KIB,
+    "mib": MIB,
+    "gib": GIB,
+    "tib": TIB,
 }
 # vLLM's --max-model-len: a small letter is decimal, a capital one binary.
 _COUNT_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -32,7 +41,9 @@ def parse_bytes(text: str | int) -> int:
         return text
     match = _NUMBER.fullmatch(text)
     if match is None or match[2].lower() not in _BYTE_UNITS:
-        raise UserError(f"{text!r} is not an amount of memory; write a number and B, GB or GiB, such as 80GiB")
+        raise UserError(
+            f"{text!r} is not an amount of memory; write a number and B, GB or GiB, such as 80GiB"
+        )
     return _scaled(match[1], _BYTE_UNITS[match[2].lower()])
 
 
@@ -42,7 +53,9 @@ def parse_count(text: str | int) -> int:
         return text
     match = _NUMBER.fullmatch(text)
     if match is None or match[2] not in _COUNT_UNITS:
-        raise UserError(f"{text!r} is not a count; write a whole number such as 8192, 32k (32,000) or 32K (32,768)")
+        raise UserError(
+            f"{text!r} is not a count; write a whole number such as 8192, 32k (32,000) or 32K (32,768)"
+        )
     return _scaled(match[1], _COUNT_UNITS[match[2]])
 
 

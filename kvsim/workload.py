@@ -23,7 +23,7 @@ from kvsim.trace.philox import stratified, uniforms
 from kvsim.units import NS_PER_S, NS_PER_US
 
 DEFAULT_SEED = 0
-MAX_REQUESTS = 500_000_000
+MAX_REQUESTS = 100_000_000
 
 # Streams: two for each column of randomness, since `stratified` shuffles by the second; 1 is also that of
 # Trace.with_poisson_rate.
@@ -134,9 +134,9 @@ def parse_lengths(text: str) -> Lengths:
             data = json.loads(Path(rest).read_text(encoding="utf-8"))
             return table(data["p"], data["v"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
             raise UserError(
-                f'{rest}: is not a table of lengths ({error!r}); write JSON {{"p": [0, ..., 1], '
-                '"v": [...]}}'
+                f'{rest}: is no table of lengths ({reason}); write JSON {{"p": [0, ..., 1], "v": [...]}}'
             ) from None
     if kind not in makers:
         raise UserError(
@@ -252,6 +252,7 @@ def azure_like(
     spec = json.loads(Path(traces.__file__).with_name("azure_like.json").read_text(encoding="utf-8"))[kind]
     n = spec["requests"] if requests is None else requests
     _check(n == int(n) and 1 <= n <= MAX_REQUESTS, f"requests {n}", f"from 1 to {MAX_REQUESTS:,} of them")
+    n = int(n)
     _check(rate is None or 0 < rate < math.inf, f"rate {rate}", "requests per second above 0")
     prompt = table(**spec["prompt"]).draw(seed, _PROMPT, n)
     if kind == "conv":
@@ -402,20 +403,23 @@ def _bursts(spec: dict, seed: int, n: int) -> np.ndarray:
     from scipy.special import ndtr, ndtri
 
     size, gap, inside = spec["requests_per_burst"], spec["gap_s"], spec["in_burst_iat"]
-    per_round = spec["bursts_per_round"]
+
+    def draw(stream: int, rounds: int) -> np.ndarray:
+        per_round = spec["bursts_per_round"]
+        return np.concatenate([stratified(seed, stream + 100 * r, per_round) for r in range(rounds)])
+
+    def sizes_of(u: np.ndarray) -> np.ndarray:
+        sizes = np.rint(np.exp(size["mu"] + size["sigma"] * ndtri(u)))
+        return np.clip(sizes, size["min"], size["max"]).astype(np.int64)
+
     rounds = 1
-    while True:
-
-        def draw(stream, rounds=rounds):
-            return np.concatenate([stratified(seed, stream + 100 * r, per_round) for r in range(rounds)])
-
-        sizes = np.rint(np.exp(size["mu"] + size["sigma"] * ndtri(draw(_BURSTS))))
-        sizes = np.clip(sizes, size["min"], size["max"]).astype(np.int64)
-        if sizes.sum() >= n:
-            break
+    while sizes_of(draw(_BURSTS, rounds)).sum() < n:
         rounds *= 2
-    silences = np.minimum(gap["offset"] + np.exp(gap["mu"] + gap["sigma"] * ndtri(draw(_GAPS))), gap["max"])
-    speeds = np.exp(inside["speed_mu"] + inside["speed_sigma"] * ndtri(draw(_SPEEDS)))
+    sizes = sizes_of(draw(_BURSTS, rounds))
+    silences = np.minimum(
+        gap["offset"] + np.exp(gap["mu"] + gap["sigma"] * ndtri(draw(_GAPS, rounds))), gap["max"]
+    )
+    speeds = np.exp(inside["speed_mu"] + inside["speed_sigma"] * ndtri(draw(_SPEEDS, rounds)))
 
     # AR(1) by its moving average, cut where rho**40 is below one bit.
     rho, taps = inside["rho"], 40

@@ -10,7 +10,11 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 for name, examples in (("small", 25), ("default", 300), ("long", 3000)):
     settings.register_profile(
-        name, max_examples=examples, deadline=None, derandomize=name != "long", suppress_health_check=list(HealthCheck)
+        name,
+        max_examples=examples,
+        deadline=None,
+        derandomize=name != "long",
+        suppress_health_check=list(HealthCheck),
     )
 settings.load_profile(os.environ.get("KVSIM_HYPOTHESIS", "default"))
 

@@ -54,8 +54,16 @@ def test_C16_prefill_allocates_decode_grows_completion_frees(blocks):
     """The ledger: every block that was taken is given back, at every event and at the end (`check`)."""
     result = kv.simulate(made(300, 200, 0.02), deployment(blocks, max_model_len=2048), check=True)
     events = result.events.to_pylist()
-    taken = {e["request"] for e in events if e["kind"] == "admit" and e["blocks_free_after"] < e["blocks_free_before"]}
-    freed = {e["request"] for e in events if e["kind"] == "finish" and e["blocks_free_after"] > e["blocks_free_before"]}
+    taken = {
+        e["request"]
+        for e in events
+        if e["kind"] == "admit" and e["blocks_free_after"] < e["blocks_free_before"]
+    }
+    freed = {
+        e["request"]
+        for e in events
+        if e["kind"] == "finish" and e["blocks_free_after"] > e["blocks_free_before"]
+    }
     assert taken == freed == set(range(200))
     row = result.requests.to_pylist()[0]
     assert row["peak_blocks"] == -(-(300 + 200 - 1) // 16)  # it grew; the last token is never computed

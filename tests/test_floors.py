@@ -77,7 +77,9 @@ def test_the_engine_imports_only_units_jit_and_numpy():
         for imported, _ in imports(path):
             top = imported.split(".")[0]
             if top == "kvsim":
-                assert imported.split(".")[1] in ("_jit", "units", "engine"), f"{path.name} imports {imported}"
+                assert imported.split(".")[1] in ("_jit", "units", "engine"), (
+                    f"{path.name} imports {imported}"
+                )
             else:
                 assert top in ("numpy", "typing", "__future__"), f"{path.name} imports {imported}"
 
@@ -93,9 +95,15 @@ def test_numba_is_spelled_in_one_place():
     ("code", "absent"),
     [
         ("import kvsim", {"numpy", "numba", "pyarrow", "plotly", "rich", "msgspec"}),
-        ("from kvsim.cli import main; main(['--help'])", {"numpy", "numba", "pyarrow", "plotly", "rich", "msgspec"}),
+        (
+            "from kvsim.cli import main; main(['--help'])",
+            {"numpy", "numba", "pyarrow", "plotly", "rich", "msgspec"},
+        ),
         ("from kvsim.cli import main; main(['--version'])", {"numpy", "numba", "pyarrow", "plotly", "rich"}),
-        ("import kvsim; kvsim.fit(kvsim.deployment('llama-3.1-8b', gpu='a100-80gb'))", {"numba", "pyarrow", "plotly"}),
+        (
+            "import kvsim; kvsim.fit(kvsim.deployment('llama-3.1-8b', gpu='a100-80gb'))",
+            {"numba", "pyarrow", "plotly"},
+        ),
     ],
 )
 def test_quick_commands_stay_light(code, absent):

@@ -13,7 +13,11 @@ needs_jit = pytest.mark.skipif(_jit.is_disabled(), reason="NUMBA_DISABLE_JIT is 
 
 def run_python(code, **environment):
     return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 

@@ -22,7 +22,9 @@ def test_every_data_file_is_listed():
     for name, folder in folders():
         for path in folder.iterdir():
             if path.is_file() and path.suffix not in (".py", ".pyc"):
-                assert any(path.match(p) for p in patterns.get(name, [])), f"{path} is in no package-data pattern"
+                assert any(path.match(p) for p in patterns.get(name, [])), (
+                    f"{path} is in no package-data pattern"
+                )
 
 
 def test_no_upper_bound_on_python():

@@ -114,7 +114,9 @@ def _about_unknown(parser: argparse.ArgumentParser, word: str) -> str:
 
 def _verb_list() -> str:
     width = max(map(len, VERBS)) + 2
-    return "verbs:\n" + "".join(f"  {name:{width}}{what}\n" for name, what in VERBS.items()) + "\n" + _EXAMPLES
+    return (
+        "verbs:\n" + "".join(f"  {name:{width}}{what}\n" for name, what in VERBS.items()) + "\n" + _EXAMPLES
+    )
 
 
 def _end_soon_after_interrupt() -> None:

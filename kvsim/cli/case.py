@@ -56,7 +56,10 @@ def main(args: argparse.Namespace) -> int:
     if not args.quiet:
         print(json.dumps(tail))
         if tail["stalled"]:
-            print(f"kvsim: {name} stalled at {tail['clock']}: nothing that waits can ever be admitted", file=sys.stderr)
+            print(
+                f"kvsim: {name} stalled at {tail['clock']}: nothing that waits can ever be admitted",
+                file=sys.stderr,
+            )
         if args.step_log:
             print(f"wrote {args.step_log}", file=sys.stderr)
     return 0
@@ -72,7 +75,9 @@ def read_case(path: str) -> dict:
     except OSError as error:
         raise UserError(f"cannot read the case {path}: {error.strerror or error}") from None
     except (ValueError, EOFError) as error:
-        raise UserError(f"{path} is not a case: it is not JSON ({error}); give a .case.json or .case.json.gz") from None
+        raise UserError(
+            f"{path} is not a case: it is not JSON ({error}); give a .case.json or .case.json.gz"
+        ) from None
     if not isinstance(case, dict) or not isinstance(case.get("requests"), list):
         raise UserError(f"{path} is not a case: it has no list of requests")
     config = case.setdefault("config", {})

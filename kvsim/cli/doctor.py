@@ -49,23 +49,37 @@ def _version(name: str) -> str | None:
 
 def _engine_check() -> dict:
     """Compile (or load) the engine and run it; what came of it and where its machine code lies."""
-    from kvsim import _jit
-    from kvsim.cli.warm import compile_engine, say_if_cold
+    from kvsim import _jit, run
+    from kvsim.cli.warm import say_if_cold
 
     try:
         say_if_cold()
-        compile_engine()
+        run.load_engine()
     except Exception as error:  # whatever is wrong here is what the user asked to be told
         return {"engine": f"{type(error).__name__}: {error}", "cache": None}
-    return {"engine": "ok", "cache": "off (NUMBA_DISABLE_JIT)" if _jit.is_disabled() else str(_jit.cache_dir())}
+    return {
+        "engine": "ok",
+        "cache": "off (NUMBA_DISABLE_JIT)" if _jit.is_disabled() else str(_jit.cache_dir()),
+    }
 
 
 def _print(report: dict) -> None:
-    rows = [("kvsim", report["kvsim"]), ("Python", f"{report['python']} on {report['machine']}"), ("cores", report["cores"])]
-    rows += [(name, version or "MISSING: pip install kvsim again") for name, version in report["packages"].items()]
+    rows = [
+        ("kvsim", report["kvsim"]),
+        ("Python", f"{report['python']} on {report['machine']}"),
+        ("cores", report["cores"]),
+    ]
+    rows += [
+        (name, version or "MISSING: pip install kvsim again") for name, version in report["packages"].items()
+    ]
     for name, what, extra in _EXTRAS:
         version = report["extras"][name]
-        rows.append((name, f"{version} ({what})" if version else f"not installed: {what} (pip install 'kvsim[{extra}]')"))
+        rows.append(
+            (
+                name,
+                f"{version} ({what})" if version else f"not installed: {what} (pip install 'kvsim[{extra}]')",
+            )
+        )
     rows += [("engine", report["engine"]), ("machine code", report["cache"])]
     for name, value in rows:
         print(f"{name:14}{value}", file=sys.stdout)

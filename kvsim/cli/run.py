@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import sys
@@ -13,7 +14,7 @@ from kvsim.units import parse_count
 
 DEFAULT_TRACE = "azure-conv-like"
 DEFAULT_MODEL = "llama-3.1-8b"
-DEFAULT_GPU = "a100-40gb-pcie"
+DEFAULT_GPU = "l40s"  # busy: the pool fills at the peaks of the default trace, and empties again
 
 _EPILOG = """examples:
   kvsim run
@@ -33,28 +34,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.epilog = _EPILOG
     parser.usage = "kvsim run [TRACE] [--model M] [--gpu G] [options] [-- vllm serve M ...]"
-    parser.add_argument("trace", nargs="?", metavar="TRACE", help=f"file or bundled name (default: {DEFAULT_TRACE})")
-    parser.add_argument("--model", help=f"catalogue name, config.json or its folder (default: {DEFAULT_MODEL})")
+    parser.add_argument(
+        "trace", nargs="?", metavar="TRACE", help=f"file or bundled name (default: {DEFAULT_TRACE})"
+    )
+    parser.add_argument(
+        "--model", help=f"catalogue name, config.json or its folder (default: {DEFAULT_MODEL})"
+    )
     parser.add_argument("--gpu", help=f"catalogue name (default: {DEFAULT_GPU})")
 
     out = parser.add_argument_group("output")
-    out.add_argument("-o", "--out", metavar="DIR", help="write summary, requests, events, timeline and a picture here")
+    out.add_argument(
+        "-o", "--out", metavar="DIR", help="write summary, requests, events, timeline and a picture here"
+    )
     out.add_argument("--json", action="store_true", help="print the summary as JSON")
     out.add_argument("--quiet", action="store_true", help="print nothing but errors")
     out.add_argument("--record", choices=("summary", "requests", "events"), help="how much to keep of it")
-    out.add_argument("--bin", type=float, metavar="SECONDS", help="width of a timeline bin (default: about 1,000 bins)")
+    out.add_argument(
+        "--bin", type=float, metavar="SECONDS", help="width of a timeline bin (default: about 1,000 bins)"
+    )
     out.add_argument("--check", action="store_true", help="check the invariants of the pool at every event")
-    out.add_argument("--step-log", metavar="FILE", help="every schedule() call as a JSON line (.jsonl or .jsonl.gz)")
+    out.add_argument(
+        "--step-log", metavar="FILE", help="every schedule() call as a JSON line (.jsonl or .jsonl.gz)"
+    )
 
     traffic = parser.add_argument_group("traffic")
     traffic.add_argument("--rate-scale", type=float, metavar="X", help="arrivals X times as fast")
-    traffic.add_argument("--rate", type=float, metavar="R", help="Poisson arrivals, R a second, for tables without any")
+    traffic.add_argument(
+        "--rate", type=float, metavar="R", help="Poisson arrivals, R a second, for tables without any"
+    )
     traffic.add_argument("--seed", type=int, default=0, help="of --rate (default: 0)")
     traffic.add_argument("--limit", type=_count, metavar="N", help="the first N requests")
-    traffic.add_argument("--from", type=float, dest="from_s", metavar="SECONDS", help="leave out what comes earlier")
-    traffic.add_argument("--to", type=float, dest="to_s", metavar="SECONDS", help="leave out what comes at or after")
+    traffic.add_argument(
+        "--from", type=float, dest="from_s", metavar="SECONDS", help="leave out what comes earlier"
+    )
+    traffic.add_argument(
+        "--to", type=float, dest="to_s", metavar="SECONDS", help="leave out what comes at or after"
+    )
     traffic.add_argument("--clip-prompt", type=_count, metavar="N", help="cut longer prompts to N tokens")
-    traffic.add_argument("--max-concurrency", type=_count, metavar="N", help="closed loop: N requests in flight at most")
+    traffic.add_argument(
+        "--max-concurrency", type=_count, metavar="N", help="closed loop: N requests in flight at most"
+    )
 
     reading = parser.add_argument_group("reading the trace")
     reading.add_argument("--format", help="schema, where it is not to be found out")
@@ -63,12 +82,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     clock = parser.add_argument_group("clock and outcomes")
     clock.add_argument("--step-time", metavar="A0,A1,A2", help="a step of n tokens over ctx context tokens takes "
                        "A0 + A1*n + A2*ctx seconds (default: a roofline of the model on the GPU)")  # fmt: skip
-    clock.add_argument("--deadline", type=float, metavar="SECONDS", help="a request is given up that long after arrival")
+    clock.add_argument(
+        "--deadline", type=float, metavar="SECONDS", help="a request is given up that long after arrival"
+    )
     clock.add_argument("--until", type=float, metavar="SECONDS", help="end the run then")
     clock.add_argument("--strict", action="store_true", help="block or livelock as the engine would, instead of "
                        "dropping what can never fit; ends with a stall report")  # fmt: skip
     clock.add_argument("--goodput", nargs="+", metavar="NAME:MS", help="objectives: ttft:MS tpot:MS e2el:MS")
-    clock.add_argument("--require", metavar="goodput>=X", help="exit 1 unless that share of requests meets --goodput")
+    clock.add_argument(
+        "--require", metavar="goodput>=X", help="exit 1 unless that share of requests meets --goodput"
+    )
     clock.add_argument("--case", metavar="FILE", help="replay a reference case; implies --strict")
     add_engine_arguments(parser)
 
@@ -82,15 +105,18 @@ def main(args: argparse.Namespace) -> int:
     required = _requirement(args)  # before anything slow
     goodput = _goodput(args.goodput)
     step_time = _step_time(args.step_time)
+    _check_out(args.out)
     deployment = _deployment(args)
     load_started = time.perf_counter()
     trace = _trace(args)
     load_s = time.perf_counter() - load_started
 
+    from kvsim import memory
     from kvsim.cli.warm import say_if_cold
     from kvsim.run import simulate
 
-    say_if_cold()
+    if memory.fit(deployment).failure is None:
+        say_if_cold()
     with _StepLogFile(args.step_log) as on_step, _Progress(args.quiet or args.json) as progress:
         result = simulate(
             trace,
@@ -110,7 +136,6 @@ def main(args: argparse.Namespace) -> int:
             progress=progress,
             on_step=on_step,
         )
-    _mark_warm(result)
     paths = result.save(args.out) if args.out else []
     summary = result.summary()
     if args.json:
@@ -123,25 +148,26 @@ def main(args: argparse.Namespace) -> int:
         print_result(result, folder=args.out)
         for path in paths:
             print(f"wrote {path}")
-    return _exit_code(summary, required)
+    return _exit_code(args, summary, required)
 
 
-def _exit_code(summary: dict, required: float | None) -> int:
+def _check_out(out: str | None) -> None:
+    if out is not None and os.path.exists(out) and not os.path.isdir(out):
+        raise UserError(f"--out {out} is a file; give a folder")
+
+
+def _exit_code(args, summary: dict, required: float | None) -> int:
     if summary["verdict"] == "does_not_start":
+        if args.quiet or args.json:
+            print(f"kvsim: {summary['failure']['sentence']}", file=sys.stderr)
         return 1
     if required is not None and summary["goodput"]["fraction"] < required:
         print(
-            f"kvsim: goodput {summary['goodput']['fraction']:.4f} is below the required {required:g}", file=sys.stderr
+            f"kvsim: goodput {summary['goodput']['fraction']:.4f} is below the required {required:g}",
+            file=sys.stderr,
         )
         return 1
     return 0
-
-
-def _mark_warm(result) -> None:
-    from kvsim import _jit
-
-    if result.summary()["verdict"] != "does_not_start" and not _jit.is_warm():
-        _jit.mark_warm()
 
 
 def _deployment(args):
@@ -154,7 +180,9 @@ def _deployment(args):
         settings = {**pasted_settings, **settings}
         warnings += pasted_warnings
         if model is None:
-            raise UserError("the pasted command line names no model; write it after `vllm serve` or give --model")
+            raise UserError(
+                "the pasted command line names no model; write it after `vllm serve` or give --model"
+            )
     for warning in warnings:
         print(f"kvsim: warning: {warning}", file=sys.stderr)
     if args.pasted is not None and args.gpu is None:
@@ -178,7 +206,7 @@ def _trace(args):
     if args.rate_scale is not None:
         trace = trace.scale_rate(args.rate_scale)
     if args.from_s is not None or args.to_s is not None:
-        trace = trace.between(args.from_s or 0.0, args.to_s if args.to_s is not None else float("inf"))
+        trace = trace.between(args.from_s, args.to_s)
     if args.clip_prompt is not None:
         trace = trace.clip_prompt(args.clip_prompt)
     return trace
@@ -200,7 +228,9 @@ def _step_time(text: str | None) -> tuple[float, float, float] | None:
     try:
         a0, a1, a2 = (float(part) for part in text.split(","))
     except ValueError:
-        raise UserError(f"--step-time {text!r} is not three numbers of seconds such as 0.0065,3e-5,3e-8") from None
+        raise UserError(
+            f"--step-time {text!r} is not three numbers of seconds such as 0.0065,3e-5,3e-8"
+        ) from None
     if not all(0 <= a < 1e6 for a in (a0, a1, a2)):
         raise UserError(f"--step-time {text!r} has a number that is negative or not finite; give seconds")
     return a0, a1, a2
@@ -219,7 +249,9 @@ def _goodput(words: list[str] | None) -> dict[str, float] | None:
         except ValueError:
             raise UserError(f"--goodput {word!r} is not NAME:MS, such as ttft:500") from None
         if name not in OBJECTIVES or not objectives[name] > 0:
-            raise UserError(f"--goodput {word!r}: the name is one of {', '.join(OBJECTIVES)} and the ms are above 0")
+            raise UserError(
+                f"--goodput {word!r}: the name is one of {', '.join(OBJECTIVES)} and the ms are above 0"
+            )
     return objectives
 
 

@@ -13,15 +13,15 @@ from typing import TextIO
 
 import numpy as np
 
-from kvsim.metrics import LATENCIES, MANY_PREEMPTIONS
+from kvsim.metrics import LATENCIES
 from kvsim.report import words
-from kvsim.units import NS_PER_S
+from kvsim.report.story import head_waits
+from kvsim.units import NS_PER_S, format_ns
 
 WIDTH = 80
 CHART_COLUMNS = 58
 CHART_ROWS = 3
 MAX_CAUSES = 6
-LABELS = {"ttft": "ttft", "tpot": "tpot", "itl": "itl", "e2el": "e2el", "queue": "queue"}
 _LEVELS = " ▁▂▃▄▅▆▇█"
 _ASCII_LEVELS = " .:-=+*%#"
 _TO_ASCII = str.maketrans({**dict(zip(_LEVELS, _ASCII_LEVELS, strict=True)), "░": ".", "│": "|", "└": "+",
@@ -30,8 +30,9 @@ _TO_ASCII = str.maketrans({**dict(zip(_LEVELS, _ASCII_LEVELS, strict=True)), "�
 
 def summary_text(summary: dict) -> str:
     """Verdict, outcomes, throughput, latencies and pool usage, from the summary alone."""
-    sections = [_verdict(summary), _outcomes(summary), _latencies(summary), _usage(summary)]
-    return _joined(sections)
+    if summary["verdict"] == "does_not_start":
+        return _joined([_verdict(summary)])
+    return _joined([_verdict(summary), _outcomes(summary), _latencies(summary), _usage(summary)])
 
 
 def result_text(result, folder: str | None = None) -> str:
@@ -44,7 +45,7 @@ def result_text(result, folder: str | None = None) -> str:
     sections += [
         _outcomes(summary),
         _latencies(summary),
-        _chart(result),
+        _chart(result) + _queue_head(result),
         _preemptions(result),
         _causes(result, folder),
         _notes(result),
@@ -150,7 +151,7 @@ def throughput_rows(summary: dict) -> list[tuple[str, str]]:
         ("output tokens", f"{words.rate(summary['output_throughput'])} tokens/s"),
         ("steps", f"{summary['num_steps']:,}"),
         ("preemptions", f"{summary['num_preemptions']:,}"),
-        ("replayed in", f"{summary['wall']['engine_s']:.3g} s"),
+        ("replayed in", format_ns(summary["wall"]["engine_s"] * NS_PER_S)),
     ]
     if "goodput" in summary:
         goodput = summary["goodput"]
@@ -200,9 +201,8 @@ def _chart(result) -> list[str]:
     mean, peak = _resampled(bins, "blocks_used_mean", "blocks_used_max")
     lines = _usage(summary)
     for row in reversed(range(CHART_ROWS)):
-        cells = "".join(
-            _cell(m / usable * CHART_ROWS - row, p / usable * CHART_ROWS - row) for m, p in zip(mean, peak, strict=True)
-        )
+        levels = zip(mean / usable * CHART_ROWS - row, peak / usable * CHART_ROWS - row, strict=True)
+        cells = "".join(_cell(m, p, row == 0) for m, p in levels)
         label = "100 % " if row == CHART_ROWS - 1 else ""
         legend = " █ mean" if row == CHART_ROWS - 1 else " ░ peak" if row == CHART_ROWS - 2 else ""
         lines.append(f"{label:>11}│{cells}│{legend}")
@@ -218,7 +218,7 @@ def _chart(result) -> list[str]:
     end = _end(bins) / NS_PER_S
     middle, last = words.tidy_seconds(end / 2), words.tidy_seconds(end)
     axis = f"0 s{middle:^{CHART_COLUMNS - 6}}"
-    lines.append(f"{'':11}└{'─' * CHART_COLUMNS}┘".replace("┘", ""))
+    lines.append(f"{'':11}└{'─' * CHART_COLUMNS}")
     lines.append(f"{'':12}{axis[: CHART_COLUMNS - len(last)]:<{CHART_COLUMNS - len(last)}}{last}")
     return lines
 
@@ -247,9 +247,9 @@ def _counted(bins, name: str) -> np.ndarray:
     return np.bincount(np.minimum(column, CHART_COLUMNS - 1), bins[name].to_numpy(), CHART_COLUMNS)
 
 
-def _cell(mean: float, peak: float) -> str:
-    """One cell of the chart: how much of it, 0..1, the mean and the peak fill."""
-    if mean > 1 / 16:
+def _cell(mean: float, peak: float, is_lowest: bool) -> str:
+    """One cell of the chart: how much of it, 0..1, the mean and the peak fill. Not nothing shows as not nothing."""
+    if mean > 1 / 16 or (mean > 0 and is_lowest):
         return _LEVELS[min(8, max(1, round(8 * mean)))]
     return "░" if peak >= 0.5 else " "
 
@@ -262,6 +262,18 @@ def _sparkline(values: np.ndarray, highest: float) -> str:
 
 
 # ---------------------------------------------------------------- what went wrong
+
+
+def _queue_head(result) -> list[str]:
+    """For how long someone waited at the head of the queue, and on what."""
+    if result.events is None or result.requests is None:
+        return []
+    by_cause = head_waits(result).total_ns()
+    total, run = sum(by_cause.values()), result.summary()["makespan_s"] * NS_PER_S
+    if total == 0:
+        return []
+    shares = ", ".join(f"{cause} {words.percent(ns, total)}" for cause, ns in by_cause.items())
+    return _wrapped(f"someone waited to be admitted for {words.percent(total, run)} of the time: {shares}")
 
 
 def _preemptions(result) -> list[str]:

@@ -72,7 +72,12 @@ def percent(part: float, whole: float) -> str:
 
 def milliseconds(value: float | None) -> str:
     """A duration in ms for people, `"-"` for none."""
-    return "-" if value is None else format_ns(value * NS_PER_MS)
+    return "-" if value is None else span(value * NS_PER_MS)
+
+
+def span(ns: float) -> str:
+    """A duration for people."""
+    return "0 s" if ns == 0 else format_ns(ns)
 
 
 def rate(value: float) -> str:

@@ -55,7 +55,8 @@ def read(source: Source, schema: Schema, names: Sequence[str]) -> Rows:
                     line,
                 ) from None
         if schema.prefix:
-            _append_ids(source, line, schema, row.prefix, columns["prompt"][-1], unit, offsets, ids)
+            ids.extend(_ids(source, line, schema, row.prefix, columns["prompt"][-1], unit))
+            offsets.append(len(ids))
     prefix = {"prefix_offsets": np.array(offsets), "prefix_ids": np.array(ids)} if unit else {}
     return Rows(**frozen(columns), **prefix, where=lambda row: f"line {_line_of(source, row)}")
 
@@ -71,39 +72,25 @@ def _decoder(keys: dict[str, str]):
     return msgspec.json.Decoder(row, float_hook=decimal).decode
 
 
-def _append_ids(
-    source: Source,
-    line: int,
-    schema: Schema,
-    row_ids: list[int] | None,
-    prompt: int,
-    unit: int,
-    offsets: array,
-    ids: array,
-) -> None:
-    if not unit:
-        if row_ids is not None:
-            raise source.error(
-                f"{schema.prefix} is there although the first row has none; give it to every row or to none",
-                line,
-            )
-        return
-    row_ids = row_ids or []
-    needed = -(-prompt // unit)
-    if len(row_ids) != needed:
+def _ids(
+    source: Source, line: int, schema: Schema, ids: list[int] | None, prompt: int, unit: int
+) -> list[int]:
+    """The row's prefix ids, as many as its prompt has blocks; unit 0 says that the first row had none."""
+    if not unit and ids is not None:
         raise source.error(
-            f"{schema.prefix} has {len(row_ids)} ids, but {prompt:,} prompt tokens need "
-            f"{needed} at a block size of {unit}; give the block size that the ids were made "
-            "with (--prefix-unit) or correct the row",
+            f"{schema.prefix} is there although the first row has none; give it to every row or to none", line
+        )
+    ids = ids or []
+    needed = -(-prompt // unit) if unit else 0
+    if len(ids) != needed:
+        raise source.error(
+            f"{schema.prefix} has {len(ids)} ids, but {prompt:,} prompt tokens need {needed} at a block size "
+            f"of {unit}; give the block size that the ids were made with (--prefix-unit) or correct the row",
             line,
         )
-    try:
-        ids.extend(row_ids)
-    except OverflowError:
-        raise source.error(
-            f"{schema.prefix} holds an id beyond 64 signed bits; number the blocks anew", line
-        ) from None
-    offsets.append(len(ids))
+    if ids and not -(2**63) <= min(ids) <= max(ids) < 2**63:
+        raise source.error(f"{schema.prefix} holds an id beyond 64 signed bits; number the blocks anew", line)
+    return ids
 
 
 def _unit(source: Source, schema: Schema) -> int:

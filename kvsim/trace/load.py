@@ -37,9 +37,10 @@ def load_trace(
     prefix_unit  tokens that one prefix id stands for: overrides the format's (Mooncake: 512) or the file's
 
     Arrivals are exact to the nanosecond and start at 0; rows that are out of order are sorted (ties stay in
-    file order). Requests with 0 prompt or output tokens are kept: the run rejects them. All of that is
-    counted in `notes`. Raises UserError, one sentence with file, line, column and what to do, and never
-    returns half a file. Reads the file more than once; memory is that of the columns plus a block of text.
+    file order). Columns that the format does not know are ignored. Requests with 0 prompt or output tokens
+    are kept: the run rejects them. All of that is counted in `notes`. Raises UserError, one sentence with
+    file, line, column and what to do, and never returns half a file. Reads the file more than once; memory is
+    that of the columns plus a block of text.
     """
     if columns is not None:
         raise UserError(

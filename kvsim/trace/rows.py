@@ -53,16 +53,9 @@ def growing(roles: Sequence[str]) -> dict[str, array | list]:
 
 
 def frozen(columns: dict[str, array | list]) -> dict[str, np.ndarray | None]:
-    """`growing` columns as the fields of Rows, absent ones None."""
-    roles = ("arrival", "prompt", "output", "priority", "request_class", "request_id")
-    return {
-        role: objects(columns[role])
-        if isinstance(columns.get(role), list)
-        else np.array(columns[role])
-        if role in columns
-        else None
-        for role in roles
-    }
+    """`growing` columns as fields of Rows."""
+    done = {role: objects(c) if isinstance(c, list) else np.array(c) for role, c in columns.items()}
+    return {"arrival": None, **done}
 
 
 def objects(texts: Sequence[str | None]) -> np.ndarray:

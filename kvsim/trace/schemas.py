@@ -107,14 +107,15 @@ def match(source: Source, container: str, names: Sequence[str], format: str | No
                 f"format {format!r} is unknown; kvsim reads {', '.join(known)}{did_you_mean(format, known)}"
             )
         raise source.error(f"is {container}, which {format} traces are not; leave the format out")
+    line = None if container == "parquet" else 1
     fits = [s for s in entries if s.fits(names)]
     if fits:
         best = max(fits, key=lambda s: sum(find_column(names, c) >= 0 for c in s.columns().values()))
         for column in best.columns().values():
             if sum(_same(n, column) for n in names) > 1:
-                raise source.error(f"column {column} is there twice; remove or rename one of them", 1)
+                raise source.error(f"column {column} is there twice; remove or rename one of them", line)
         return best
-    raise source.error(_no_match(container, names, entries), None if container == "parquet" else 1)
+    raise source.error(_no_match(container, names, entries), line)
 
 
 def find_column(names: Sequence[str], column: str) -> int:

@@ -95,7 +95,7 @@ def find(source: str | os.PathLike) -> Source:
 
 
 def container(source: Source) -> str:
-    """ "csv", "jsonl" or "parquet" by the first bytes. UserError names what it is if it is none of them."""
+    """Told from the first bytes: "csv", "jsonl" or "parquet"; UserError says what it is if none of them."""
     with source.open() as file:
         head = file.read(_HEAD)
     if not head:

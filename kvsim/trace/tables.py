@@ -95,13 +95,10 @@ def read_fast(source: Source, schema: Schema, names: Sequence[str]) -> Rows | No
             for batch in batches:
                 for role, column in zip(at, batch.columns, strict=True):
                     chunks[role].append(_to_numpy(role, column, schema))
+        columns = {role: np.concatenate(parts) for role, parts in chunks.items()}
     except (pa.ArrowException, ValueError, OSError, EOFError, zlib.error, IndexError):
         return None
-    columns = {role: np.concatenate(parts) for role, parts in chunks.items()}
-    return Rows(
-        **{role: columns.get(role) for role in Rows._fields if role in columns or role == "arrival"},
-        where=lambda row: f"line {_line_of(source, row)}",
-    )
+    return Rows(**{"arrival": None, **columns}, where=lambda row: f"line {_line_of(source, row)}")
 
 
 def records(source: Source) -> Iterator[tuple[int, list[str]]]:

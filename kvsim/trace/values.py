@@ -29,7 +29,9 @@ _FIX = "; correct or remove it"
 
 def whole(value: object, low: int = 0, high: int = MAX_TOKENS) -> int:
     """A count in [low, high]: `374`, `"374"`, `374.0`, `"0x176"` (as pyarrow reads it). Never rounds."""
-    if type(value) is int and low <= value <= high:  # nearly every value of a JSON trace
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10:
+        value = int(value)
+    if type(value) is int and low <= value <= high:  # nearly every value ends here
         return value
     number = _exact(value)
     if number != number.to_integral_value():

@@ -27,7 +27,9 @@ def rows(path):
 def test_equals_the_stored_log(name, shared, tmp_path, capsys):
     cases = shared / "oracle" / "cases"
     out = tmp_path / "log.jsonl.gz"
-    assert main(["run", "--case", str(cases / f"{name}.case.json.gz"), "--step-log", str(out), "--quiet"]) == 0
+    assert (
+        main(["run", "--case", str(cases / f"{name}.case.json.gz"), "--step-log", str(out), "--quiet"]) == 0
+    )
     ref, got = rows(cases / f"{name}.log.jsonl.gz"), rows(out)
     for key in ("mode", "timing", "hash_unit", "requests", "workload_sha256", "config"):
         assert got[0][key] == ref[0][key]

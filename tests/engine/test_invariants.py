@@ -74,7 +74,7 @@ def test_of_the_order_of_events(workload):
         # In a closed loop an end makes room for an arrival at the same nanosecond. An empty step takes no time,
         # so that a second schedule() may follow at once: order holds within each step number.
         by_step = {}
-        for (time, rank), (_, step, kind, *_) in zip(keys, events, strict=True):
+        for (time, rank), (_, step, *_) in zip(keys, events, strict=True):
             turn = (time, step + (rank == 0))
             by_step.setdefault(turn, []).append(rank)
         assert all(ranks == sorted(ranks) for ranks in by_step.values())

@@ -9,7 +9,7 @@ from kvsim import run
 from kvsim.engine import state as st
 from tests.naive import engine as naive
 
-STEP_COST = dict(a0=0.004, a1=2e-5, a2=1e-8, sampled=3e-6, pair=2e-8)
+STEP_COST = {"a0": 0.004, "a1": 2e-5, "a2": 1e-8, "sampled": 3e-6, "pair": 2e-8}
 
 
 def cost_columns(max_tokens, max_seqs):
@@ -72,7 +72,9 @@ def workloads(draw):
     return rows, settings
 
 
-def run_compiled(rows, settings, *, identities, log_steps=False, check=True, event_capacity=4096, num_bins=64):
+def run_compiled(
+    rows, settings, *, identities, log_steps=False, check=True, event_capacity=4096, num_bins=64
+):
     """-> (EngineRun, step rows) of the compiled engine under the settings of the naive one."""
     from kvsim.steplog import StepLog
 
