@@ -108,6 +108,9 @@ def advance(s, until_ns, max_steps):
             if send > until_ns:
                 return REACHED
             now.t = send
+            work += 1
+            if work > WORK_PER_CALL:
+                return PAUSED
             continue
         if now.t >= s.settings.until_ns:
             return HORIZON

@@ -323,31 +323,36 @@ def _causes(result, folder: str | None) -> list[str]:
     if result.requests is None:
         bad = summary["num_requests"] - summary["outcomes"]["finished"]
         return [f"not finished: {bad:,}; which and why was not kept (--record requests)"] if bad else []
+    rows = cause_rows(result)
+    more = len(rows) - 1 - MAX_CAUSES
+    lines = aligned([[f"  {row[0]}" if k else row[0], *row[1:]] for k, row in enumerate(rows[: MAX_CAUSES + 1])], "<<>>>")
+    if more > 0:
+        lines.append(f"  and {words.count(more, 'more cause')}")
+    example = rows[1][3] if rows else _example(result)
+    if example is not None and folder is not None:
+        lines.append(f"what happened to one of them: kvsim why {shlex.quote(str(folder))} {example}")
+    return lines
+
+
+def cause_rows(result) -> list[list[str]]:
+    """A header, then a row for each outcome and cause but `finished`, most frequent first; empty when there is
+    none or rows were not kept. The fourth cell is the first such request."""
+    if result.requests is None:
+        return []
     outcome, outcomes = words.codes(result.requests["outcome"])
     cause, causes = words.codes(result.requests["cause"])
     bad = np.flatnonzero(outcome != words.code_of(outcomes, "finished"))
-    pairs, first, counts = np.unique(
-        outcome[bad] * (len(causes) + 1) + cause[bad] + 1, return_index=True, return_counts=True
-    )
-    example = int(bad[first[counts.argmax()]]) if len(bad) else _example(result)
-    lines = []
-    if len(bad):
-        order = np.argsort(-counts, kind="stable")
-        rows = [["not finished", "cause", "requests", "first", "arrived"]]
-        for k in order[:MAX_CAUSES]:
-            o, c = divmod(int(pairs[k]), len(causes) + 1)
-            row = int(bad[first[k]])
-            arrival = result.requests["arrival_ns"][row].as_py()
-            rows.append(
-                [f"  {words.OUTCOMES[outcomes[o]]}", causes[c - 1] if c else "-", f"{counts[k]:,}", f"{row}",
-                 words.at(arrival)]
-            )  # fmt: skip
-        lines = aligned(rows, "<<>>>")
-        if len(order) > MAX_CAUSES:
-            lines.append(f"  and {len(order) - MAX_CAUSES} more causes")
-    if example is not None and folder is not None:
-        lines += [f"what happened to one of them: kvsim why {shlex.quote(str(folder))} {example}"]
-    return lines
+    if len(bad) == 0:
+        return []
+    pair = outcome[bad] * (len(causes) + 1) + cause[bad] + 1
+    pairs, first, counts = np.unique(pair, return_index=True, return_counts=True)
+    rows = [["not finished", "cause", "requests", "first", "arrived"]]
+    for k in np.argsort(-counts, kind="stable"):
+        o, c = divmod(int(pairs[k]), len(causes) + 1)
+        row = int(bad[first[k]])
+        arrived = words.at(result.requests["arrival_ns"][row].as_py())
+        rows.append([words.OUTCOMES[outcomes[o]], causes[c - 1] if c else "-", f"{counts[k]:,}", f"{row}", arrived])
+    return rows
 
 
 def _example(result) -> int | None:

@@ -1,0 +1,463 @@
+"""The one figure of a run, on one time axis: pool occupancy, marks for what went wrong, running and waiting,
+throughput.
+
+`panels()` says what is drawn, `figure()` says it to plotly as plain data (importing plotly's own classes would
+cost more than the run), `kvsim.report.plot` says it to matplotlib.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from html import escape
+from typing import NamedTuple
+
+import numpy as np
+
+from kvsim.report import words
+from kvsim.units import NS_PER_S
+
+MAX_BINS = 2_000  # more are merged: a screen has no more columns
+MAX_MARKS = 2_000  # of one kind; more are counted by bin
+
+# kind of event: (what is said of the request, light colour, plotly symbol, matplotlib marker)
+KINDS = {
+    "preempt": ("preempted", "#d9622b", "triangle-down", "v"),
+    "reject": ("rejected", "#c62f3d", "x-thin", "x"),
+    "time_out": ("timed out", "#8a4fbf", "diamond", "D"),
+    "unservable": ("unservable", "#8c5a2b", "square", "s"),
+    "oom": ("out of memory", "#b0185e", "star", "*"),
+    "start": ("does not start", "#c62f3d", "octagon", "8"),
+}
+OUTCOME_OF = {"reject": "rejected", "time_out": "timed_out", "unservable": "unservable", "oom": "oom"}
+
+# Colours on white, and what stands for each of them on black.
+DARK = {
+    "#2563a8": "#6aa9ec",  # pool, mean
+    "#9db8d6": "#4d6a8a",  # pool, highest
+    "rgba(37,99,168,0.22)": "rgba(106,169,236,0.25)",
+    "#2a8f5a": "#4fc487",  # running
+    "#d58512": "#f0a94a",  # waiting
+    "#7b5cc4": "#a78bf0",  # prefill
+    "#13899b": "#45c0d1",  # decode
+    "#d9622b": "#f58a58",
+    "#c62f3d": "#f2646f",
+    "#8a4fbf": "#c08af0",
+    "#8c5a2b": "#c99563",
+    "#b0185e": "#f062a4",
+    "#1d2733": "#dfe5ec",  # text
+    "#66727f": "#98a3af",  # quiet text, capacity line
+    "#e6e9ed": "#2b323b",  # grid
+    "#fdfdfe": "#14181d",  # page
+}
+POOL, HIGHEST, FILL = "#2563a8", "#9db8d6", "rgba(37,99,168,0.22)"
+RUNNING, WAITING, PREFILL, DECODE = "#2a8f5a", "#d58512", "#7b5cc4", "#13899b"
+TEXT, QUIET, GRID = "#1d2733", "#66727f", "#e6e9ed"
+
+
+class Marks(NamedTuple):
+    """What happened of one kind. A mark stands for what happened at one moment, or in one bin (`by_bin`)."""
+
+    kind: str
+    total: int
+    time_ns: np.ndarray
+    number: np.ndarray  # how many each mark stands for
+    text: list[str]  # lines joined by newlines, not escaped
+    by_bin: bool
+
+    @property
+    def label(self) -> str:
+        return f"{KINDS[self.kind][0]} {self.total:,}"
+
+
+class Panels(NamedTuple):
+    """What the figure shows: bins (at most MAX_BINS) and marks. Arrays have one value for each bin."""
+
+    start_ns: np.ndarray
+    end_ns: int
+    width_ns: int
+    capacity: int
+    used_mean: np.ndarray
+    used_max: np.ndarray
+    running: np.ndarray
+    running_max: np.ndarray
+    waiting: np.ndarray
+    waiting_max: np.ndarray
+    prefill_per_s: np.ndarray
+    decode_per_s: np.ndarray
+    marks: list[Marks]
+    unit: str
+    unit_ns: int
+
+    def x(self, time_ns: np.ndarray) -> np.ndarray:
+        """Times on the axis."""
+        return np.asarray(time_ns) / self.unit_ns
+
+    @property
+    def edges(self) -> np.ndarray:
+        """Starts of the bins and the end of the last, on the axis."""
+        return self.x(np.append(self.start_ns, self.end_ns))
+
+
+# ---------------------------------------------------------------- what is drawn
+
+
+def panels(result) -> Panels:
+    """Bins and marks of a run."""
+    summary, bins = result.summary(), result.bins
+    column = {name: bins[name].to_numpy() for name in bins.column_names}
+    n = bins.num_rows
+    first = np.arange(0, n, max(1, -(-n // MAX_BINS)))
+    start, width = column["time_ns"], column["width_ns"]
+    end_ns = int(start[-1] + width[-1]) if n else 0
+
+    def mean(name):
+        return np.add.reduceat(column[name] * width, first) / np.add.reduceat(width, first)
+
+    def highest(name):
+        return np.maximum.reduceat(column[name], first)
+
+    def per_s(name):
+        return np.add.reduceat(column[name], first) / np.add.reduceat(width, first) * NS_PER_S
+
+    if n == 0:
+        mean = highest = per_s = lambda name: np.zeros(0)
+    unit, unit_ns = _unit(end_ns)
+    merged = start[first]
+    width_ns = int(merged[1] - merged[0]) if len(merged) > 1 else max(1, end_ns)
+    return Panels(
+        start_ns=merged,
+        end_ns=end_ns,
+        width_ns=width_ns,
+        capacity=max(0, summary["num_gpu_blocks"] - 1),
+        used_mean=mean("blocks_used_mean"),
+        used_max=highest("blocks_used_max"),
+        running=mean("running_mean"),
+        running_max=highest("running_max"),
+        waiting=mean("waiting_mean"),
+        waiting_max=highest("waiting_max"),
+        prefill_per_s=per_s("prefill_tokens"),
+        decode_per_s=per_s("decode_tokens"),
+        marks=_marks(result, width_ns),
+        unit=unit,
+        unit_ns=unit_ns,
+    )
+
+
+def _unit(end_ns: int) -> tuple[str, int]:
+    """The unit of the time axis, and its ns."""
+    if end_ns < 300 * NS_PER_S:
+        return "s", NS_PER_S
+    return ("min", 60 * NS_PER_S) if end_ns < 5 * 3600 * NS_PER_S else ("h", 3600 * NS_PER_S)
+
+
+def _marks(result, width_ns: int) -> list[Marks]:
+    """Marks of every kind that happened, from the events or, without them, from what was kept."""
+    summary = result.summary()
+    if summary["verdict"] == "does_not_start":
+        failure = summary["failure"]
+        text = f"{failure['kind']} ({failure['cause']})\n{failure['sentence']}"
+        return [Marks("start", 1, np.zeros(1, np.int64), np.ones(1, np.int64), [text], False)]
+    if result.events is not None:
+        found = [_from_events(result, kind, width_ns) for kind in KINDS if kind != "start"]
+    else:
+        found = [_from_bins(result, "preempt", "preemptions")]
+        if result.requests is not None:
+            found += [_from_requests(result, kind, width_ns) for kind in OUTCOME_OF]
+        else:
+            found.append(_from_bins(result, "reject", "rejections"))
+    return [marks for marks in found if marks.total]
+
+
+def _from_events(result, kind: str, width_ns: int) -> Marks:
+    events = result.events
+    codes, names = words.codes(events["kind"])
+    rows = events.take(np.flatnonzero(codes == words.code_of(names, kind)))
+    time = rows["time_ns"].to_numpy()
+    cause, causes = words.codes(rows["cause"])
+    if len(time) > MAX_MARKS:
+        return _by_bin(kind, time, cause, causes, rows["request"].to_numpy(), rows["tokens_lost"].to_numpy(), width_ns)
+    told = [_told(kind, event, result) for event in rows.to_pylist()]
+    return _at_moments(kind, time, told)
+
+
+def _told(kind: str, event: dict, result) -> str:
+    """One event in words."""
+    lines = [f"request {event['request']} {KINDS[kind][0]} at {words.at(event['time_ns'])}"]
+    cause = event["cause"]
+    lines.append(f"{cause}: {words.CAUSES.get(cause, '')}")
+    given = event["blocks_free_after"] - event["blocks_free_before"]
+    if kind == "preempt":
+        who = "it" if event["for_request"] == event["request"] else f"request {event['for_request']}"
+        lines.append(
+            f"{who} needed {words.count(event['blocks_needed'], 'block')}, {event['blocks_free_before']:,} free;"
+            f" {given:,} given back, {words.count(event['tokens_lost'], 'token')} lost"
+        )
+    elif kind == "unservable":
+        lines.append(f"{words.count(event['blocks_needed'], 'block')} needed, {event['blocks_free_before']:,} free")
+    elif kind == "reject" and result.requests is not None:
+        row = result.requests.slice(event["request"], 1).to_pylist()[0]
+        lines.append(f"prompt {row['prompt_tokens']:,}, output {row['output_tokens']:,} tokens")
+    elif given:
+        lines.append(f"{given:,} blocks given back, {words.count(event['tokens_lost'], 'token')} lost")
+    return "\n".join(lines)
+
+
+def _at_moments(kind: str, time: np.ndarray, told: list[str], shown: int = 3) -> Marks:
+    """A mark for each moment; what happened at the same moment is told together."""
+    moments, first, number = np.unique(time, return_index=True, return_counts=True)
+    text = []
+    for start, n in zip(first.tolist(), number.tolist(), strict=True):
+        parts = told[start : start + min(n, shown)]
+        text.append("\n".join([*parts, *([f"and {n - shown:,} more at this moment"] if n > shown else [])]))
+    return Marks(kind, len(time), moments, number, text, False)
+
+
+def _by_bin(kind, time, cause, causes, request, lost, width_ns: int) -> Marks:
+    """A mark for each bin in which something happened, with exact counts by cause."""
+    bins, first, number = np.unique(time // width_ns, return_index=True, return_counts=True)
+    text = []
+    for b, start, n in zip(bins.tolist(), first.tolist(), number.tolist(), strict=True):
+        rows = slice(start, start + n)
+        by_cause = Counter(cause[rows].tolist()).most_common()
+        lines = [
+            f"{n:,} {KINDS[kind][0]} in the {_width(width_ns)} from {words.at(b * width_ns)}",
+            ", ".join(f"{causes[c]} {k:,}" for c, k in by_cause),
+            f"the first: request {request[start]}",
+        ]
+        total = int(lost[rows].sum())
+        text.append("\n".join([*lines, *([f"{words.count(total, 'token')} lost"] if total else [])]))
+    return Marks(kind, len(time), bins * width_ns + width_ns // 2, number, text, True)
+
+
+def _from_requests(result, kind: str, width_ns: int) -> Marks:
+    """Requests that ended badly; without events there are no blocks to tell."""
+    outcome, outcomes = words.codes(result.requests["outcome"])
+    which = np.flatnonzero(outcome == words.code_of(outcomes, OUTCOME_OF[kind]))
+    rows = result.requests.take(which)
+    time = rows["finished_ns"].to_numpy()
+    order = np.argsort(time, kind="stable")
+    time, which = time[order], which[order]
+    cause, causes = words.codes(rows["cause"])
+    cause = cause[order]
+    if len(time) > MAX_MARKS:
+        return _by_bin(kind, time, cause, causes, which, np.zeros(len(time)), width_ns)
+    told = [
+        f"request {r} {KINDS[kind][0]} at {words.at(t)}\n{causes[c]}: {words.CAUSES.get(causes[c], '')}"
+        for r, t, c in zip(which.tolist(), time.tolist(), cause.tolist(), strict=True)
+    ]
+    return _at_moments(kind, time, told)
+
+
+def _from_bins(result, kind: str, name: str) -> Marks:
+    """Counts of the timeline, all that is left when events were not kept."""
+    number = result.bins[name].to_numpy()
+    hit = np.flatnonzero(number)
+    start, width = result.bins["time_ns"].to_numpy()[hit], result.bins["width_ns"].to_numpy()[hit]
+    text = [
+        f"{n:,} {KINDS[kind][0]} in the {_width(w)} from {words.at(t)}\nwhich and why was not kept (--record events)"
+        for n, t, w in zip(number[hit].tolist(), start.tolist(), width.tolist(), strict=True)
+    ]
+    return Marks(kind, int(number.sum()), start + width // 2, number[hit], text, True)
+
+
+def _width(width_ns: int) -> str:
+    return words.tidy_seconds(width_ns / NS_PER_S)
+
+
+# ---------------------------------------------------------------- said to plotly
+
+# Pixels: panels, and the gap above each of them for its title.
+_POOL_PX, _MARK_PX, _LOAD_PX, _RATE_PX, _GAP_PX, _BOTTOM_PX, _TOP_PX = 250, 22, 150, 150, 44, 48, 4
+
+
+def figure(result) -> dict:
+    """The figure as plotly's plain data: `{"data": [...], "layout": {...}}`."""
+    p = panels(result)
+    if result.bins.num_rows == 0:
+        return _nothing_ran(p)
+    heights = [_POOL_PX, *([_MARK_PX * len(p.marks) + 8] if p.marks else []), _LOAD_PX, _RATE_PX]
+    domains, total = _domains(heights)
+    # y axes are numbered from the top, marks last, so that their absence moves no other
+    names = ["yaxis", *(["yaxis4"] if p.marks else []), "yaxis2", "yaxis3"]
+    layout = _layout(p, total)
+    for name, domain in zip(names, domains, strict=True):
+        layout[name] = _axis(domain)
+    layout["yaxis"]["range"] = [0, max(1, p.capacity) * 1.03]
+    for name, values in (("yaxis2", (p.running, p.waiting)), ("yaxis3", (p.prefill_per_s, p.decode_per_s))):
+        layout[name]["range"] = [0, max(1.0, *(float(v.max()) for v in values)) * 1.05]
+    titles = [_pool_title(p), *([_marks_title(p)] if p.marks else []), _load_title(p), _rate_title(p)]
+    layout["annotations"] = [
+        _title(text, domain, total) for text, domain in zip(titles, domains, strict=True)
+    ]
+    layout["shapes"] = [
+        {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "yref": "y", "y0": p.capacity, "y1": p.capacity,
+         "line": {"color": QUIET, "width": 1.5, "dash": "dash"}}
+    ]  # fmt: skip
+    data = _lines(p)
+    if p.marks:
+        rows = list(range(len(p.marks)))[::-1]
+        layout["yaxis4"] |= {
+            "range": [-0.6, len(rows) - 0.4], "tickmode": "array", "tickvals": rows, "ticks": "", "zeroline": False,
+            "ticktext": [marks.label for marks in p.marks], "fixedrange": True, "showgrid": True,
+        }  # fmt: skip
+        data += [_mark_trace(p, marks, row) for marks, row in zip(p.marks, rows, strict=True)]
+    return {"data": data, "layout": layout}
+
+
+def _domains(heights: list[int]) -> tuple[list[list[float]], int]:
+    """The [bottom, top] of each panel as fractions of the plot area, from the top, and the figure's height."""
+    inner = sum(heights) + _GAP_PX * len(heights)
+    domains, top = [], inner
+    for height in heights:
+        top -= _GAP_PX
+        domains.append([max(0.0, (top - height) / inner), top / inner])
+        top -= height
+    return domains, inner + _BOTTOM_PX + _TOP_PX
+
+
+def _layout(p: Panels, height: int) -> dict:
+    return {
+        "height": height,
+        "margin": {"l": 116, "r": 24, "t": _TOP_PX, "b": _BOTTOM_PX},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"family": "system-ui, -apple-system, Segoe UI, Roboto, DejaVu Sans, sans-serif", "size": 13,
+                 "color": TEXT},
+        "showlegend": False,
+        "hovermode": "x unified",
+        "hoversubplots": "axis",
+        "hoverdistance": 12,
+        "hoverlabel": {"bgcolor": "#fdfdfe", "bordercolor": GRID, "font": {"color": TEXT, "size": 12},
+                       "namelength": -1, "align": "left"},
+        "dragmode": "zoom",
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": QUIET, "activecolor": TEXT},
+        "xaxis": {
+            "title": {"text": f"time since the first arrival ({p.unit})", "standoff": 8, "font": {"size": 13}},
+            "range": [0, float(p.x(max(1, p.end_ns)))],
+            "anchor": "y3",
+            "gridcolor": GRID,
+            "zeroline": False,
+            "tickformat": ",~r",
+            "unifiedhovertitle": {"text": f"<b>%{{x:,.3f}} {p.unit}</b>"},
+            "showspikes": True,
+            "spikemode": "across",
+            "spikesnap": "cursor",
+            "spikethickness": 1,
+            "spikedash": "solid",
+            "spikecolor": QUIET,
+        },
+    }  # fmt: skip
+
+
+def _axis(domain: list[float]) -> dict:
+    return {
+        "domain": domain,
+        "anchor": "x",
+        "gridcolor": GRID,
+        "zeroline": True,
+        "zerolinecolor": GRID,
+        "tickformat": ",~r",
+        "nticks": 6,
+        "automargin": False,
+    }
+
+
+def _title(text: str, domain: list[float], height: int) -> dict:
+    return {
+        "text": text, "xref": "paper", "yref": "paper", "x": 0, "y": domain[1], "xanchor": "left",
+        "yanchor": "bottom", "yshift": 5, "showarrow": False, "align": "left", "font": {"size": 13, "color": TEXT},
+    }  # fmt: skip
+
+
+def _in(colour: str, text: str) -> str:
+    return f'<span style="color:{colour}">{text}</span>'
+
+
+def _pool_title(p: Panels) -> str:
+    return (
+        f"<b>KV blocks in use</b>   {_in(POOL, '━ mean')}  {_in(HIGHEST, '━ highest')} of each {_width(p.width_ns)}"
+        f"   {_in(QUIET, f'╌ capacity {p.capacity:,} blocks')}"
+    )
+
+
+def _marks_title(p: Panels) -> str:
+    counted = any(marks.by_bin for marks in p.marks)
+    hint = f"a mark counts {_width(p.width_ns)} where there are many" if counted else "hover for the cause"
+    return f"<b>What went wrong</b>   {_in(QUIET, hint)}"
+
+
+def _load_title(p: Panels) -> str:
+    return f"<b>Requests</b>   {_in(RUNNING, '━ running')}  {_in(WAITING, '━ waiting')}"
+
+
+def _rate_title(p: Panels) -> str:
+    return f"<b>Tokens per second</b>   {_in(PREFILL, '━ prefill')}  {_in(DECODE, '━ decode')}"
+
+
+def _lines(p: Panels) -> list[dict]:
+    x = _numbers(p.edges, 6)
+    share = 100 / max(1, p.capacity)
+    blocks = "%{y:,.0f} blocks, %{customdata:.1f} %"
+
+    def line(name, values, colour, axis, template, custom, **more):
+        return {
+            "type": "scatter", "mode": "lines", "name": name, "x": x, "y": _stepped(values), "yaxis": axis,
+            "line": {"color": colour, "width": 1.5, "shape": "hv"}, "customdata": _stepped(custom),
+            "hovertemplate": f"{template}<extra>{name}</extra>", **more,
+        }  # fmt: skip
+
+    return [
+        line("blocks, highest", p.used_max, HIGHEST, "y", blocks, p.used_max * share),
+        line("blocks, mean", p.used_mean, POOL, "y", blocks, p.used_mean * share, fill="tozeroy", fillcolor=FILL),
+        line("running", p.running, RUNNING, "y2", "%{y:,.1f}, at most %{customdata:,}", p.running_max),
+        line("waiting", p.waiting, WAITING, "y2", "%{y:,.1f}, at most %{customdata:,}", p.waiting_max),
+        line("prefill", p.prefill_per_s, PREFILL, "y3", "%{y:,.0f} tokens/s", p.prefill_per_s),
+        line("decode", p.decode_per_s, DECODE, "y3", "%{y:,.0f} tokens/s", p.decode_per_s),
+    ]
+
+
+def _stepped(values: np.ndarray) -> list:
+    """Values of bins as the corners of steps: the last one once more, at the end of its bin."""
+    return _numbers(np.append(values, values[-1:]), 2)
+
+
+def _numbers(values: np.ndarray, decimals: int) -> list:
+    return np.round(values, decimals).tolist()
+
+
+def _mark_trace(p: Panels, marks: Marks, row: int) -> dict:
+    name, colour, symbol, _ = KINDS[marks.kind]
+    sizes = np.full(len(marks.number), 8.0)
+    if marks.by_bin:
+        sizes = 6 + 10 * np.sqrt(marks.number / marks.number.max())
+    return {
+        "type": "scatter", "mode": "markers", "name": name, "yaxis": "y4",
+        "x": _numbers(p.x(marks.time_ns), 6), "y": [row] * len(marks.text),
+        "text": [escape(text).replace("\n", "<br>") for text in marks.text],
+        "hovertemplate": "%{text}<extra></extra>", "cliponaxis": False,
+        "marker": {"symbol": symbol, "color": colour, "size": _numbers(sizes, 1), "opacity": 0.75,
+                   "line": {"width": 1.5 if symbol == "x-thin" else 0, "color": colour}},
+    }  # fmt: skip
+
+
+def _nothing_ran(p: Panels) -> dict:
+    """A run that never started has a mark and a sentence."""
+    layout = _layout(p, 150)
+    layout["xaxis"] |= {"range": [0, 1], "anchor": "y", "showspikes": False}
+    layout["hovermode"] = "closest"
+    layout["yaxis"] = _axis([0, 1]) | {"range": [-1, 1], "showticklabels": False, "fixedrange": True}
+    data = []
+    for marks in p.marks:
+        data.append(_mark_trace(p, marks, 0) | {"yaxis": "y"})
+        layout["annotations"] = [
+            {"text": escape(marks.text[0].partition("\n")[0]), "x": 0.02, "y": 0, "xanchor": "left",
+             "showarrow": False, "font": {"color": KINDS[marks.kind][1]}}
+        ]  # fmt: skip
+    return {"data": data, "layout": layout}
+
+
+def plotly_figure(result):
+    """The figure as a `plotly.graph_objects.Figure`, to show or change in a notebook."""
+    from plotly.graph_objects import Figure
+
+    return Figure(figure(result))
