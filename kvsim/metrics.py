@@ -109,14 +109,14 @@ def met_objectives(table: np.ndarray, completed: np.ndarray, objectives_ms: dict
 
 def is_backlogged(table: np.ndarray, outcomes: np.ndarray) -> bool:
     """True when the queue still grows over the last third of the arrivals: it is longer on average in the second
-    half of that third than in the first, and never empty in that second half. `table` in order of arrival."""
+    half of that third than in the first, and never empty in that second half."""
     received = table[(outcomes != st.REJECTED) & (table["status"] != st.PENDING)]
     n = len(received)
     if n < 12:
         return False
     first_times = received["scheduled_at"]
     scheduled = np.sort(first_times[first_times >= 0])
-    last_third = received["arrival"][-(n // 3) :]
+    last_third = np.sort(received["arrival"])[-(n // 3) :]  # follow-up turns arrive out of the trace's order
     arrived = np.arange(n - n // 3, n)  # others that arrived before each of them
     waiting = arrived - np.searchsorted(scheduled, last_third)
     half = len(waiting) // 2

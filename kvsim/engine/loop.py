@@ -10,7 +10,7 @@ import numpy as np
 
 from kvsim._jit import inline_njit, njit
 from kvsim.engine.blocks import account, gap_bucket, num_waiting, record, release
-from kvsim.engine.schedule import end_request, schedule
+from kvsim.engine.schedule import comes_first, end_request, pop_ready, ready_turns, schedule
 from kvsim.engine.state import (
     BROKEN,
     CAPPED,
@@ -142,16 +142,30 @@ def has_bins(s, time):
 
 
 @inline_njit
+def next_request(s):
+    """The row that is sent next, or -1: the next of those without a parent, or a turn that is ready sooner."""
+    now, turns = s.now[0], s.turns
+    if len(turns.parent) > 0:
+        while now.next_row < len(s.requests) and turns.parent[now.next_row] >= 0:
+            now.next_row += 1
+    first = now.next_row if now.next_row < len(s.requests) else -1
+    if now.num_ready > 0:
+        row = turns.ready_row[0]
+        if first < 0 or comes_first(turns.ready_time[0], row, s.requests[first].arrival, first):
+            return row
+    return first
+
+
+@inline_njit
 def next_send(s):
-    """When the next request is sent: its arrival, or in a closed loop the later moment at which there is a
-    free place for it. NEVER: no request left, or none before another one ends."""
+    """When the next request is sent: at its arrival, or in a closed loop as soon after as there is a place for
+    it. NEVER: no request left, or none before another one ends."""
     now, cfg = s.now[0], s.settings
-    if now.next_row == len(s.requests):
+    r = next_request(s)
+    if r < 0 or (cfg.max_concurrency > 0 and now.in_flight >= cfg.max_concurrency):
         return NEVER
-    arrival = s.requests[now.next_row].arrival
-    if cfg.max_concurrency == 0:
-        return arrival
-    return NEVER if now.in_flight >= cfg.max_concurrency else max(arrival, now.slot_free_at)
+    time = s.requests[r].arrival if r == now.next_row else s.turns.ready_time[0]
+    return time if cfg.max_concurrency == 0 else max(time, now.slot_free_at)
 
 
 @inline_njit
@@ -165,8 +179,12 @@ def receive(s, until):
         if not has_room(s, 2):
             return False
         account(s, send)
-        receive_one(s, now.next_row, send)
-        now.next_row += 1
+        r = next_request(s)
+        if r == now.next_row:
+            now.next_row += 1
+        else:
+            pop_ready(s)
+        receive_one(s, r, send)
         send = next_send(s)
     return True
 
@@ -186,6 +204,8 @@ def receive_one(s, r, time):
         row.finished_at = time
         now.num_ended += 1
         now.total_rejected += 1
+        if len(s.turns.parent) > 0:
+            ready_turns(s, r, time)
         s.timeline[time // now.bin_width].rejections += 1
         record(s, time, step, EVENT_REJECT, r, why, free, 0, 0, -1)
         return
@@ -222,14 +242,14 @@ def objection(s, row):
 @inline_njit
 def next_expiry(s):
     """When the oldest unfinished request times out, or NEVER. Deadlines fall in order of receipt."""
-    now, cfg, req = s.now[0], s.settings, s.requests
+    now, cfg, req, received = s.now[0], s.settings, s.requests, s.queues.received
     if cfg.deadline_ns == NEVER:
         return NEVER
-    while now.next_expiry < now.next_row and req[now.next_expiry].status == ENDED:
+    while now.next_expiry < now.received_tail and req[received[now.next_expiry]].status == ENDED:
         now.next_expiry += 1
-    if now.next_expiry == now.next_row:
+    if now.next_expiry == now.received_tail:
         return NEVER
-    return req[now.next_expiry].arrival + cfg.deadline_ns
+    return req[received[now.next_expiry]].arrival + cfg.deadline_ns
 
 
 @inline_njit
@@ -238,7 +258,7 @@ def expire(s):
     now = s.now[0]
     count = 0
     while next_expiry(s) <= now.t:
-        r = now.next_expiry
+        r = s.queues.received[now.next_expiry]
         row = s.requests[r]
         free_before, lost = now.free_blocks, row.computed
         leave_queue(s, r)

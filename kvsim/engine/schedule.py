@@ -186,6 +186,57 @@ def end_request(s, r, outcome, cause, time):
     row.cause = cause
     row.finished_at = time
     now.num_ended += 1
+    if len(s.turns.parent) > 0:
+        ready_turns(s, r, time)
+
+
+@njit
+def ready_turns(s, parent, time):
+    """`parent` ended at `time`: its follow-up turns get a time to be sent at."""
+    turns, now = s.turns, s.now[0]
+    row = turns.first_child[parent]
+    while row >= 0:
+        ready = max(s.requests[row].arrival, time + turns.delay[row])
+        k = now.num_ready  # sift up
+        while k > 0:
+            above = (k - 1) // 2
+            if comes_first(turns.ready_time[above], turns.ready_row[above], ready, row):
+                break
+            turns.ready_time[k], turns.ready_row[k] = turns.ready_time[above], turns.ready_row[above]
+            k = above
+        turns.ready_time[k], turns.ready_row[k] = ready, row
+        now.num_ready += 1
+        row = turns.next_sibling[row]
+
+
+@njit
+def pop_ready(s):
+    """Remove the turn that is sent first. Needs a ready turn."""
+    turns, now = s.turns, s.now[0]
+    now.num_ready -= 1
+    size = now.num_ready
+    time, row = turns.ready_time[size], turns.ready_row[size]
+    k = 0
+    while 2 * k + 1 < size:  # sift the last one down from the top
+        below = 2 * k + 1
+        if below + 1 < size and comes_first(
+            turns.ready_time[below + 1],
+            turns.ready_row[below + 1],
+            turns.ready_time[below],
+            turns.ready_row[below],
+        ):
+            below += 1
+        if comes_first(time, row, turns.ready_time[below], turns.ready_row[below]):
+            break
+        turns.ready_time[k], turns.ready_row[k] = turns.ready_time[below], turns.ready_row[below]
+        k = below
+    turns.ready_time[k], turns.ready_row[k] = time, row
+
+
+@inline_njit
+def comes_first(time, row, other_time, other_row):
+    """True when (time, row) is before the other pair."""
+    return time < other_time or (time == other_time and row < other_row)
 
 
 @inline_njit

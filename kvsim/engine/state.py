@@ -152,6 +152,18 @@ STEP = np.dtype(
 )
 
 
+class Turns(NamedTuple):
+    """Follow-up turns: a row with a parent is sent when that has ended and its think time has passed, and not
+    before its own arrival. Every array is empty where no row has a parent."""
+
+    parent: np.ndarray  # int64, row, -1: none
+    delay: np.ndarray  # int64, ns from the parent's end
+    first_child: np.ndarray  # int64, row, -1: none
+    next_sibling: np.ndarray  # int64, row, -1: none
+    ready_time: np.ndarray  # int64, heap of the turns whose parent has ended, by (time, row)
+    ready_row: np.ndarray  # int64, the heap's rows
+
+
 class Pool(NamedTuple):
     """The block pool. Counts alone live in `now`; with identities the free list is a stack: without content
     keys every freed block goes to the front of the list, from where blocks are taken (1.2, 1.6)."""
@@ -196,6 +208,7 @@ class State(NamedTuple):
     settings: Settings
     cost: Cost
     requests: np.ndarray  # REQUEST[number of requests]
+    turns: Turns
     queues: Queues
     step: np.ndarray  # STEP[max_num_seqs]
     pool: Pool
@@ -214,7 +227,7 @@ NOW = np.dtype(
             # clock
             "t", "in_step", "step_start", "step_end", "accounted", "num_steps", "executed", "bin_width",
             # arrivals
-            "next_row", "next_expiry", "in_flight", "slot_free_at",
+            "next_row", "num_ready", "next_expiry", "in_flight", "slot_free_at",
             # queues
             "num_running", "num_preempted", "received_head", "received_tail", "queued_tokens",
             # pool
@@ -245,13 +258,16 @@ def pack(
     settings: Settings,
     cost: Cost,
     bin_width_ns: int,
+    parent: np.ndarray | None = None,
+    delay_ns: np.ndarray | None = None,
     num_bins: int = 2048,
     event_capacity: int = 4096,
 ) -> State:
     """The state for `n` requests, every dtype and contiguity fixed, so that `advance` has one signature.
 
     `arrival_ns` int64[n] non-decreasing; `prompt_tokens`, `output_tokens` int32[n]. The input is copied where
-    the engine writes. Blocks are taken from the front of a free list 1, 2, ..., N-1 (1.2).
+    the engine writes. `parent` int64[n], the row of the previous turn (always an earlier row) or -1, and
+    `delay_ns` int64[n], think time: see `Turns`. Blocks are taken from the front of a free list 1, 2, ..., N-1 (1.2).
     """
     n = len(arrival_ns)
     seqs = settings.max_num_seqs
@@ -287,6 +303,7 @@ def pack(
             float(cost.pair_s),
         ),
         requests=requests,
+        turns=_turns(parent, delay_ns),
         queues=Queues(*(np.zeros(size, np.int64) for size in (seqs, seqs + 1, n, seqs))),
         step=table(STEP, seqs),
         pool=pool,
@@ -296,6 +313,20 @@ def pack(
         gap_counts=np.zeros(GAP_BUCKETS, np.int64),
         now=now,
     )
+
+
+def _turns(parent: np.ndarray | None, delay_ns: np.ndarray | None) -> Turns:
+    """The children of each row as linked lists, in order of rows."""
+    if parent is None or not (np.asarray(parent) >= 0).any():
+        return Turns(*(np.zeros(0, np.int64) for _ in Turns._fields))
+    n = len(parent)
+    parent = np.ascontiguousarray(parent, np.int64)
+    first_child, next_sibling = np.full(n, -1, np.int64), np.full(n, -1, np.int64)
+    for row in np.flatnonzero(parent >= 0)[::-1]:
+        next_sibling[row] = first_child[parent[row]]
+        first_child[parent[row]] = row
+    delay = np.zeros(n, np.int64) if delay_ns is None else np.ascontiguousarray(delay_ns, np.int64)
+    return Turns(parent, delay, first_child, next_sibling, np.zeros(n, np.int64), np.zeros(n, np.int64))
 
 
 def table(dtype: np.dtype, size: int) -> np.recarray:

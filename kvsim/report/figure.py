@@ -14,19 +14,21 @@ from typing import NamedTuple
 import numpy as np
 
 from kvsim.report import words
-from kvsim.units import NS_PER_S
+from kvsim.units import GIB, NS_PER_S, format_gib
 
 MAX_BINS = 2_000  # more are merged: a screen has no more columns
 MAX_MARKS = 2_000  # of one kind; more are counted by bin
 
-# kind of event: (what is said of the request, light colour, plotly symbol, matplotlib marker)
+MAX_RATES = 250  # windows of the throughput, which is noise in narrower ones
+STEPS_A_RATE = 10  # a window holds about that many steps at least: a step counts where it starts
+
+# kind of event: what is said of the request, and the colour on white
 KINDS = {
-    "preempt": ("preempted", "#d9622b", "triangle-down", "v"),
-    "reject": ("rejected", "#c62f3d", "x-thin", "x"),
-    "time_out": ("timed out", "#8a4fbf", "diamond", "D"),
-    "unservable": ("unservable", "#8c5a2b", "square", "s"),
-    "oom": ("out of memory", "#b0185e", "star", "*"),
-    "start": ("does not start", "#c62f3d", "octagon", "8"),
+    "preempt": ("preempted", "#d9622b"),
+    "reject": ("rejected", "#c62f3d"),
+    "time_out": ("timed out", "#8a4fbf"),
+    "unservable": ("unservable", "#8c5a2b"),
+    "oom": ("out of memory", "#b0185e"),
 }
 OUTCOME_OF = {"reject": "rejected", "time_out": "timed_out", "unservable": "unservable", "oom": "oom"}
 
@@ -51,7 +53,7 @@ DARK = {
 }
 POOL, HIGHEST, FILL = "#2563a8", "#9db8d6", "rgba(37,99,168,0.22)"
 RUNNING, WAITING, PREFILL, DECODE = "#2a8f5a", "#d58512", "#7b5cc4", "#13899b"
-TEXT, QUIET, GRID = "#1d2733", "#66727f", "#e6e9ed"
+TEXT, QUIET, GRID, PAGE = "#1d2733", "#66727f", "#e6e9ed", "#fdfdfe"
 
 
 class Marks(NamedTuple):
@@ -70,11 +72,14 @@ class Marks(NamedTuple):
 
 
 class Panels(NamedTuple):
-    """What the figure shows: bins (at most MAX_BINS) and marks. Arrays have one value for each bin."""
+    """What the figure shows: bins (at most MAX_BINS) and marks. Arrays have one value for each bin. At least one
+    bin is there."""
 
     start_ns: np.ndarray
     end_ns: int
     width_ns: int
+    rate_start_ns: np.ndarray
+    rate_width_ns: int
     capacity: int
     used_mean: np.ndarray
     used_max: np.ndarray
@@ -82,7 +87,7 @@ class Panels(NamedTuple):
     running_max: np.ndarray
     waiting: np.ndarray
     waiting_max: np.ndarray
-    prefill_per_s: np.ndarray
+    prefill_per_s: np.ndarray  # of windows of rate_width_ns
     decode_per_s: np.ndarray
     marks: list[Marks]
     unit: str
@@ -92,23 +97,24 @@ class Panels(NamedTuple):
         """Times on the axis."""
         return np.asarray(time_ns) / self.unit_ns
 
-    @property
-    def edges(self) -> np.ndarray:
-        """Starts of the bins and the end of the last, on the axis."""
-        return self.x(np.append(self.start_ns, self.end_ns))
+    def edges(self, start_ns: np.ndarray) -> np.ndarray:
+        """Starts of bins and the end of the last, on the axis."""
+        return self.x(np.append(start_ns, self.end_ns))
 
 
 # ---------------------------------------------------------------- what is drawn
 
 
 def panels(result) -> Panels:
-    """Bins and marks of a run."""
+    """Bins and marks of a run that started."""
     summary, bins = result.summary(), result.bins
     column = {name: bins[name].to_numpy() for name in bins.column_names}
-    n = bins.num_rows
-    first = np.arange(0, n, max(1, -(-n // MAX_BINS)))
-    start, width = column["time_ns"], column["width_ns"]
-    end_ns = int(start[-1] + width[-1]) if n else 0
+    n, start, width = bins.num_rows, column["time_ns"], column["width_ns"]
+    end_ns = int(start[-1] + width[-1])
+    first = np.arange(0, n, -(-n // MAX_BINS))
+    step_ns = end_ns / max(1, summary["num_steps"])
+    a_rate = max(-(-n // MAX_RATES), min(n, round(STEPS_A_RATE * step_ns / width[0])), 1)
+    windows = np.arange(0, n, a_rate)
 
     def mean(name):
         return np.add.reduceat(column[name] * width, first) / np.add.reduceat(width, first)
@@ -117,17 +123,16 @@ def panels(result) -> Panels:
         return np.maximum.reduceat(column[name], first)
 
     def per_s(name):
-        return np.add.reduceat(column[name], first) / np.add.reduceat(width, first) * NS_PER_S
+        return np.add.reduceat(column[name], windows) / np.add.reduceat(width, windows) * NS_PER_S
 
-    if n == 0:
-        mean = highest = per_s = lambda name: np.zeros(0)
+    width_ns = int(width[: first[1] if len(first) > 1 else n].sum())
     unit, unit_ns = _unit(end_ns)
-    merged = start[first]
-    width_ns = int(merged[1] - merged[0]) if len(merged) > 1 else max(1, end_ns)
     return Panels(
-        start_ns=merged,
+        start_ns=start[first],
         end_ns=end_ns,
         width_ns=width_ns,
+        rate_start_ns=start[windows],
+        rate_width_ns=int(width[: a_rate].sum()),
         capacity=max(0, summary["num_gpu_blocks"] - 1),
         used_mean=mean("blocks_used_mean"),
         used_max=highest("blocks_used_max"),
@@ -152,13 +157,8 @@ def _unit(end_ns: int) -> tuple[str, int]:
 
 def _marks(result, width_ns: int) -> list[Marks]:
     """Marks of every kind that happened, from the events or, without them, from what was kept."""
-    summary = result.summary()
-    if summary["verdict"] == "does_not_start":
-        failure = summary["failure"]
-        text = f"{failure['kind']} ({failure['cause']})\n{failure['sentence']}"
-        return [Marks("start", 1, np.zeros(1, np.int64), np.ones(1, np.int64), [text], False)]
     if result.events is not None:
-        found = [_from_events(result, kind, width_ns) for kind in KINDS if kind != "start"]
+        found = [_from_events(result, kind, width_ns) for kind in KINDS]
     else:
         found = [_from_bins(result, "preempt", "preemptions")]
         if result.requests is not None:
@@ -176,16 +176,24 @@ def _from_events(result, kind: str, width_ns: int) -> Marks:
     cause, causes = words.codes(rows["cause"])
     if len(time) > MAX_MARKS:
         return _by_bin(kind, time, cause, causes, rows["request"].to_numpy(), rows["tokens_lost"].to_numpy(), width_ns)
-    told = [_told(kind, event, result) for event in rows.to_pylist()]
+    told = [_told(kind, event) for event in rows.to_pylist()]
+    if kind == "reject" and result.requests is not None:
+        asked = result.requests.select(["prompt_tokens", "output_tokens"]).take(rows["request"]).to_pylist()
+        told = [
+            f"{text}\nprompt {row['prompt_tokens']:,}, output {row['output_tokens']:,} tokens"
+            for text, row in zip(told, asked, strict=True)
+        ]
     return _at_moments(kind, time, told)
 
 
-def _told(kind: str, event: dict, result) -> str:
+def _told(kind: str, event: dict) -> str:
     """One event in words."""
-    lines = [f"request {event['request']} {KINDS[kind][0]} at {words.at(event['time_ns'])}"]
     cause = event["cause"]
-    lines.append(f"{cause}: {words.CAUSES.get(cause, '')}")
     given = event["blocks_free_after"] - event["blocks_free_before"]
+    lines = [
+        f"request {event['request']} {KINDS[kind][0]} at {words.at(event['time_ns'])}",
+        f"{cause}: {words.CAUSES.get(cause, '')}",
+    ]
     if kind == "preempt":
         who = "it" if event["for_request"] == event["request"] else f"request {event['for_request']}"
         lines.append(
@@ -194,9 +202,6 @@ def _told(kind: str, event: dict, result) -> str:
         )
     elif kind == "unservable":
         lines.append(f"{words.count(event['blocks_needed'], 'block')} needed, {event['blocks_free_before']:,} free")
-    elif kind == "reject" and result.requests is not None:
-        row = result.requests.slice(event["request"], 1).to_pylist()[0]
-        lines.append(f"prompt {row['prompt_tokens']:,}, output {row['output_tokens']:,} tokens")
     elif given:
         lines.append(f"{given:,} blocks given back, {words.count(event['tokens_lost'], 'token')} lost")
     return "\n".join(lines)
@@ -220,7 +225,7 @@ def _by_bin(kind, time, cause, causes, request, lost, width_ns: int) -> Marks:
         rows = slice(start, start + n)
         by_cause = Counter(cause[rows].tolist()).most_common()
         lines = [
-            f"{n:,} {KINDS[kind][0]} in the {_width(width_ns)} from {words.at(b * width_ns)}",
+            f"{n:,} {KINDS[kind][0]} in the {span(width_ns)} from {words.at(b * width_ns)}",
             ", ".join(f"{causes[c]} {k:,}" for c, k in by_cause),
             f"the first: request {request[start]}",
         ]
@@ -254,37 +259,40 @@ def _from_bins(result, kind: str, name: str) -> Marks:
     hit = np.flatnonzero(number)
     start, width = result.bins["time_ns"].to_numpy()[hit], result.bins["width_ns"].to_numpy()[hit]
     text = [
-        f"{n:,} {KINDS[kind][0]} in the {_width(w)} from {words.at(t)}\nwhich and why was not kept (--record events)"
+        f"{n:,} {KINDS[kind][0]} in the {span(w)} from {words.at(t)}\nwhich and why was not kept (--record events)"
         for n, t, w in zip(number[hit].tolist(), start.tolist(), width.tolist(), strict=True)
     ]
     return Marks(kind, int(number.sum()), start + width // 2, number[hit], text, True)
 
 
-def _width(width_ns: int) -> str:
+def span(width_ns: int) -> str:
     return words.tidy_seconds(width_ns / NS_PER_S)
 
 
 # ---------------------------------------------------------------- said to plotly
 
 # Pixels: panels, and the gap above each of them for its title.
-_POOL_PX, _MARK_PX, _LOAD_PX, _RATE_PX, _GAP_PX, _BOTTOM_PX, _TOP_PX = 250, 22, 150, 150, 44, 48, 4
+_POOL_PX, _MARK_PX, _LOAD_PX, _RATE_PX, _GAP_PX, _BOTTOM_PX, _TOP_PX = 250, 26, 150, 150, 44, 48, 4
+BAR = 0.84  # height of the highest bar in a row of marks
 
 
 def figure(result) -> dict:
     """The figure as plotly's plain data: `{"data": [...], "layout": {...}}`."""
-    p = panels(result)
     if result.bins.num_rows == 0:
-        return _nothing_ran(p)
+        return _nothing_ran(result)
+    p = panels(result)
     heights = [_POOL_PX, *([_MARK_PX * len(p.marks) + 8] if p.marks else []), _LOAD_PX, _RATE_PX]
     domains, total = _domains(heights)
     # y axes are numbered from the top, marks last, so that their absence moves no other
     names = ["yaxis", *(["yaxis4"] if p.marks else []), "yaxis2", "yaxis3"]
     layout = _layout(p, total)
+    layout["margin"]["l"] = max([70, *(22 + round(7.4 * len(marks.label)) for marks in p.marks)])
     for name, domain in zip(names, domains, strict=True):
         layout[name] = _axis(domain)
     layout["yaxis"]["range"] = [0, max(1, p.capacity) * 1.03]
-    for name, values in (("yaxis2", (p.running, p.waiting)), ("yaxis3", (p.prefill_per_s, p.decode_per_s))):
-        layout[name]["range"] = [0, max(1.0, *(float(v.max()) for v in values)) * 1.05]
+    load, rates = (p.running, p.waiting), (p.prefill_per_s, p.decode_per_s)
+    for name, least, values in (("yaxis2", 5, load), ("yaxis3", 10, rates)):
+        layout[name]["range"] = [0, max(least, *(float(v.max()) for v in values)) * 1.05]
     titles = [_pool_title(p), *([_marks_title(p)] if p.marks else []), _load_title(p), _rate_title(p)]
     layout["annotations"] = [
         _title(text, domain, total) for text, domain in zip(titles, domains, strict=True)
@@ -298,7 +306,7 @@ def figure(result) -> dict:
         rows = list(range(len(p.marks)))[::-1]
         layout["yaxis4"] |= {
             "range": [-0.6, len(rows) - 0.4], "tickmode": "array", "tickvals": rows, "ticks": "", "zeroline": False,
-            "ticktext": [marks.label for marks in p.marks], "fixedrange": True, "showgrid": True,
+            "ticktext": [marks.label for marks in p.marks], "fixedrange": True, "ticklabelstandoff": 6,
         }  # fmt: skip
         data += [_mark_trace(p, marks, row) for marks, row in zip(p.marks, rows, strict=True)]
     return {"data": data, "layout": layout}
@@ -315,25 +323,32 @@ def _domains(heights: list[int]) -> tuple[list[list[float]], int]:
     return domains, inner + _BOTTOM_PX + _TOP_PX
 
 
-def _layout(p: Panels, height: int) -> dict:
+def _plain_layout(height: int) -> dict:
     return {
         "height": height,
-        "margin": {"l": 116, "r": 24, "t": _TOP_PX, "b": _BOTTOM_PX},
+        "margin": {"l": 24, "r": 24, "t": _TOP_PX, "b": _BOTTOM_PX},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"family": "system-ui, -apple-system, Segoe UI, Roboto, DejaVu Sans, sans-serif", "size": 13,
                  "color": TEXT},
         "showlegend": False,
+        "hoverlabel": {"bgcolor": PAGE, "bordercolor": GRID, "font": {"color": TEXT, "size": 12},
+                       "namelength": -1, "align": "left"},
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": QUIET, "activecolor": TEXT},
+    }  # fmt: skip
+
+
+def _layout(p: Panels, height: int) -> dict:
+    return {
+        **_plain_layout(height),
         "hovermode": "x unified",
         "hoversubplots": "axis",
         "hoverdistance": 12,
-        "hoverlabel": {"bgcolor": "#fdfdfe", "bordercolor": GRID, "font": {"color": TEXT, "size": 12},
-                       "namelength": -1, "align": "left"},
         "dragmode": "zoom",
-        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": QUIET, "activecolor": TEXT},
+        "barmode": "overlay",
         "xaxis": {
             "title": {"text": f"time since the first arrival ({p.unit})", "standoff": 8, "font": {"size": 13}},
-            "range": [0, float(p.x(max(1, p.end_ns)))],
+            "range": [0, float(p.x(p.end_ns))],
             "anchor": "y3",
             "gridcolor": GRID,
             "zeroline": False,
@@ -346,7 +361,7 @@ def _layout(p: Panels, height: int) -> dict:
             "spikedash": "solid",
             "spikecolor": QUIET,
         },
-    }  # fmt: skip
+    }
 
 
 def _axis(domain: list[float]) -> dict:
@@ -375,14 +390,15 @@ def _in(colour: str, text: str) -> str:
 
 def _pool_title(p: Panels) -> str:
     return (
-        f"<b>KV blocks in use</b>   {_in(POOL, '━ mean')}  {_in(HIGHEST, '━ highest')} of each {_width(p.width_ns)}"
+        f"<b>KV blocks in use</b>   {_in(POOL, '━ mean')}  {_in(HIGHEST, '━ highest')} of each {span(p.width_ns)}"
         f"   {_in(QUIET, f'╌ capacity {p.capacity:,} blocks')}"
     )
 
 
 def _marks_title(p: Panels) -> str:
-    counted = any(marks.by_bin for marks in p.marks)
-    hint = f"a mark counts {_width(p.width_ns)} where there are many" if counted else "hover for the cause"
+    counted = [KINDS[marks.kind][0] for marks in p.marks if marks.by_bin]
+    bars = f"; {words.listed(counted)}: a bar counts {span(p.width_ns)}" if counted else ""
+    hint = f"hover for request and cause{bars}"
     return f"<b>What went wrong</b>   {_in(QUIET, hint)}"
 
 
@@ -391,28 +407,34 @@ def _load_title(p: Panels) -> str:
 
 
 def _rate_title(p: Panels) -> str:
-    return f"<b>Tokens per second</b>   {_in(PREFILL, '━ prefill')}  {_in(DECODE, '━ decode')}"
+    return (
+        f"<b>Tokens per second</b>   {_in(PREFILL, '━ prefill')}  {_in(DECODE, '━ decode')}, mean of each"
+        f" {span(p.rate_width_ns)}"
+    )
 
 
 def _lines(p: Panels) -> list[dict]:
-    x = _numbers(p.edges, 6)
+    x, rate_x = _numbers(p.edges(p.start_ns), 6), _numbers(p.edges(p.rate_start_ns), 6)
     share = 100 / max(1, p.capacity)
-    blocks = "%{y:,.0f} blocks, %{customdata:.1f} %"
 
-    def line(name, values, colour, axis, template, custom, **more):
+    def line(name, x, values, colour, axis, template, **more):
         return {
             "type": "scatter", "mode": "lines", "name": name, "x": x, "y": _stepped(values), "yaxis": axis,
-            "line": {"color": colour, "width": 1.5, "shape": "hv"}, "customdata": _stepped(custom),
+            "line": {"color": colour, "width": 1.5, "shape": "hv"},
             "hovertemplate": f"{template}<extra>{name}</extra>", **more,
         }  # fmt: skip
 
+    def level(name, values, colour, axis, unit, custom, **more):
+        return line(name, x, values, colour, axis, unit, customdata=_stepped(custom), **more)
+
+    blocks, number, tokens = "%{y:,.0f}, %{customdata:.1f} %", "%{y:,.1f}, at most %{customdata:,}", "%{y:,.0f}"
     return [
-        line("blocks, highest", p.used_max, HIGHEST, "y", blocks, p.used_max * share),
-        line("blocks, mean", p.used_mean, POOL, "y", blocks, p.used_mean * share, fill="tozeroy", fillcolor=FILL),
-        line("running", p.running, RUNNING, "y2", "%{y:,.1f}, at most %{customdata:,}", p.running_max),
-        line("waiting", p.waiting, WAITING, "y2", "%{y:,.1f}, at most %{customdata:,}", p.waiting_max),
-        line("prefill", p.prefill_per_s, PREFILL, "y3", "%{y:,.0f} tokens/s", p.prefill_per_s),
-        line("decode", p.decode_per_s, DECODE, "y3", "%{y:,.0f} tokens/s", p.decode_per_s),
+        level("blocks, highest", p.used_max, HIGHEST, "y", blocks, p.used_max * share),
+        level("blocks, mean", p.used_mean, POOL, "y", blocks, p.used_mean * share, fill="tozeroy", fillcolor=FILL),
+        level("running", p.running, RUNNING, "y2", number, p.running_max),
+        level("waiting", p.waiting, WAITING, "y2", number, p.waiting_max),
+        line("prefill tokens/s", rate_x, p.prefill_per_s, PREFILL, "y3", tokens),
+        line("decode tokens/s", rate_x, p.decode_per_s, DECODE, "y3", tokens),
     ]
 
 
@@ -426,33 +448,69 @@ def _numbers(values: np.ndarray, decimals: int) -> list:
 
 
 def _mark_trace(p: Panels, marks: Marks, row: int) -> dict:
-    name, colour, symbol, _ = KINDS[marks.kind]
-    sizes = np.full(len(marks.number), 8.0)
-    if marks.by_bin:
-        sizes = 6 + 10 * np.sqrt(marks.number / marks.number.max())
-    return {
-        "type": "scatter", "mode": "markers", "name": name, "yaxis": "y4",
-        "x": _numbers(p.x(marks.time_ns), 6), "y": [row] * len(marks.text),
-        "text": [escape(text).replace("\n", "<br>") for text in marks.text],
-        "hovertemplate": "%{text}<extra></extra>", "cliponaxis": False,
-        "marker": {"symbol": symbol, "color": colour, "size": _numbers(sizes, 1), "opacity": 0.75,
-                   "line": {"width": 1.5 if symbol == "x-thin" else 0, "color": colour}},
+    """Ticks in row `row` of the marks' panel, or bars as high as what happened in their bin."""
+    name, colour = KINDS[marks.kind]
+    trace = {
+        "name": name, "x": _numbers(p.x(marks.time_ns), 6), "yaxis": "y4",
+        "hovertext": [escape(text).replace("\n", "<br>") for text in marks.text],
+        "hovertemplate": "%{hovertext}<extra></extra>",
     }  # fmt: skip
+    trace |= {"type": "scatter", "mode": "markers"}
+    if marks.by_bin:  # error bars: plotly's own bars answer only to a pointer inside
+        height = _numbers(BAR * marks.number / marks.number.max(), 3)
+        bars = {"type": "data", "symmetric": False, "array": [0] * len(height), "arrayminus": height,
+                "thickness": 1.5, "width": 0, "color": colour}  # fmt: skip
+        trace |= {"y": [round(row - BAR / 2 + h, 3) for h in height], "error_y": bars}
+        return trace | {"marker": {"color": colour, "size": 2, "symbol": "square"}}
+    few = len(marks.text) < 300
+    tick = {"symbol": "line-ns", "size": 13, "line": {"width": 2 if few else 1, "color": colour}}
+    marker = tick | {"color": colour, "opacity": 0.9 if few else 0.6}
+    return trace | {"y": [row] * len(marks.text), "marker": marker}
 
 
-def _nothing_ran(p: Panels) -> dict:
-    """A run that never started has a mark and a sentence."""
-    layout = _layout(p, 150)
-    layout["xaxis"] |= {"range": [0, 1], "anchor": "y", "showspikes": False}
-    layout["hovermode"] = "closest"
-    layout["yaxis"] = _axis([0, 1]) | {"range": [-1, 1], "showticklabels": False, "fixedrange": True}
-    data = []
-    for marks in p.marks:
-        data.append(_mark_trace(p, marks, 0) | {"yaxis": "y"})
-        layout["annotations"] = [
-            {"text": escape(marks.text[0].partition("\n")[0]), "x": 0.02, "y": 0, "xanchor": "left",
-             "showarrow": False, "font": {"color": KINDS[marks.kind][1]}}
-        ]  # fmt: skip
+def memory_bars(result) -> tuple[list[tuple[str, float, str]], float]:
+    """For a deployment that does not start: what each GPU would have to hold, as (term, GiB, colour), and the
+    GiB that it may."""
+    budget, failure = result.deployment["budget"], result.summary()["failure"]
+    terms = [
+        ("weights", budget["weights_bytes"], POOL),
+        ("outside torch", budget["non_torch_bytes"], QUIET),
+        ("activation peak", budget["activation_bytes"], WAITING),
+        ("CUDA graphs", budget["cuda_graph_bytes"], PREFILL),
+    ]
+    if failure["cause"] == "one_max_length_request":
+        needed = budget["kv_bytes"] + failure["short_bytes"]
+        terms.append(("one request of max_model_len", needed, RUNNING))
+    return [(name, size / GIB, colour) for name, size, colour in terms if size], budget["requested_bytes"] / GIB
+
+
+def _nothing_ran(result) -> dict:
+    """What the GPU would have to hold against what it may."""
+    failure = result.summary()["failure"]
+    terms, allowed = memory_bars(result)
+    data = [
+        {"type": "bar", "orientation": "h", "name": name, "x": [size], "y": [0], "marker": {"color": colour},
+         "hovertemplate": f"{name} %{{x:.2f}} GiB<extra></extra>"}
+        for name, size, colour in terms
+    ]  # fmt: skip
+    labels = "  ".join(_in(colour, f"█ {name}") for name, _, colour in terms)
+    quiet = {"showarrow": False, "xref": "paper", "yref": "paper", "x": 0, "xanchor": "left", "yshift": 6}
+    text = f"{failure['kind']} ({failure['cause']}): {format_gib(failure['short_bytes'])} short"
+    most = max(allowed, sum(size for _, size, _ in terms))
+    layout = {
+        **_plain_layout(190),
+        "barmode": "stack",
+        "hovermode": "closest",
+        "xaxis": {"title": {"text": "GiB on each GPU", "font": {"size": 13}}, "range": [0, most * 1.04],
+                  "gridcolor": GRID, "zeroline": False},
+        "yaxis": {"visible": False, "range": [-0.5, 0.5], "fixedrange": True, "domain": [0, 0.72]},
+        "shapes": [{"type": "line", "xref": "x", "x0": allowed, "x1": allowed, "yref": "y domain", "y0": 0, "y1": 1,
+                    "line": {"color": TEXT, "width": 2, "dash": "dash"}}],
+        "annotations": [
+            {**quiet, "y": 0.86, "yanchor": "bottom", "text": f"<b>{escape(text)}</b>"},
+            {**quiet, "y": 0.7, "yanchor": "bottom", "text": f"{labels}  ╎ the engine may use {allowed:,.2f}"},
+        ],
+    }  # fmt: skip
     return {"data": data, "layout": layout}
 
 

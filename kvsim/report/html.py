@@ -75,12 +75,14 @@ def _facts(result) -> str:
     facts = [
         ("deployment", deployed[0]),
         ("KV pool", deployed[1]),
-        ("KV pool in use", f"mean {usage['mean']:.1%}, p95 {usage['p95']:.1%}, peak {usage['max']:.1%}"),
+        ("KV pool in use", ", ".join(f"{name} {100 * usage[name]:.1f} %" for name in ("mean", "p95", "max"))),
         ("limits", ", ".join(deployed[2:])),
         ("trace", f"{trace['name']} ({trace['format']}), {words.count(summary['num_requests'], 'request')}"),
         ("seed", "none" if summary["seed"] is None else summary["seed"]),
         ("simulated by", f"kvsim {summary['kvsim_version']}, {summary['engine']}"),
     ]
+    if summary["verdict"] == "does_not_start":
+        del facts[2]
     items = "".join(f"<div><dt>{name}</dt><dd>{_text(value)}</dd></div>" for name, value in facts)
     command = f'<pre class="command">{_text(summary["command"])}</pre>' if summary["command"] else ""
     return f"<dl>{items}</dl>{command}"
@@ -90,7 +92,7 @@ def _tables(result) -> str:
     summary = result.summary()
     if summary["verdict"] == "does_not_start":
         rows = [list(row) for row in words.memory_terms(result.deployment["budget"])]
-        return f'<section class="tables">{_table(["memory on one GPU", ""], rows)}</section>'
+        return f'<section class="tables">{_table(["memory of a GPU", ""], rows)}</section>'
     n = summary["num_requests"]
     outcomes = [
         [words.OUTCOMES[name], f"{number:,}", words.percent(number, n) if number else ""]

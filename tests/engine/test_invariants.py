@@ -12,6 +12,7 @@ from kvsim import run
 from kvsim.engine import state as st
 from kvsim.engine.loop import advance
 from tests.engine.workloads import (
+    columns_of,
     cost_columns,
     counters,
     duration,
@@ -34,13 +35,16 @@ def test_of_every_request(workload):
     got, _ = run_compiled(rows, settings, identities=True)
     requests = request_rows(got)
     ends = Counter((kind, r) for _, _, kind, r, *_ in event_rows(got.events))
-    for r, ((_, prompt, _), row) in enumerate(zip(rows, requests, strict=True)):
+    for r, ((_, prompt, *_), row) in enumerate(zip(rows, requests, strict=True)):
         assert row["outcome"] in st.OUTCOMES[1:]
         if row["outcome"] == "finished":
             assert row["scheduled_tokens"] == prompt + row["generated_tokens"] - 1 + row["recomputed_tokens"]
         for kind, outcome in (*END_KINDS.items(), ("unservable", "unservable")):
             assert ends[kind, r] == (row["outcome"] == outcome)
         assert (row["finished_ns"] is None) == (row["outcome"] == "unfinished")
+        parent = (*rows[r], None)[3]
+        if parent is not None and (row["scheduled_ns"] is not None or row["outcome"] == "rejected"):
+            assert row["arrival_ns"] >= requests[parent]["finished_ns"] + rows[r][4]
         times = [row[name] for name in ("arrival_ns", "scheduled_ns", "first_token_ns", "finished_ns")]
         times = [t for t in times if t is not None]
         assert times == sorted(times) or row["outcome"] == "unfinished"
@@ -70,8 +74,9 @@ def test_of_the_order_of_events(workload):
     events = event_rows(got.events)
     keys = [(time, ORDER.get(kind, 3)) for time, _, kind, *_ in events]
     assert [t for t, _ in keys] == sorted(t for t, _ in keys)
-    if settings.max_concurrency is None and not settings.lockstep:
-        # In a closed loop an end makes room for an arrival at the same nanosecond. An empty step takes no time,
+    has_turns = any(len(row) > 3 for row in rows)
+    if settings.max_concurrency is None and not settings.lockstep and not has_turns:
+        # In a closed loop, or where turns follow each other, an end makes room for an arrival at the same nanosecond. An empty step takes no time,
         # so that a second schedule() may follow at once: order holds within each step number.
         by_step = {}
         for (time, rank), (_, step, *_) in zip(keys, events, strict=True):
@@ -124,11 +129,8 @@ def test_the_timeline_adds_up(workload):
 
 
 def packed(rows, settings, check=False):
-    columns = np.array(rows, np.int64).reshape(-1, 3)
     return st.pack(
-        arrival_ns=columns[:, 0],
-        prompt_tokens=columns[:, 1],
-        output_tokens=columns[:, 2],
+        **columns_of(rows),
         settings=run.pack_settings(
             SimpleNamespace(**vars(settings)),
             settings.num_gpu_blocks,

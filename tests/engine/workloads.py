@@ -46,6 +46,11 @@ def workloads(draw):
     arrivals = np.cumsum(gaps) * unit
     length = some.integers(0, max_model_len + 4) if draw(some.booleans()) else some.integers(1, 24)
     rows = [(int(t), draw(length), draw(length)) for t in arrivals]
+    if draw(some.booleans()):  # some are follow-up turns of earlier ones
+        rows = [
+            (*row, draw(some.none() | some.integers(0, i - 1)) if i else None, draw(some.integers(0, 9)) * unit)
+            for i, row in enumerate(rows)
+        ]
     settings = naive.Settings(
         block_size=block_size,
         num_gpu_blocks=draw(some.integers(2, 2 + 3 * -(-max_model_len // block_size))),
@@ -72,6 +77,14 @@ def workloads(draw):
     return rows, settings
 
 
+def columns_of(rows):
+    """The rows of the naive engine as the columns that `pack` takes."""
+    columns = [list(column) for column in zip(*((*row, None, 0)[:5] for row in rows), strict=True)]
+    columns[3] = [-1 if parent is None else parent for parent in columns[3]]
+    names = ("arrival_ns", "prompt_tokens", "output_tokens", "parent", "delay_ns")
+    return {name: np.array(column, np.int64) for name, column in zip(names, columns, strict=True)}
+
+
 def run_compiled(
     rows, settings, *, identities, log_steps=False, check=True, event_capacity=4096, num_bins=64
 ):
@@ -90,11 +103,8 @@ def run_compiled(
         check=check,
         identities=identities,
     )
-    columns = np.array(rows, np.int64).reshape(-1, 3)
     state = st.pack(
-        arrival_ns=columns[:, 0],
-        prompt_tokens=columns[:, 1],
-        output_tokens=columns[:, 2],
+        **columns_of(rows),
         settings=packed,
         cost=cost_columns(settings.max_num_batched_tokens, settings.max_num_seqs),
         bin_width_ns=1 if settings.lockstep else 1_000_000,

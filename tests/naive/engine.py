@@ -54,12 +54,13 @@ class Result:
 
 
 def run(requests, settings, *, duration, record_steps=False):
-    """Simulate `requests`, (arrival, prompt, output) ints in order of arrival, to the end.
+    """Simulate `requests`, (arrival, prompt, output) ints in order of arrival, to the end. A follow-up turn has
+    two more: the index of its parent, an earlier row or None, and its delay after the parent's end.
 
     duration(n, ctx, prefill_pairs, prefill_ctx, sampled) -> int ns is how long a step of n > 0 tokens
     lasts; lockstep does not call it.
     """
-    arrivals = [arrival for arrival, _, _ in requests]
+    arrivals = [arrival for arrival, *_ in requests]
     assert arrivals == sorted(arrivals), "rows must be in order of arrival"
     engine = Engine(requests, settings, duration, record_steps)
     engine.run()
@@ -95,6 +96,8 @@ class Request:
     arrival_ns: int  # moved to the send time when a closed loop holds it back
     prompt_tokens: int
     output_tokens: int
+    parent: int | None = None  # the row of the previous turn: this one is not sent before that has ended
+    delay_ns: int = 0  # and this time after its end
 
     status: str = "pending"  # then waiting, running, preempted; done once it has an outcome
     generated_tokens: int = 0
@@ -170,7 +173,9 @@ class Engine:
         self.settings = settings
         self.duration = duration
         self.requests = [Request(i, *row) for i, row in enumerate(rows)]
-        self.unsent = deque(self.requests)
+        self.unsent = deque(r for r in self.requests if r.parent is None)
+        self.turns = []  # (time, row) of follow-up turns whose parent has ended
+        self.received = []  # everyone ever queued, in order of receipt
         self.waiting = deque()
         self.running = []
         self.pool = BlockPool(settings.num_gpu_blocks)
@@ -253,17 +258,25 @@ class Engine:
         request.finished_ns = now
         if self.slots is not None and outcome != "rejected":
             self.slots.append(now)
+        for turn in self.requests[request.index + 1 :]:
+            if turn.parent == request.index:
+                self.turns.append((max(turn.arrival_ns, now + turn.delay_ns), turn.index))
 
     # ---- arrivals, deadlines --------------------------------------------------------------------
 
+    def next_up(self):
+        """(time, row) of the request that is sent next, a closed loop apart; None if none is left for now."""
+        first = [(r.arrival_ns, r.index) for r in list(self.unsent)[:1]]
+        return min(first + self.turns, default=None)
+
     def next_send(self):
         """When the next row is sent; None if none is left or no slot is free yet."""
-        if not self.unsent:
+        if self.next_up() is None:
             return None
-        arrival = self.unsent[0].arrival_ns
+        time, _ = self.next_up()
         if self.slots is None:
-            return arrival
-        return max(arrival, self.slots[0]) if self.slots else None
+            return time
+        return max(time, self.slots[0]) if self.slots else None
 
     def can_send(self, now):
         return self.next_send() is not None and self.next_send() <= now
@@ -272,7 +285,12 @@ class Engine:
         """Receive, each at its own time, the rows sent up to and including `through` (3.20, 3.21)."""
         while self.can_send(through):
             now = self.next_send()
-            request = self.unsent.popleft()
+            time, row = self.next_up()
+            request = self.requests[row]
+            if request.parent is None:
+                self.unsent.popleft()
+            else:
+                self.turns.remove((time, row))
             request.arrival_ns = now
             self.record(now, "arrive", request)
             cause = self.reject_cause(request)
@@ -283,6 +301,7 @@ class Engine:
             if self.slots is not None:
                 self.slots.popleft()
             request.status = "waiting"
+            self.received.append(request)
             self.waiting.append(request)
 
     def reject_cause(self, request):
@@ -317,7 +336,7 @@ class Engine:
         if deadline is None:
             return False
         expired = [r for r in self.unfinished() if now >= r.arrival_ns + deadline]
-        for request in sorted(expired, key=lambda r: r.index):
+        for request in sorted(expired, key=self.received.index):
             (self.running if request.status == "running" else self.waiting).remove(request)
             free_before, lost = self.pool.num_free, request.num_computed_tokens
             self.free(request)
