@@ -271,9 +271,11 @@ def _settings_of(deployment) -> dict:
 
 
 def _plain(deployment, budget, options) -> dict:
+    """The input as JSON holds it (lists, no tuples), so that it is the same when it is read back."""
     import msgspec
 
-    return msgspec.to_builtins({"deployment": deployment, "budget": budget, "options": options})
+    text = msgspec.json.encode({"deployment": deployment, "budget": budget, "options": options})
+    return msgspec.json.decode(text)
 
 
 def _prefix_cache(table) -> dict:

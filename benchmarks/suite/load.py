@@ -5,7 +5,12 @@ from pathlib import Path
 
 import kvsim
 
-FILES = {"azure": "trace.csv", "azure.gz": "trace.csv.gz", "mooncake": "trace.jsonl", "parquet": "trace.parquet"}
+FILES = {
+    "azure": "trace.csv",
+    "azure.gz": "trace.csv.gz",
+    "mooncake": "trace.jsonl",
+    "parquet": "trace.parquet",
+}
 
 
 class Load:

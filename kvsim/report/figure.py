@@ -1,8 +1,8 @@
 """The one figure of a run, on one time axis: pool occupancy, marks for what went wrong, running and waiting,
 throughput.
 
-`panels()` says what is drawn, `figure()` says it to plotly as plain data (importing plotly's own classes would
-cost more than the run), `kvsim.report.plot` says it to matplotlib.
+`panels()` says what is drawn, `figure()` says it to plotly as plain data (importing plotly's own classes
+would cost more than the run), `kvsim.report.plot` says it to matplotlib.
 """
 
 from __future__ import annotations
@@ -72,8 +72,7 @@ class Marks(NamedTuple):
 
 
 class Panels(NamedTuple):
-    """What the figure shows: bins (at most MAX_BINS) and marks. Arrays have one value for each bin. At least one
-    bin is there."""
+    """What the figure shows: bins (1 to MAX_BINS) and marks. Arrays have one value for each bin."""
 
     start_ns: np.ndarray
     end_ns: int
@@ -132,7 +131,7 @@ def panels(result) -> Panels:
         end_ns=end_ns,
         width_ns=width_ns,
         rate_start_ns=start[windows],
-        rate_width_ns=int(width[: a_rate].sum()),
+        rate_width_ns=int(width[:a_rate].sum()),
         capacity=max(0, summary["num_gpu_blocks"] - 1),
         used_mean=mean("blocks_used_mean"),
         used_max=highest("blocks_used_max"),
@@ -175,7 +174,8 @@ def _from_events(result, kind: str, width_ns: int) -> Marks:
     time = rows["time_ns"].to_numpy()
     cause, causes = words.codes(rows["cause"])
     if len(time) > MAX_MARKS:
-        return _by_bin(kind, time, cause, causes, rows["request"].to_numpy(), rows["tokens_lost"].to_numpy(), width_ns)
+        request, lost = rows["request"].to_numpy(), rows["tokens_lost"].to_numpy()
+        return _by_bin(kind, time, cause, causes, request, lost, width_ns)
     told = [_told(kind, event) for event in rows.to_pylist()]
     if kind == "reject" and result.requests is not None:
         asked = result.requests.select(["prompt_tokens", "output_tokens"]).take(rows["request"]).to_pylist()
@@ -197,11 +197,12 @@ def _told(kind: str, event: dict) -> str:
     if kind == "preempt":
         who = "it" if event["for_request"] == event["request"] else f"request {event['for_request']}"
         lines.append(
-            f"{who} needed {words.count(event['blocks_needed'], 'block')}, {event['blocks_free_before']:,} free;"
-            f" {given:,} given back, {words.count(event['tokens_lost'], 'token')} lost"
+            f"{who} needed {words.count(event['blocks_needed'], 'block')}, {event['blocks_free_before']:,}"
+            f" free; {given:,} given back, {words.count(event['tokens_lost'], 'token')} lost"
         )
     elif kind == "unservable":
-        lines.append(f"{words.count(event['blocks_needed'], 'block')} needed, {event['blocks_free_before']:,} free")
+        free = event["blocks_free_before"]
+        lines.append(f"{words.count(event['blocks_needed'], 'block')} needed, {free:,} free")
     elif given:
         lines.append(f"{given:,} blocks given back, {words.count(event['tokens_lost'], 'token')} lost")
     return "\n".join(lines)
@@ -259,7 +260,8 @@ def _from_bins(result, kind: str, name: str) -> Marks:
     hit = np.flatnonzero(number)
     start, width = result.bins["time_ns"].to_numpy()[hit], result.bins["width_ns"].to_numpy()[hit]
     text = [
-        f"{n:,} {KINDS[kind][0]} in the {span(w)} from {words.at(t)}\nwhich and why was not kept (--record events)"
+        f"{n:,} {KINDS[kind][0]} in the {span(w)} from {words.at(t)}\n"
+        "which and why was not kept (--record events)"
         for n, t, w in zip(number[hit].tolist(), start.tolist(), width.tolist(), strict=True)
     ]
     return Marks(kind, int(number.sum()), start + width // 2, number[hit], text, True)
@@ -305,7 +307,7 @@ def figure(result) -> dict:
     if p.marks:
         rows = list(range(len(p.marks)))[::-1]
         layout["yaxis4"] |= {
-            "range": [-0.6, len(rows) - 0.4], "tickmode": "array", "tickvals": rows, "ticks": "", "zeroline": False,
+            "range": [-0.6, len(rows) - 0.4], "tickmode": "array", "tickvals": rows, "zeroline": False,
             "ticktext": [marks.label for marks in p.marks], "fixedrange": True, "ticklabelstandoff": 6,
         }  # fmt: skip
         data += [_mark_trace(p, marks, row) for marks, row in zip(p.marks, rows, strict=True)]
@@ -313,7 +315,7 @@ def figure(result) -> dict:
 
 
 def _domains(heights: list[int]) -> tuple[list[list[float]], int]:
-    """The [bottom, top] of each panel as fractions of the plot area, from the top, and the figure's height."""
+    """The [bottom, top] of each panel in fractions of the plot area, from the top; the figure's height."""
     inner = sum(heights) + _GAP_PX * len(heights)
     domains, top = [], inner
     for height in heights:
@@ -347,7 +349,7 @@ def _layout(p: Panels, height: int) -> dict:
         "dragmode": "zoom",
         "barmode": "overlay",
         "xaxis": {
-            "title": {"text": f"time since the first arrival ({p.unit})", "standoff": 8, "font": {"size": 13}},
+            "title": {"text": f"time since the first arrival ({p.unit})", "font": {"size": 13}},
             "range": [0, float(p.x(p.end_ns))],
             "anchor": "y3",
             "gridcolor": GRID,
@@ -380,7 +382,7 @@ def _axis(domain: list[float]) -> dict:
 def _title(text: str, domain: list[float], height: int) -> dict:
     return {
         "text": text, "xref": "paper", "yref": "paper", "x": 0, "y": domain[1], "xanchor": "left",
-        "yanchor": "bottom", "yshift": 5, "showarrow": False, "align": "left", "font": {"size": 13, "color": TEXT},
+        "yanchor": "bottom", "yshift": 5, "showarrow": False, "align": "left", "font": {"size": 13},
     }  # fmt: skip
 
 
@@ -390,8 +392,8 @@ def _in(colour: str, text: str) -> str:
 
 def _pool_title(p: Panels) -> str:
     return (
-        f"<b>KV blocks in use</b>   {_in(POOL, '━ mean')}  {_in(HIGHEST, '━ highest')} of each {span(p.width_ns)}"
-        f"   {_in(QUIET, f'╌ capacity {p.capacity:,} blocks')}"
+        f"<b>KV blocks in use</b>   {_in(POOL, '━ mean')}  {_in(HIGHEST, '━ highest')} of each"
+        f" {span(p.width_ns)}   {_in(QUIET, f'╌ capacity {p.capacity:,} blocks')}"
     )
 
 
@@ -427,10 +429,12 @@ def _lines(p: Panels) -> list[dict]:
     def level(name, values, colour, axis, unit, custom, **more):
         return line(name, x, values, colour, axis, unit, customdata=_stepped(custom), **more)
 
-    blocks, number, tokens = "%{y:,.0f}, %{customdata:.1f} %", "%{y:,.1f}, at most %{customdata:,}", "%{y:,.0f}"
+    blocks, tokens = "%{y:,.0f}, %{customdata:.1f} %", "%{y:,.0f}"
+    filled = {"fill": "tozeroy", "fillcolor": FILL}
+    number = "%{y:,.1f}, at most %{customdata:,}"
     return [
         level("blocks, highest", p.used_max, HIGHEST, "y", blocks, p.used_max * share),
-        level("blocks, mean", p.used_mean, POOL, "y", blocks, p.used_mean * share, fill="tozeroy", fillcolor=FILL),
+        level("blocks, mean", p.used_mean, POOL, "y", blocks, p.used_mean * share, **filled),
         level("running", p.running, RUNNING, "y2", number, p.running_max),
         level("waiting", p.waiting, WAITING, "y2", number, p.waiting_max),
         line("prefill tokens/s", rate_x, p.prefill_per_s, PREFILL, "y3", tokens),
@@ -481,7 +485,8 @@ def memory_bars(result) -> tuple[list[tuple[str, float, str]], float]:
     if failure["cause"] == "one_max_length_request":
         needed = budget["kv_bytes"] + failure["short_bytes"]
         terms.append(("one request of max_model_len", needed, RUNNING))
-    return [(name, size / GIB, colour) for name, size, colour in terms if size], budget["requested_bytes"] / GIB
+    terms = [(name, size / GIB, colour) for name, size, colour in terms if size]
+    return terms, budget["requested_bytes"] / GIB
 
 
 def _nothing_ran(result) -> dict:
@@ -504,11 +509,11 @@ def _nothing_ran(result) -> dict:
         "xaxis": {"title": {"text": "GiB on each GPU", "font": {"size": 13}}, "range": [0, most * 1.04],
                   "gridcolor": GRID, "zeroline": False},
         "yaxis": {"visible": False, "range": [-0.5, 0.5], "fixedrange": True, "domain": [0, 0.72]},
-        "shapes": [{"type": "line", "xref": "x", "x0": allowed, "x1": allowed, "yref": "y domain", "y0": 0, "y1": 1,
-                    "line": {"color": TEXT, "width": 2, "dash": "dash"}}],
+        "shapes": [{"type": "line", "xref": "x", "x0": allowed, "x1": allowed, "yref": "y domain", "y0": 0,
+                    "y1": 1, "line": {"color": TEXT, "width": 2, "dash": "dash"}}],
         "annotations": [
             {**quiet, "y": 0.86, "yanchor": "bottom", "text": f"<b>{escape(text)}</b>"},
-            {**quiet, "y": 0.7, "yanchor": "bottom", "text": f"{labels}  ╎ the engine may use {allowed:,.2f}"},
+            {**quiet, "y": 0.7, "yanchor": "bottom", "text": f"{labels}  ╎ engine limit {allowed:,.2f}"},
         ],
     }  # fmt: skip
     return {"data": data, "layout": layout}

@@ -1,4 +1,4 @@
-"""`timeline.html`: the figure, the verdict and the tables on one page that needs nothing else, not even a network."""
+"""`timeline.html`: verdict, tables and figure on one page that needs nothing else, not even a network."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kvsim.report import figure as fig
 from kvsim.report import words
-from kvsim.report.table import cause_rows, latency_rows, throughput_rows
+from kvsim.report.table import cause_rows, goodput_sentence, latency_rows, throughput_rows
 
 # The buttons are named one by one because plotly.js has one that offers to send the chart to its maker.
 _CONFIG = {
@@ -26,7 +26,8 @@ def page(result) -> bytes:
     word, sentence = words.verdict_sentence(summary)
     body = "".join(
         [
-            f'<header><p class="verdict {escape(summary["verdict"])}">{word}</p><p class="why">{_text(sentence)}</p>',
+            f'<header><p class="verdict {escape(summary["verdict"])}">{word}</p>',
+            f'<p class="why">{_text(sentence)}</p>',
             _facts(result),
             "</header>",
             _tables(result),
@@ -84,8 +85,9 @@ def _facts(result) -> str:
     if summary["verdict"] == "does_not_start":
         del facts[2]
     items = "".join(f"<div><dt>{name}</dt><dd>{_text(value)}</dd></div>" for name, value in facts)
+    goodput = f"<p>{_text(goodput_sentence(summary))}</p>" if "goodput" in summary else ""
     command = f'<pre class="command">{_text(summary["command"])}</pre>' if summary["command"] else ""
-    return f"<dl>{items}</dl>{command}"
+    return f"<dl>{items}</dl>{goodput}{command}"
 
 
 def _tables(result) -> str:
@@ -123,7 +125,8 @@ def _notes(result) -> str:
 
 # The policy lets nothing be fetched, so a page that someone sends around cannot call home.
 _HEAD = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; \
 style-src 'unsafe-inline'; img-src data: blob:; form-action 'none'; base-uri 'none'">
@@ -160,7 +163,8 @@ const dark = JSON.parse(document.getElementById("dark").textContent);
 const wantsDark = matchMedia("(prefers-color-scheme: dark)");
 function draw() {
   let own = text;
-  if (wantsDark.matches) for (const [light, swapped] of Object.entries(dark)) own = own.split(light).join(swapped);
+  if (wantsDark.matches)
+    for (const [light, swapped] of Object.entries(dark)) own = own.split(light).join(swapped);
   const figure = JSON.parse(own);
   Plotly.react("timeline", figure.data, figure.layout, figure.config);
 }

@@ -18,7 +18,7 @@ _WIDTH_IN, _DPI, _PX = 11.0, 150, 1 / 96  # _PX: inches of a pixel of the page
 _LINE_PX = 17
 # No time and no random ids in the file: the same run gives the same bytes.
 _STYLE = {
-    "svg.hashsalt": "kvsim", "svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 9,
+    "svg.hashsalt": "kvsim", "font.family": "DejaVu Sans", "font.size": 9,
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": fig.QUIET, "axes.linewidth": 0.6,
     "axes.labelcolor": fig.TEXT, "xtick.color": fig.QUIET, "ytick.color": fig.QUIET,
     "xtick.labelcolor": fig.TEXT, "ytick.labelcolor": fig.TEXT, "text.color": fig.TEXT,
@@ -40,7 +40,9 @@ def save_plot(result, path: str | Path) -> Path:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("plots need matplotlib: pip install 'kvsim[plot]'; or write .html, which needs nothing") from None
+        raise UserError(
+            "plots need matplotlib: pip install 'kvsim[plot]'; or write .html, which needs nothing"
+        ) from None
     kind = path.suffix.lower()[1:]
     with matplotlib.rc_context(_STYLE):
         figure = Figure(dpi=_DPI, facecolor="white")
@@ -80,7 +82,10 @@ def _draw_run(figure, result) -> None:
     _steps(rates, edges, p.decode_per_s, fig.DECODE)
     named = [("prefill", fig.PREFILL), ("decode", fig.DECODE)]
     _title(rates, "Tokens per second", [*named, (f"mean of each {fig.span(p.rate_width_ns)}", fig.QUIET)])
-    for ax, least, values in ((load, 5, (p.running, p.waiting)), (rates, 10, (p.prefill_per_s, p.decode_per_s))):
+    for ax, least, values in (
+        (load, 5, (p.running, p.waiting)),
+        (rates, 10, (p.prefill_per_s, p.decode_per_s)),
+    ):
         ax.set_ylim(0, max(least, *(float(v.max()) for v in values)) * 1.05)
     for ax in (pool, load, rates):
         ax.yaxis.set_major_locator(_ticks(5 if ax is pool else 4))
@@ -95,7 +100,7 @@ def _draw_run(figure, result) -> None:
 def _ticks(number: int):
     from matplotlib.ticker import MaxNLocator
 
-    return MaxNLocator(number, integer=True)
+    return MaxNLocator(number, integer=True, steps=[1, 2, 2.5, 5, 10])
 
 
 def _heading(result) -> list[tuple[str, str, str]]:
@@ -137,10 +142,19 @@ def _draw_marks(ax, p) -> None:
         colour, x = fig.KINDS[marks.kind][1], p.x(marks.time_ns)
         if marks.by_bin:
             bottom = row - fig.BAR / 2
-            ax.vlines(x, bottom, bottom + fig.BAR * marks.number / marks.number.max(), color=colour, linewidth=0.8)
+            ax.vlines(
+                x, bottom, bottom + fig.BAR * marks.number / marks.number.max(), color=colour, linewidth=0.8
+            )
         else:
             few = len(marks.text) < 300
-            ax.vlines(x, row - 0.32, row + 0.32, color=colour, linewidth=1.2 if few else 0.7, alpha=0.9 if few else 0.6)
+            ax.vlines(
+                x,
+                row - 0.32,
+                row + 0.32,
+                color=colour,
+                linewidth=1.2 if few else 0.7,
+                alpha=0.9 if few else 0.6,
+            )
     ax.set_ylim(-0.6, len(rows) - 0.4)
     ax.set_yticks(list(rows), [marks.label for marks in p.marks])
     ax.tick_params(left=False)
@@ -165,10 +179,10 @@ def _draw_memory(figure, result) -> None:
     ax.axvline(allowed, color=fig.TEXT, linewidth=1.5, linestyle=(0, (5, 3)))
     ax.set_xlim(0, max(allowed, left) * 1.04)
     ax.set_yticks([])
-    ax.set_xlabel("GiB on each GPU")
+    ax.set_xlabel(f"GiB on each GPU (dashed: the {allowed:,.2f} that the engine may use)")
     text = f"{failure['kind']} ({failure['cause']}): {format_gib(failure['short_bytes'])} short"
     named = [(name, colour) for name, _, colour in terms]
-    _title(ax, text, [*named, (f"dashed: {allowed:,.2f} usable", fig.QUIET)])
+    _title(ax, text, named)
     _write_heading(figure, heading, total)
 
 

@@ -72,7 +72,11 @@ def tell(result, request: int) -> str:
     life = life_of(result, request)
     lines = textwrap.wrap(life["title"], WIDTH, subsequent_indent="  ")
     lines += ["", *_story_lines(life["story"]), ""]
-    for label, text in (("", life["figures"]), ("why: ", life["meaning"]), ("to change it: ", life["change"])):
+    for label, text in (
+        ("", life["figures"]),
+        ("why: ", life["meaning"]),
+        ("to change it: ", life["change"]),
+    ):
         if text:
             lines += textwrap.wrap(label + text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
     return "\n".join(map(words.printable, lines))
@@ -82,13 +86,20 @@ def _story_lines(story: list[dict]) -> list[str]:
     lines = []
     if len(story) > MAX_LINES:
         out = len(story) - MAX_LINES
-        pause = {"time_ns": None, "text": f"... {out:,} more of the kind, left out here; --json has them all ..."}
+        pause = {
+            "time_ns": None,
+            "text": f"... {out:,} more of the kind, left out here; --json has them all ...",
+        }
         story = [*story[: MAX_LINES // 2], pause, *story[-(MAX_LINES // 2) :]]
     for entry in story:
         when = "" if entry["time_ns"] is None else words.at(entry["time_ns"])
         indent = f"{when:>{_INDENT - 3}}   "
         lines += textwrap.wrap(
-            entry["text"], WIDTH, initial_indent=indent, subsequent_indent=" " * (_INDENT + 2), break_on_hyphens=False
+            entry["text"],
+            WIDTH,
+            initial_indent=indent,
+            subsequent_indent=" " * (_INDENT + 2),
+            break_on_hyphens=False,
         )
     return lines
 
@@ -122,7 +133,9 @@ def _events_of(events, request: int) -> list[dict]:
 
 
 def _title(row: dict) -> str:
-    names = [f"{name} {row[key]}" for name, key in (("id", "request_id"), ("class", "request_class")) if row[key]]
+    names = [
+        f"{name} {row[key]}" for name, key in (("id", "request_id"), ("class", "request_class")) if row[key]
+    ]
     names = f" ({', '.join(names)})" if names else ""
     return (
         f"request {row['request']}{names}: {words.OUTCOMES[row['outcome']].upper()}. Prompt"
@@ -213,7 +226,9 @@ def _waiting(waits: Waits, request: int, start: int, end: int, waited: dict[str,
             where = f"behind {_numbers(heads)}"
             where += "; why the head was not admitted"
             asked = []
-        reasons = "; ".join(f"{words.span(ns)} {cause} ({words.CAUSES[cause]})" for cause, ns in by_cause.items())
+        reasons = "; ".join(
+            f"{words.span(ns)} {cause} ({words.CAUSES[cause]})" for cause, ns in by_cause.items()
+        )
         text = "".join([f"waited {words.span(total)} {where}: {reasons}", *asked])
         lines.append({"time_ns": int(cut.start_ns[first]), "text": text})
     if left > 0:
@@ -257,7 +272,8 @@ def _levels_before(events, seq: int) -> tuple[int, int]:
 
 
 def _tell_admit(result, row, event):
-    return f"admitted with {words.count(event['blocks_needed'], 'block')}; {event['blocks_free_after']:,} left free"
+    taken = words.count(event["blocks_needed"], "block")
+    return f"admitted with {taken}; {event['blocks_free_after']:,} left free"
 
 
 def _tell_resume(result, row, event):
@@ -290,7 +306,8 @@ def _tell_first_token(result, row, event):
 
 def _tell_finish(result, row, event):
     given = event["blocks_free_after"] - event["blocks_free_before"]
-    return f"finished: all {words.count(row['generated_tokens'], 'token')} made, {words.count(given, 'block')} freed"
+    made = words.count(row["generated_tokens"], "token")
+    return f"finished: all {made} made, {words.count(given, 'block')} freed"
 
 
 def _tell_cap(result, row, event):
@@ -301,14 +318,16 @@ def _tell_cap(result, row, event):
 def _tell_time_out(result, row, event):
     given = event["blocks_free_after"] - event["blocks_free_before"]
     deadline = result.deployment["options"]["deadline_s"]
-    held = f"; {words.count(given, 'block')} freed, {event['tokens_lost']:,} tokens computed in vain" if given else ""
+    lost = f"{event['tokens_lost']:,} tokens computed in vain"
+    held = f"; {words.count(given, 'block')} freed, {lost}" if given else ""
     return f"timed out: not finished {deadline:g} s after its arrival{held}"
 
 
 def _tell_unservable(result, row, event):
     usable, needed = result.summary()["num_gpu_blocks"] - 1, event["blocks_needed"]
     if needed <= usable:
-        return f"removed: alone in the pool, it held {row['peak_blocks']:,} of {usable:,} blocks and needed {needed:,} more"
+        held = f"{row['peak_blocks']:,} of {usable:,} blocks"
+        return f"removed: alone in the pool, it held {held} and needed {needed:,} more"
     return f"removed: it needs {needed:,} blocks at once and the pool has {usable:,}"
 
 
@@ -351,7 +370,7 @@ def _without_events(result, row: dict) -> list[dict]:
         )
         if row[key] is not None
     ]
-    text = "events were not kept, so this is all there is: run again with --record events to see waits and preemptions"
+    text = "events were not kept, so this is all there is: --record events keeps waits and preemptions"
     return [*story, {"time_ns": None, "text": text}]
 
 
@@ -424,8 +443,8 @@ def _output_too_long(result, row, events):
     limit = _limits(result)["max_model_len"]
     wanted = row["prompt_tokens"] + row["output_tokens"]
     return (
-        f"it asks for {row['output_tokens']:,} tokens after a prompt of {row['prompt_tokens']:,}, and max_model_len"
-        f" is {limit:,}",
+        f"it asks for {row['output_tokens']:,} tokens after a prompt of {row['prompt_tokens']:,}, and"
+        f" max_model_len is {limit:,}",
         f"{_longer_model_len(result, wanted)}, or ask for fewer tokens",
     )
 
@@ -446,7 +465,8 @@ def _queue_full(result, row, events):
 def _queued_tokens_full(result, row, events):
     limit = _limits(result)["max_num_queued_tokens"]
     return (
-        f"prompts of {limit:,} tokens or more were queued when it arrived, and max_num_queued_tokens is {limit:,}",
+        f"prompts of {limit:,} tokens or more were queued when it arrived, and max_num_queued_tokens is"
+        f" {limit:,}",
         "raise --max-num-queued-tokens to let it wait, or serve faster",
     )
 
@@ -459,8 +479,8 @@ def _never_fits(result, row, events):
     tokens = row["prompt_tokens"] + row["output_tokens"]
     whole = -(-(tokens - 1) // block_size)  # the last token made is never computed
     return (
-        f"it needs {needed:,} blocks of {block_size} tokens at least, and the whole pool has {usable:,}: waiting"
-        " would not help, so it was removed to let the others pass",
+        f"it needs {needed:,} blocks of {block_size} tokens at least, and the whole pool has {usable:,}:"
+        " waiting would not help, so it was removed to let the others pass",
         f"{_larger_pool(result)}: {max(whole, needed):,} blocks and the null block hold all its tokens",
     )
 
@@ -471,19 +491,19 @@ def _deadline(result, row, events):
         return f"it waited all of its {deadline:g} s and was never admitted", "give it more time (--deadline)"
     queued = row["scheduled_ns"] - row["arrival_ns"]
     return (
-        f"of its {deadline:g} s it waited {words.span(queued)} to be admitted and had made {row['generated_tokens']:,} of"
-        f" {row['output_tokens']:,} tokens at the end",
+        f"of its {deadline:g} s it waited {words.span(queued)} to be admitted, and had made"
+        f" {row['generated_tokens']:,} of {row['output_tokens']:,} tokens at the end",
         "give it more time (--deadline)",
     )
 
 
 def _capped(result, row, events):
     limit = _limits(result)["max_model_len"]
-    made = row["generated_tokens"]
+    made, wanted = row["generated_tokens"], row["prompt_tokens"] + row["output_tokens"]
     return (
-        f"prompt {row['prompt_tokens']:,} + {made:,} made = max_model_len {limit:,}, where the engine stops; it counts"
-        " as completed",
-        _longer_model_len(result, row["prompt_tokens"] + row["output_tokens"]) + f" for all {row['output_tokens']:,}",
+        f"prompt {row['prompt_tokens']:,} + {made:,} made = max_model_len {limit:,}, where the engine stops; it"
+        " counts as completed",
+        _longer_model_len(result, wanted) + f" for all {row['output_tokens']:,}",
     )
 
 
@@ -493,8 +513,8 @@ def _horizon(result, row, events):
 
 def _stalled(result, row, events):
     return (
-        "the run stalled: the request at the queue head could never be admitted, and as in the engine nobody passes"
-        " it (--strict)",
+        "the run stalled: the request at the queue head could never be admitted, and as in the engine nobody"
+        " passes it (--strict)",
         "leave --strict out, and such a request is removed as unservable",
     )
 

@@ -6,6 +6,7 @@ they become ASCII.
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import textwrap
@@ -19,12 +20,12 @@ from kvsim.report.story import head_waits
 from kvsim.units import NS_PER_S, format_ns
 
 WIDTH = 80
-CHART_COLUMNS = 58
+CHART_COLUMNS = 52
 CHART_ROWS = 3
 MAX_CAUSES = 6
 _LEVELS = " ▁▂▃▄▅▆▇█"
-_ASCII_LEVELS = " .:-=+*%#"
-_TO_ASCII = str.maketrans({**dict(zip(_LEVELS, _ASCII_LEVELS, strict=True)), "░": ".", "│": "|", "└": "+",
+_ASCII_LEVELS = " _.,-=+*#"
+_TO_ASCII = str.maketrans({**dict(zip(_LEVELS, _ASCII_LEVELS, strict=True)), "░": ":", "│": "|", "└": "+",
                            "─": "-", "┴": "+", "µ": "u", "≥": ">"})  # fmt: skip
 
 
@@ -54,13 +55,20 @@ def result_text(result, folder: str | None = None) -> str:
 
 
 def print_result(result, stream: TextIO | None = None, *, folder: str | None = None) -> None:
-    """Print a run to `stream` (standard output): coloured when it is a terminal and NO_COLOR is not set."""
+    """Print a run to `stream` (standard output): coloured when it is a terminal and NO_COLOR is not set.
+    `folder`: where the run was saved, for the command to go on with."""
     stream = stream or sys.stdout
-    text = _writable(result_text(result, folder), getattr(stream, "encoding", None) or "utf-8")
-    if stream.isatty():
+    text = _writable(result_text(result, folder), stream)
+    if stream.isatty() and not os.environ.get("NO_COLOR"):
         _print_coloured(text, result.summary()["verdict"], stream)
     else:
         stream.write(text + "\n")
+
+
+def print_text(text: str, stream: TextIO | None = None) -> None:
+    """Print text with names of strangers in it, as far as the stream's encoding goes."""
+    stream = stream or sys.stdout
+    stream.write(_writable(text, stream) + "\n")
 
 
 def _print_coloured(text: str, verdict: str, stream: TextIO) -> None:
@@ -73,13 +81,14 @@ def _print_coloured(text: str, verdict: str, stream: TextIO) -> None:
     shown.highlight_regex(r"(?m)^(outcome|latency|KV pool|memory|preemptions|not finished)\b.*$", "bold")
     shown.highlight_regex(r"[▁▂▃▄▅▆▇█]+", "cyan")
     shown.highlight_regex(r"(?m)^note:", "dim")
-    shown.highlight_regex(r"(?m)^  (rejected|unservable|timed out|out of memory) +(?!0 )", "red")
-    # NO_COLOR and TERM=dumb are rich's business. Lines are laid out already, so it must not wrap or cut them.
+    shown.highlight_regex(r"(?m)^  (rejected|unservable|timed out|out of memory) +(?=[1-9])", "red")
+    # TERM=dumb is rich's business. Lines are laid out already, so it must not wrap or cut them.
     Console(file=stream, highlight=False, soft_wrap=True).print(shown)
 
 
-def _writable(text: str, encoding: str) -> str:
-    """`text` with nothing in it that could steer a terminal or that `encoding` cannot write."""
+def _writable(text: str, stream: TextIO) -> str:
+    """`text` with nothing in it that could steer a terminal or that the stream's encoding cannot write."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
     lines = [words.printable(line) for line in text.split("\n")]
     text = "\n".join(lines)
     try:
@@ -105,7 +114,9 @@ def aligned(rows: list[list[str]], align: str, gap: str = "  ") -> list[str]:
     """Rows of cells as lines; `align` has `<` or `>` for each column."""
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     return [
-        gap.join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)).rstrip()
+        gap.join(
+            f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)
+        ).rstrip()
         for row in rows
     ]
 
@@ -137,14 +148,16 @@ def _outcomes(summary: dict) -> list[str]:
     right = throughput_rows(summary)
     left += [["", "", ""]] * (len(right) - len(left))
     right += [("", "")] * (len(left) - len(right))
-    return aligned([[*cells, f"   {name}", value] for cells, (name, value) in zip(left, right, strict=True)], "<>><>")
+    return aligned(
+        [[*cells, f"   {name}", value] for cells, (name, value) in zip(left, right, strict=True)], "<>><>"
+    )
 
 
 def throughput_rows(summary: dict) -> list[tuple[str, str]]:
     """(what, how much) for people: durations, rates, totals."""
     seconds = summary["duration"]
     prompts = summary["total_input_tokens"] / seconds if seconds else 0.0
-    rows = [
+    return [
         ("simulated time", words.tidy_seconds(summary["makespan_s"])),
         ("completed", f"{words.rate(summary['request_throughput'])} requests/s"),
         ("prompt tokens", f"{words.rate(prompts)} tokens/s"),
@@ -153,20 +166,26 @@ def throughput_rows(summary: dict) -> list[tuple[str, str]]:
         ("preemptions", f"{summary['num_preemptions']:,}"),
         ("replayed in", format_ns(summary["wall"]["engine_s"] * NS_PER_S)),
     ]
-    if "goodput" in summary:
-        goodput = summary["goodput"]
-        limits = ", ".join(f"{name} {limit:g}" for name, limit in goodput["objectives_ms"].items())
-        rows.insert(2, ("goodput", f"{words.rate(summary['request_goodput'])} requests/s"))
-        rows.insert(3, (f"within {limits} ms", words.percent(goodput["met"], summary["num_requests"])))
-    return rows
+
+
+def goodput_sentence(summary: dict) -> str:
+    """How many requests met the objectives; empty when there were none."""
+    if "goodput" not in summary:
+        return ""
+    goodput, n = summary["goodput"], summary["num_requests"]
+    limits = words.listed([f"{name} {limit:g} ms" for name, limit in goodput["objectives_ms"].items()])
+    met = f"{goodput['met']:,} of {words.count(n, 'request')} ({words.percent(goodput['met'], n)})"
+    return f"goodput {words.rate(summary['request_goodput'])} requests/s: {met} within {limits}"
 
 
 def latency_rows(summary: dict) -> list[list[str]]:
     """A header, then a row for each latency, cells as text."""
     columns = ("mean", "p50", "p90", "p95", "p99")
     rows = [["latency", *columns]]
-    for name in LATENCIES:
-        rows.append([name, *(words.milliseconds(summary[f"{column}_{name}_ms"]) for column in columns)])
+    rows += [
+        [name, *(words.milliseconds(summary[f"{column}_{name}_ms"]) for column in columns)]
+        for name in LATENCIES
+    ]
     return rows
 
 
@@ -174,7 +193,8 @@ def _latencies(summary: dict) -> list[str]:
     if not summary["completed"]:
         return ["latency: no request was completed"]
     rows = latency_rows(summary)
-    return aligned([rows[0], *([f"  {row[0]:<8}", *row[1:]] for row in rows[1:])], "<>>>>>", "   ")
+    lines = aligned([rows[0], *([f"  {row[0]:<8}", *row[1:]] for row in rows[1:])], "<>>>>>", "   ")
+    return lines + _wrapped(goodput_sentence(summary))
 
 
 def _usage(summary: dict) -> list[str]:
@@ -248,7 +268,8 @@ def _counted(bins, name: str) -> np.ndarray:
 
 
 def _cell(mean: float, peak: float, is_lowest: bool) -> str:
-    """One cell of the chart: how much of it, 0..1, the mean and the peak fill. Not nothing shows as not nothing."""
+    """One cell of the chart: how much of it, 0..1, the mean and the peak fill. In the lowest row what is not
+    nothing is at least the lowest bar."""
     if mean > 1 / 16 or (mean > 0 and is_lowest):
         return _LEVELS[min(8, max(1, round(8 * mean)))]
     return "░" if peak >= 0.5 else " "
@@ -288,8 +309,9 @@ def _preemptions(result) -> list[str]:
         recomputed = int(result.requests["recomputed_tokens"].to_numpy().sum())
         most = int(times.argmax())
         lost = (
-            f"; {words.count(recomputed, 'token')} computed again; {words.count(int((times > 0).sum()), 'request')},"
-            f" request {most} most often ({times[most]:,} times)"
+            f"; {words.count(recomputed, 'token')} computed again;"
+            f" {words.count(int((times > 0).sum()), 'request')},"
+            f" request {most} most often ({words.count(int(times[most]), 'time')})"
         )
     head = _wrapped(f"preemptions: {total:,}{lost}")
     if result.events is None:
@@ -325,7 +347,8 @@ def _causes(result, folder: str | None) -> list[str]:
         return [f"not finished: {bad:,}; which and why was not kept (--record requests)"] if bad else []
     rows = cause_rows(result)
     more = len(rows) - 1 - MAX_CAUSES
-    lines = aligned([[f"  {row[0]}" if k else row[0], *row[1:]] for k, row in enumerate(rows[: MAX_CAUSES + 1])], "<<>>>")
+    head, shown = rows[:1], rows[1 : MAX_CAUSES + 1]
+    lines = aligned([*head, *([f"  {row[0]}", *row[1:]] for row in shown)], "<<>>>") if rows else []
     if more > 0:
         lines.append(f"  and {words.count(more, 'more cause')}")
     example = rows[1][3] if rows else _example(result)
@@ -351,7 +374,9 @@ def cause_rows(result) -> list[list[str]]:
         o, c = divmod(int(pairs[k]), len(causes) + 1)
         row = int(bad[first[k]])
         arrived = words.at(result.requests["arrival_ns"][row].as_py())
-        rows.append([words.OUTCOMES[outcomes[o]], causes[c - 1] if c else "-", f"{counts[k]:,}", f"{row}", arrived])
+        rows.append(
+            [words.OUTCOMES[outcomes[o]], causes[c - 1] if c else "-", f"{counts[k]:,}", f"{row}", arrived]
+        )
     return rows
 
 

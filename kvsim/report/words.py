@@ -129,7 +129,9 @@ def _preemptions(summary: dict) -> str:
 
 
 def _backlogged(summary: dict) -> str:
-    return "requests come faster than they are served: the queue still grows over the last third of the arrivals"
+    return (
+        "requests come faster than they are served: the queue still grows in the last third of the arrivals"
+    )
 
 
 def _stable(summary: dict) -> str:
@@ -205,7 +207,8 @@ def printable(text: str, instead: str = "?") -> str:
 def codes(column) -> tuple[np.ndarray, list[str]]:
     """A dictionary column of words as (codes int64[n], -1 for null; the words)."""
     array = column.combine_chunks()
-    return array.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64), array.dictionary.to_pylist()
+    indices = array.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    return indices.astype(np.int64), array.dictionary.to_pylist()
 
 
 def code_of(names: list[str], name: str) -> int:
