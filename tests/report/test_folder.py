@@ -75,12 +75,33 @@ CONTRACT = {
         "wasted_bytes_mean": "double",
     },
 }
-SUMMARY_KEYS = (
-    "schema_version simulated kvsim_version engine seed command inputs_sha256 verdict num_requests outcomes"
-    " num_preemptions num_steps num_gpu_blocks peak_blocks_used kv_cache_usage prefix_cache makespan_s wall"
-    " duration completed total_input_tokens total_output_tokens request_throughput output_throughput"
-    " total_token_throughput"
-).split()
+SUMMARY_KEYS = [
+    "schema_version",
+    "simulated",
+    "kvsim_version",
+    "engine",
+    "seed",
+    "command",
+    "inputs_sha256",
+    "verdict",
+    "num_requests",
+    "outcomes",
+    "num_preemptions",
+    "num_steps",
+    "num_gpu_blocks",
+    "peak_blocks_used",
+    "kv_cache_usage",
+    "prefix_cache",
+    "makespan_s",
+    "wall",
+    "duration",
+    "completed",
+    "total_input_tokens",
+    "total_output_tokens",
+    "request_throughput",
+    "output_throughput",
+    "total_token_throughput",
+]
 
 
 @pytest.mark.parametrize("name", MAKERS)
