@@ -195,6 +195,7 @@ def pack_settings(
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_model_len=settings.max_model_len,
         enable_chunked_prefill=settings.enable_chunked_prefill,
+        enable_prefix_caching=settings.enable_prefix_caching,
         long_prefill_token_threshold=settings.long_prefill_token_threshold,
         long_prefill_token_threshold_adaptive=settings.long_prefill_token_threshold_adaptive,
         scheduler_reserve_full_isl=settings.scheduler_reserve_full_isl,
@@ -208,7 +209,7 @@ def pack_settings(
         max_concurrency=or_none(max_concurrency, 0),
         strict=strict,
         lockstep=lockstep,
-        identities=identities,
+        identities=identities or settings.enable_prefix_caching,
         record_events=record_events,
         check=check,
     )

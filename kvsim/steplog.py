@@ -42,6 +42,10 @@ class StepLog:
         row["sch"] = [x for pair in zip(requests, entries.tokens.tolist(), strict=True) for x in pair]
         if now.num_victims:
             row["pre"] = self._numbers(s.queues.victims[: now.num_victims])
+        hits = entries.hit_tokens > 0
+        if hits.any():
+            pairs = zip(self._numbers(entries.request[hits]), entries.hit_tokens[hits].tolist(), strict=True)
+            row["hit"] = [x for pair in pairs for x in pair]
         row["n"] = int(now.prefill_tokens + now.decode_tokens)
         row["ctx"] = int(now.ctx)
         row["run"], row["wait"], row["free"] = int(now.log_running), int(now.log_waiting), int(now.log_free)

@@ -111,7 +111,6 @@ def _request(path: str, i: int, row) -> list:
 
 def _refuse_not_built(path: str, config: dict) -> None:
     needs = [
-        (config["enable_prefix_caching"], "prefix caching"),
         (config["policy"] != "fcfs", f"the {config['policy']} policy"),
         (config["async_scheduling"], "asynchronous scheduling"),
         (config["groups"] not in (None, [{"kind": "full"}]), "several KV groups"),
@@ -143,6 +142,19 @@ def replay(case: dict, config: dict, write_step=None):
         identities=True,
         record_events=False,
     )
+    keys = None
+    if config["enable_prefix_caching"]:
+        from kvsim.engine.keys import intern_keys
+
+        ids = [requests[i][4] for i in order]
+        most = np.array([min(requests[i][1] + requests[i][2], config["max_model_len"]) for i in order], np.int64)
+        keys = intern_keys(
+            np.maximum(most, 0),
+            config["block_size"],
+            np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64),
+            np.array([x for row in ids for x in row], np.int64),
+            case.get("hash_unit") or config["block_size"],
+        )
     a0, a1, a2 = case["timing"] if not lockstep else (0.0, 0.0, 0.0)
     tokens = np.arange(config["max_num_batched_tokens"] + 1)
     state = st.pack(
@@ -152,6 +164,7 @@ def replay(case: dict, config: dict, write_step=None):
         settings=settings,
         cost=st.Cost(a0 + a1 * tokens, np.zeros(config["max_num_seqs"] + 1), a2, 0.0),
         bin_width_ns=1,
+        keys=keys,
     )
     log = StepLog(write_step, blocks=bool(case.get("blocks")), numbers=order) if write_step else None
     done = run.drive(state, on_step=log)

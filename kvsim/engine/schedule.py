@@ -6,7 +6,17 @@ Numbers in comments are the scheduling rules (docs/scheduler.md).
 from __future__ import annotations
 
 from kvsim._jit import inline_njit, njit
-from kvsim.engine.blocks import blocks_for, num_waiting, open_slot, record, release, take
+from kvsim.engine.blocks import (
+    blocks_for,
+    cache,
+    look_up,
+    num_waiting,
+    open_slot,
+    record,
+    release,
+    take,
+    touch_hits,
+)
 from kvsim.engine.state import (
     ENDED,
     EVENT_ADMIT,
@@ -86,10 +96,19 @@ def run(s):
         if needed > now.free_blocks and not make_room(s, r, needed):  # 3.8
             break
         entry = step[now.num_scheduled]
+        now.saw_prefill |= row.prefilling  # 3.17
         put_in_step(now, row, entry, n, row.prefilling)
         entry.request = r
         if needed > 0:
             take(s, row, entry, needed)
+        cache_full(s, row, r)
+
+
+@inline_njit
+def cache_full(s, row, r):
+    """Cache the blocks that are full with what is scheduled now, before it is computed (2.6)."""
+    if s.settings.enable_prefix_caching and row.computed >= (row.num_cached + 1) * s.settings.block_size:
+        cache(s, row, r, row.computed // s.settings.block_size)
 
 
 @inline_njit
@@ -263,10 +282,10 @@ def put_in_step(now, row, entry, n, is_prefill):
     """Schedule a request with `n` tokens: advance it and add up what the step costs (3.9, 3.15, 3.18)."""
     before = int(row.computed)
     after = before + n
-    known = known_tokens(row)
-    emits = after == known
+    emits = after == known_tokens(row)
     entry.tokens = n
     entry.num_new = 0
+    entry.hit_tokens = 0
     entry.emits = emits
     entry.ended = 0
     now.num_scheduled += 1
@@ -277,7 +296,6 @@ def put_in_step(now, row, entry, n, is_prefill):
         now.prefill_tokens += n
         now.prefill_ctx += after
         now.prefill_pairs += n * before + n * (n + 1) // 2
-        now.saw_prefill |= known > 1  # a one-token prompt does not count for the cadence (3.17)
     else:
         now.decode_tokens += n
     row.computed = after
@@ -297,13 +315,14 @@ def admit_waiting(s):
         if cfg.scheduler_reserve_full_isl and not cfg.strict and whole > cfg.num_gpu_blocks - 1:
             drop_unservable(s, r, whole)
             continue
-        n = first_chunk(s, r)
-        if is_deferred(s, r) or is_beyond_budget(s, n):
+        num_hits, free_hits = find_hits(s, r)
+        n = first_chunk(s, r, num_hits)
+        if is_deferred(s, r, num_hits) or is_beyond_budget(s, n):
             break
         n = min(n, now.budget)
-        obstacle, needed = pool_obstacle(s, r, n)
+        obstacle, needed = pool_obstacle(s, r, n, num_hits, free_hits)
         if obstacle == NO_CAUSE:
-            admit(s, r, n)
+            admit(s, r, n, num_hits)
         elif now.num_running == 0 and not cfg.strict:
             drop_unservable(s, r, needed)
         else:
@@ -311,10 +330,18 @@ def admit_waiting(s):
 
 
 @inline_njit
-def first_chunk(s, r):
+def find_hits(s, r):
+    """Leading blocks of `r` in the prefix cache, and how many of them are free."""
+    if s.settings.enable_prefix_caching:
+        return look_up(s, r, known_tokens(s.requests[r]))
+    return 0, 0
+
+
+@inline_njit
+def first_chunk(s, r, num_hits):
     """Tokens with which `r` would be admitted, budget apart (3.13)."""
     now = s.now[0]
-    n = known_tokens(s.requests[r])
+    n = known_tokens(s.requests[r]) - num_hits * s.settings.block_size
     return now.threshold if 0 < now.threshold < n else n
 
 
@@ -326,24 +353,27 @@ def is_beyond_budget(s, n):
 
 
 @inline_njit
-def is_deferred(s, r):
+def is_deferred(s, r, num_hits):
     """True when the cadence keeps `r` out of this step (3.12)."""
-    return s.now[0].defer and known_tokens(s.requests[r]) > 1
+    hit = num_hits * s.settings.block_size
+    return s.now[0].defer and hit < known_tokens(s.requests[r]) - 1
 
 
 @njit
-def pool_obstacle(s, r, n):
-    """Why the pool cannot take `r` with `n` tokens (2.2-2.4), or NO_CAUSE, and the blocks that it asks for."""
+def pool_obstacle(s, r, n, num_hits, free_hits):
+    """Why the pool cannot take `r` with `n` tokens (2.2-2.4), or NO_CAUSE, and the blocks that it asks for: new
+    ones, and its hits that are free until it touches them."""
     now, cfg = s.now[0], s.settings
     watermark = cfg.watermark_blocks if now.num_running > 0 else 0
     if cfg.scheduler_reserve_full_isl:
         known = min(known_tokens(s.requests[r]), cfg.max_model_len)
-        needed = blocks_for(known, cfg.block_size)
+        needed = max(blocks_for(known, cfg.block_size) - num_hits, 0) + free_hits
         if needed > now.free_blocks:
             return POOL_FULL_GATE, needed
         if needed + watermark > now.free_blocks:
             return POOL_FULL_WATERMARK, needed
-    needed = blocks_for(min(n, cfg.max_model_len), cfg.block_size)
+    tokens = min(num_hits * cfg.block_size + n, cfg.max_model_len)
+    needed = max(blocks_for(tokens, cfg.block_size) - num_hits, 0) + free_hits
     if needed > now.free_blocks:
         return POOL_FULL, needed
     if needed + watermark > now.free_blocks:
@@ -352,8 +382,9 @@ def pool_obstacle(s, r, n):
 
 
 @njit
-def admit(s, r, n):
-    """Move the queue head `r` to the end of the running list with its first `n` tokens (2.5, 3.15)."""
+def admit(s, r, n, num_hits):
+    """Move the queue head `r` to the end of the running list with its hits and its first `n` tokens (2.5, 3.15).
+    Needs its look-up to be the last one."""
     now, row, entry = s.now[0], s.requests[r], s.step[s.now[0].num_scheduled]
     pop_head(s)
     s.queues.running[now.num_running] = r
@@ -363,15 +394,36 @@ def admit(s, r, n):
         row.scheduled_at = now.t
     row.status = RUNNING
     free_before = now.free_blocks
-    needed = blocks_needed(row, n, s.settings)
     open_slot(s, row)
+    hit = num_hits * s.settings.block_size
+    if s.settings.enable_prefix_caching:
+        touch_hits(s, row, num_hits)
+        count_hits(now, row, hit, is_first)
+    now.saw_prefill |= hit < known_tokens(row) - 1  # one token to compute does not count for the cadence (3.17)
+    needed = blocks_needed(row, hit + n, s.settings)
+    row.computed = hit
+    now.held_tokens += hit
     put_in_step(now, row, entry, n, True)
     entry.request = r
+    entry.hit_tokens = hit
     take(s, row, entry, needed)
+    entry.new_from -= num_hits  # the step log shows the whole table of an admitted request
+    entry.num_new += num_hits
+    cache_full(s, row, r)
     now.total_admissions += 1
     now.wait_request = -1
     kind = EVENT_ADMIT if is_first else EVENT_RESUME
-    record(s, now.t, now.num_steps, kind, r, NO_CAUSE, free_before, needed, 0, -1)
+    record(s, now.t, now.num_steps, kind, r, NO_CAUSE, free_before, free_before - now.free_blocks, 0, -1)
+
+
+@inline_njit
+def count_hits(now, row, hit, is_first):
+    """Statistics of one admission. What a resumed request finds again it does not compute again."""
+    now.prefix_queries += known_tokens(row)
+    now.prefix_hits += hit
+    row.hit_tokens += hit
+    if not is_first:
+        row.recomputed -= hit
 
 
 @inline_njit
@@ -382,7 +434,8 @@ def note_wait(s):
         now.wait_request = -1
         return
     r = queue_head(s)
-    n = first_chunk(s, r)
+    num_hits, free_hits = find_hits(s, r)
+    n = first_chunk(s, r, num_hits)
     needed = 0
     if now.num_victims > 0:
         cause = PREEMPTION_IN_STEP
@@ -390,10 +443,10 @@ def note_wait(s):
         cause = TOKEN_BUDGET
     elif now.num_running >= cfg.max_num_seqs:
         cause = MAX_NUM_SEQS
-    elif is_deferred(s, r):
+    elif is_deferred(s, r, num_hits):
         cause = PREFILL_INTERVAL
     else:
-        cause, needed = pool_obstacle(s, r, min(n, now.budget))
+        cause, needed = pool_obstacle(s, r, min(n, now.budget), num_hits, free_hits)
     if r != now.wait_request or cause != now.wait_cause:
         now.wait_request, now.wait_cause = r, cause
         record(s, now.t, now.num_steps, EVENT_WAIT, r, cause, now.free_blocks, needed, 0, -1)

@@ -73,6 +73,7 @@ class Settings(NamedTuple):
     max_num_batched_tokens: int
     max_model_len: int
     enable_chunked_prefill: int
+    enable_prefix_caching: int  # needs identities
     long_prefill_token_threshold: int
     long_prefill_token_threshold_adaptive: int
     scheduler_reserve_full_isl: int
@@ -116,7 +117,8 @@ REQUEST = np.dtype(
         ("output", np.int32),
         ("generated", np.int32),
         ("computed", np.int32),  # tokens whose KV is (being) computed
-        ("num_blocks", np.int32),
+        ("num_blocks", np.int32),  # entries in its block table
+        ("num_cached", np.int32),  # leading blocks already considered for the prefix map
         ("peak_blocks", np.int32),
         ("num_preemptions", np.int32),
         ("slot", np.int32),  # row of the block tables, -1: none
@@ -145,6 +147,7 @@ STEP = np.dtype(
         ("tokens", np.int64),
         ("new_from", np.int64),  # where in `Pool.table` its new blocks start
         ("num_new", np.int64),
+        ("hit_tokens", np.int64),  # tokens that its admission found in the prefix cache
         ("emits", np.int8),  # it makes a token (3.19)
         ("ended", np.int8),  # that token was its last
     ],
@@ -164,14 +167,43 @@ class Turns(NamedTuple):
     ready_row: np.ndarray  # int64, the heap's rows
 
 
-class Pool(NamedTuple):
-    """The block pool. Counts alone live in `now`; with identities the free list is a stack: without content
-    keys every freed block goes to the front of the list, from where blocks are taken (1.2, 1.6)."""
+# One row per block, kept where block identities are. The free list is a ring through block 0, the null block,
+# which is never in use: `next` of 0 is the front, from where blocks are taken, `prev` of 0 the end (1.1, 1.2).
+BLOCK = np.dtype(
+    [
+        ("key", np.int64),  # content key, -1: none
+        ("next", np.int32),
+        ("prev", np.int32),
+        ("num_refs", np.int32),
+        ("older", np.int32),  # neighbours among the blocks with the same key, 0: none
+        ("newer", np.int32),
+    ],
+    align=True,
+)
 
-    free: np.ndarray  # int32 stack, its top is the front of the free list
-    table: np.ndarray  # int32, `stride` entries for each slot
+
+class Pool(NamedTuple):
+    """Blocks and tables; with counts alone everything is empty and `now.free_blocks` says it all."""
+
+    blocks: np.ndarray  # BLOCK[num_gpu_blocks]
+    table: np.ndarray  # int32, `table_stride` entries for each slot
     free_slots: np.ndarray  # int32 stack
+    hits: np.ndarray  # int32, blocks found by the last look-up
     owners: np.ndarray  # int32[num_gpu_blocks], scratch of `check_integrity`
+
+
+class Keys(NamedTuple):
+    """Content keys as dense integers, and the prefix map: for each key its blocks, oldest first (1.3).
+
+    Block k of request r has the key `shared[shared_from[r] + k]` while that is below `shared_from[r + 1]`, and
+    keys of its own, counted on from `own_from[r]`, beyond. `engine.keys` makes them.
+    """
+
+    shared_from: np.ndarray  # int64[n + 1]
+    shared: np.ndarray  # int64
+    own_from: np.ndarray  # int64[n + 1]
+    oldest: np.ndarray  # int32[number of keys], block, 0: none
+    newest: np.ndarray  # int32[number of keys], block, 0: none
 
 
 # A row of the event buffer; `now.num_events` rows are in use. Python empties it when `advance` says it is full.
@@ -197,6 +229,7 @@ BIN = np.dtype(
         (name, np.int64)
         for name in (
             "used_area", "used_max", "running_area", "running_max", "waiting_area", "waiting_max",
+            "cached_area",  # free blocks that hold cached content, x ns
             "wasted_area",  # token places allocated and not holding a token, x ns
             "prefill_tokens", "decode_tokens", "steps", "preemptions", "rejections",
         )
@@ -212,6 +245,7 @@ class State(NamedTuple):
     queues: Queues
     step: np.ndarray  # STEP[max_num_seqs]
     pool: Pool
+    keys: Keys
     events: np.ndarray  # EVENT[capacity]
     timeline: np.ndarray  # BIN[number of bins]
     used_time: np.ndarray  # int64[num_gpu_blocks], ns spent with that many blocks in use
@@ -231,7 +265,7 @@ NOW = np.dtype(
             # queues
             "num_running", "num_preempted", "received_head", "received_tail", "queued_tokens",
             # pool
-            "free_blocks", "held_tokens", "num_free_slots", "table_stride", "peak_used",
+            "free_blocks", "cached_blocks", "table_entries", "held_tokens", "num_free_slots", "table_stride", "peak_used",
             # the step being scheduled
             "budget", "threshold", "defer", "cap_bound", "last_prefill", "num_scheduled", "num_victims",
             "num_dropped", "sampled", "prefill_step", "prefill_tokens", "decode_tokens", "ctx", "prefill_ctx",
@@ -244,7 +278,7 @@ NOW = np.dtype(
             "lonely_request", "lonely_tokens", "livelock", "dead",
             # totals
             "num_events", "total_preemptions", "total_admissions", "total_scheduled", "total_prefill",
-            "total_decode", "total_generated", "total_rejected", "gap_sum", "gap_count", "num_ended", "needs", "broken",
+            "total_decode", "total_generated", "total_rejected", "prefix_queries", "prefix_hits", "gap_sum", "gap_count", "num_ended", "needs", "broken",
         )
     ]
 )  # fmt: skip
@@ -258,6 +292,7 @@ def pack(
     settings: Settings,
     cost: Cost,
     bin_width_ns: int,
+    keys: Keys | None = None,
     parent: np.ndarray | None = None,
     delay_ns: np.ndarray | None = None,
     num_bins: int = 2048,
@@ -266,7 +301,7 @@ def pack(
     """The state for `n` requests, every dtype and contiguity fixed, so that `advance` has one signature.
 
     `arrival_ns` int64[n] non-decreasing; `prompt_tokens`, `output_tokens` int32[n]. The input is copied where
-    the engine writes. `parent` int64[n], the row of the previous turn (always an earlier row) or -1, and
+    the engine writes. `keys` (from `engine.keys`) are needed with prefix caching. `parent` int64[n], the row of the previous turn (always an earlier row) or -1, and
     `delay_ns` int64[n], think time: see `Turns`. Blocks are taken from the front of a free list 1, 2, ..., N-1 (1.2).
     """
     n = len(arrival_ns)
@@ -281,9 +316,10 @@ def pack(
     usable = settings.num_gpu_blocks - 1
     stride = min(usable, -(-settings.max_model_len // settings.block_size)) if settings.identities else 0
     pool = Pool(
-        free=np.arange(usable if settings.identities else 0, 0, -1, dtype=np.int32),
+        blocks=_all_free(settings.num_gpu_blocks if settings.identities else 0),
         table=np.empty(seqs * stride, np.int32),
         free_slots=np.arange(seqs if settings.identities else 0, 0, -1, dtype=np.int32) - 1,
+        hits=np.empty(stride, np.int32),
         owners=np.zeros(settings.num_gpu_blocks if settings.check else 0, np.int32),
     )
     now = table(NOW, 1)
@@ -307,12 +343,23 @@ def pack(
         queues=Queues(*(np.zeros(size, np.int64) for size in (seqs, seqs + 1, n, seqs))),
         step=table(STEP, seqs),
         pool=pool,
+        keys=keys or Keys(*(np.zeros(0, np.int64),) * 3, *(np.zeros(0, np.int32),) * 2),
         events=table(EVENT, event_capacity if settings.record_events else 0),
         timeline=table(BIN, num_bins),
         used_time=np.zeros(settings.num_gpu_blocks, np.int64),
         gap_counts=np.zeros(GAP_BUCKETS, np.int64),
         now=now,
     )
+
+
+def _all_free(num_gpu_blocks: int) -> np.recarray:
+    """Blocks 1, 2, ..., N-1 in a ring of free ones (1.2)."""
+    blocks = table(BLOCK, num_gpu_blocks)
+    blocks.key = -1
+    if num_gpu_blocks:
+        blocks.next = np.roll(np.arange(num_gpu_blocks), -1)
+        blocks.prev = np.roll(np.arange(num_gpu_blocks), 1)
+    return blocks
 
 
 def _turns(parent: np.ndarray | None, delay_ns: np.ndarray | None) -> Turns:
