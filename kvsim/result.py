@@ -131,7 +131,7 @@ class Result:
             "num_gpu_blocks": run.state.settings.num_gpu_blocks,
             "peak_blocks_used": int(now.peak_used),
             "kv_cache_usage": metrics.usage(run.state.used_time),
-            "prefix_cache": _prefix_cache(table),
+            "prefix_cache": _prefix_cache(int(now.prefix_queries), int(now.prefix_hits)),
             "makespan_s": float(now.t) / 1e9,
             "wall": {"load_s": load_s, "prepare_s": prepare_s, "engine_s": engine_s, "write_s": 0.0},
         }
@@ -179,7 +179,7 @@ class Result:
             "num_gpu_blocks": budget.num_gpu_blocks,
             "peak_blocks_used": 0,
             "kv_cache_usage": {"mean": 0.0, "p95": 0.0, "max": 0.0},
-            "prefix_cache": _prefix_cache(table),
+            "prefix_cache": _prefix_cache(0, 0),
             "makespan_s": 0.0,
             "wall": {"load_s": load_s, "prepare_s": 0.0, "engine_s": 0.0, "write_s": 0.0},
         }
@@ -278,9 +278,8 @@ def _plain(deployment, budget, options) -> dict:
     return msgspec.json.decode(text)
 
 
-def _prefix_cache(table) -> dict:
-    queries = int(table["prompt"].sum(dtype=np.int64)) if table["hit_tokens"].any() else 0
-    hits = int(table["hit_tokens"].sum())
+def _prefix_cache(queries: int, hits: int) -> dict:
+    """Tokens looked up and found over all admissions, those after a preemption included."""
     return {"queries": queries, "hits": hits, "hit_rate": hits / queries if queries else 0.0}
 
 
@@ -406,7 +405,7 @@ def _bin_table(run, budget) -> pa.Table:
             "replica": pa.array(np.zeros(len(bins), np.int16)),
             "blocks_used_mean": mean("used_area"),
             "blocks_used_max": count("used_max"),
-            "blocks_cached_mean": pa.array(np.zeros(len(bins))),
+            "blocks_cached_mean": mean("cached_area"),
             "blocks_free_min": pa.array(usable - bins["used_max"]),
             "running_mean": mean("running_area"),
             "running_max": count("running_max"),

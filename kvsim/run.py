@@ -128,6 +128,7 @@ def simulate(
         identities=check or on_step is not None,
         record_events=record == "events",
     )
+    keys = _content_keys(trace, settings) if settings.enable_prefix_caching else None
     span = int(trace.arrival_ns[-1]) if len(trace) else 0
     state = st.pack(
         arrival_ns=trace.arrival_ns,
@@ -136,6 +137,7 @@ def simulate(
         settings=engine_settings,
         cost=st.Cost(cost.linear_s, cost.sampled_s, cost.context_s, cost.pair_s),
         bin_width_ns=_ns(bin_s, "bin") if bin_s else _nice_width(span // 1000),
+        keys=keys,
     )
     load_engine()
     engine_started = time.perf_counter()
@@ -144,6 +146,16 @@ def simulate(
     return Result.from_engine(
         run, prepare_s=engine_started - prepare_started, engine_s=finished - engine_started, **common
     )
+
+
+def _content_keys(trace: Trace, settings) -> st.Keys:
+    """Keys for the blocks of every request that will be served (3.21); the others never look any up."""
+    from kvsim.engine.keys import intern_keys
+
+    limit = settings.max_model_len
+    prompt = trace.prompt_tokens.astype(np.int64)
+    most = np.where(prompt < limit, np.minimum(prompt + trace.output_tokens, limit), 0)
+    return intern_keys(most, settings.block_size, trace.prefix_offsets, trace.prefix_ids, trace.prefix_unit)
 
 
 def load_engine() -> None:

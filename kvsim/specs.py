@@ -314,8 +314,6 @@ _CHOICES = {
 
 def _refuse_not_built(s: EngineSettings) -> None:
     """What vLLM can do and kvsim cannot yet; a wrong simulation would be worse than none."""
-    if s.enable_prefix_caching:
-        raise UserError("prefix caching is not simulated yet; leave enable_prefix_caching off")
     if s.async_scheduling:
         raise UserError("asynchronous scheduling is not simulated yet; leave async_scheduling off")
     if s.scheduling_policy != "fcfs":

@@ -1,11 +1,11 @@
 """The scheduler and its clock as plain objects: the slow twin the compiled engine must equal.
 
 Written from the rules alone (the numbers in comments are those of spec/scheduler.md) and sharing no
-code with kvsim. Covers Parts 0-3b: sync, FCFS, one full-attention group, no content keys.
+code with kvsim. Covers Parts 0-3b: sync, FCFS, one full-attention group, with or without prefix caching.
 Time is int nanoseconds, or the step index in lockstep; `now` is always such a time.
 """
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 
@@ -27,6 +27,8 @@ class Settings:
     prefill_schedule_interval: int = 1
     max_num_queued_reqs: int | None = None
     max_num_queued_tokens: int | None = None
+    enable_prefix_caching: bool = False
+    prefix_unit: int = 16  # tokens that a content id of a row stands for
     frontend: str = "engine"  # which length check: engine, openai or strict
 
     deadline_ns: int | None = None
@@ -43,7 +45,9 @@ class Result:
 
     requests: one dict a row. events: (time_ns, step, kind, request, cause, blocks_free_before,
     blocks_free_after, blocks_needed, tokens_lost, for_request), in order. steps: rows of the oracle's
-    step log, if recorded. free_list: block ids at the end, from the front.
+    step log, if recorded. free_list: block ids at the end, from the front. prefix_map: (block, key) of
+    each block with content at the end; keys mean nothing but equal or not. Blocks of one key are neighbours,
+    the one that a look-up finds first, and by that one the keys are in order.
     """
 
     requests: list
@@ -51,11 +55,14 @@ class Result:
     counters: dict
     steps: list
     free_list: list
+    prefix_map: list
 
 
 def run(requests, settings, *, duration, record_steps=False):
     """Simulate `requests`, (arrival, prompt, output) ints in order of arrival, to the end. A follow-up turn has
-    two more: the index of its parent, an earlier row or None, and its delay after the parent's end.
+    two more: the index of its parent, an earlier row or None, and its delay after the parent's end. A sixth
+    lists the ids of its content, one for each prefix_unit tokens from the start of the prompt, for prefix caching:
+    equal ids mean equal tokens, and what comes after the last id is like nothing in other rows.
 
     duration(n, ctx, prefill_pairs, prefill_ctx, sampled) -> int ns is how long a step of n > 0 tokens
     lasts; lockstep does not call it.
@@ -68,24 +75,66 @@ def run(requests, settings, *, duration, record_steps=False):
 
 
 class BlockPool:
-    """Block ids 1 .. N-1 in a double-ended free list. Block 0, the null block, is never in it (1.1)."""
+    """Block ids 1 .. N-1: a double-ended free list, how often each is held, and which content it has.
+
+    Block 0, the null block, is never in the list (1.1). A free block keeps its content key, and can be found
+    by it, until it is taken.
+    """
 
     def __init__(self, num_gpu_blocks):
         self.num_usable = num_gpu_blocks - 1
         self.free = deque(range(1, num_gpu_blocks))
+        self.num_owners = [0] * num_gpu_blocks
+        self.key_of = {}  # of the blocks that have one
+        self.blocks_with = {}  # key -> blocks that have it, the keys of a dict: oldest first, none empty (1.3)
 
     @property
     def num_free(self):
         return len(self.free)
 
     def take(self, count):
-        """Remove and return `count` blocks from the front, in order (1.2)."""
+        """Remove and return `count` blocks from the front, in order (1.2). They lose their content (1.4)."""
         assert count <= self.num_free
-        return [self.free.popleft() for _ in range(count)]
+        blocks = [self.free.popleft() for _ in range(count)]
+        for block in blocks:
+            self.num_owners[block] = 1
+            self.forget(block)
+        return blocks
+
+    def touch(self, blocks):
+        """Hold each of `blocks` once more; what is free leaves the free list, from anywhere in it (1.5)."""
+        for block in blocks:
+            if self.num_owners[block] == 0:
+                self.free.remove(block)
+            self.num_owners[block] += 1
 
     def release(self, blocks):
-        """Put `blocks` back at the front, the first of them foremost (1.6, none has a key)."""
-        self.free.extendleft(reversed(blocks))
+        """Hold each of `blocks` once less. Of those that nobody holds now, the ones without a key go to the
+        front, the first of them foremost, and the ones with a key to the end, the first of them before the
+        others (1.6)."""
+        for block in blocks:
+            self.num_owners[block] -= 1
+        freed = [block for block in blocks if self.num_owners[block] == 0]
+        self.free.extendleft(reversed([block for block in freed if block not in self.key_of]))
+        self.free.extend(block for block in freed if block in self.key_of)
+
+    def find(self, key):
+        """The block that has had `key` for the longest time, held or free; None if none has (1.3)."""
+        return next(iter(self.blocks_with.get(key, ())), None)
+
+    def label(self, block, key):
+        """Let `block` be found by `key`, after those that have the same (1.3)."""
+        assert self.num_owners[block] == 1 and block not in self.key_of
+        self.key_of[block] = key
+        self.blocks_with.setdefault(key, {})[block] = True
+
+    def forget(self, block):
+        """Take the key from `block`, if it has one: the only eviction there is (1.4)."""
+        if block in self.key_of:
+            key = self.key_of.pop(block)
+            del self.blocks_with[key][block]
+            if not self.blocks_with[key]:
+                del self.blocks_with[key]
 
 
 @dataclass(eq=False)
@@ -98,12 +147,14 @@ class Request:
     output_tokens: int
     parent: int | None = None  # the row of the previous turn: this one is not sent before that has ended
     delay_ns: int = 0  # and this time after its end
+    content_ids: tuple = ()  # of its units of prefix_unit tokens, as far as they are like those of others
 
     status: str = "pending"  # then waiting, running, preempted; done once it has an outcome
     generated_tokens: int = 0
     num_computed_tokens: int = 0
     is_prefill_chunk: bool = False  # left in mid-prefill by the last step that scheduled it (3.18)
     table: list = field(default_factory=list)
+    num_labelled: int = 0  # leading blocks of the table with a content key, `cached` in the rules
 
     scheduled_ns: int | None = None
     first_token_ns: int | None = None
@@ -138,8 +189,9 @@ class Scheduled:
 
     request: Request
     num_tokens: int
-    new_blocks: list
+    new_blocks: list  # that its table gained: all of it, hits included, when this step admits the request
     is_prefill: bool  # in mid-prefill before this step, or admitted by it
+    hit_tokens: int = 0  # computed by others, or by itself before a preemption, and found again
 
     @property
     def gets_token(self):
@@ -201,6 +253,8 @@ class Engine:
             ("num_scheduled_tokens", "prefill_tokens", "decode_tokens", "num_preemptions",
              "num_admissions", "peak_blocks_used", "usage"), 0
         )  # fmt: skip
+        if settings.enable_prefix_caching:  # tokens looked up by admissions, and found
+            self.counters.update(prefix_queries=0, prefix_hits=0)
 
     # ---- the loop -------------------------------------------------------------------------------
 
@@ -350,21 +404,24 @@ class Engine:
         """Blocks that hold `num_tokens`, never more than max_model_len of them."""
         return -(-min(num_tokens, self.settings.max_model_len) // self.settings.block_size)
 
-    def blocks_to_grow(self, request, num_new):
-        """Blocks `request` lacks to compute `num_new` more tokens (2.4)."""
-        return max(self.num_blocks(request.num_computed_tokens + num_new) - len(request.table), 0)
+    def blocks_to_grow(self, request, num_new, hits=()):
+        """Blocks `request`, once it has `hits`, lacks to compute `num_new` more tokens (2.4)."""
+        num_tokens = request.num_computed_tokens + self.tokens_in(hits) + num_new
+        return max(self.num_blocks(num_tokens) - len(hits) - len(request.table), 0)
 
-    def shortage(self, request, num_new):
-        """(cause, blocks needed) if the pool refuses `num_new` more tokens (2.2-2.4), else None.
+    def shortage(self, request, num_new, hits=()):
+        """(cause, blocks needed) if the pool refuses `num_new` tokens after `hits` (2.1-2.4), else None.
 
         A request that is not running must leave the watermark free, unless nothing runs, and with
-        the gate on must find room for all its known tokens (3.14).
+        the gate on must find room for all its known tokens (3.14). Hits that are free now would not be any more.
         """
         is_admission = request.status in ("waiting", "preempted")
         watermark = self.watermark_blocks if is_admission and self.running else 0
-        checks = [("pool_full", self.blocks_to_grow(request, num_new))]
+        revived = sum(self.pool.num_owners[block] == 0 for block in hits)
+        checks = [("pool_full", self.blocks_to_grow(request, num_new, hits) + revived)]
         if is_admission and self.settings.scheduler_reserve_full_isl:
-            checks.insert(0, ("pool_full_gate", self.num_blocks(request.num_tokens)))
+            whole = max(self.num_blocks(request.num_tokens) - len(hits) - len(request.table), 0)
+            checks.insert(0, ("pool_full_gate", whole + revived))
         for cause, needed in checks:
             if needed > self.pool.num_free:
                 return cause, needed
@@ -372,18 +429,67 @@ class Engine:
                 return "pool_full_watermark", needed
         return None
 
-    def grow(self, request, num_new):
-        """Give `request` the blocks for `num_new` more tokens and return them (2.5)."""
-        assert self.shortage(request, num_new) is None
-        new_blocks = self.pool.take(self.blocks_to_grow(request, num_new))
+    def grow(self, request, num_new, hits=()):
+        """Give `request` the blocks `hits` and those for `num_new` more tokens. Return them all (2.5).
+
+        Their content can be found from now on, before it is computed (2.6).
+        """
+        assert self.shortage(request, num_new, hits) is None
+        assert not (hits and request.table)
+        needed = self.blocks_to_grow(request, num_new, hits)
+        self.pool.touch(hits)
+        new_blocks = [*hits, *self.pool.take(needed)]
         request.table += new_blocks
+        request.num_labelled += len(hits)
+        request.num_computed_tokens += self.tokens_in(hits)
         request.peak_blocks = max(request.peak_blocks, len(request.table))
+        if self.settings.enable_prefix_caching:
+            self.label(request, request.num_computed_tokens + num_new)
         return new_blocks
 
     def free(self, request):
-        """Release the whole table, its tail to become the head of the free list (1.7)."""
+        """Release the whole table, tail first (1.7): without keys the tail becomes the head of the free list,
+        with keys it is evicted before the blocks that lead to it."""
         self.pool.release(request.table[::-1])
         request.table = []
+        request.num_labelled = 0
+
+    # ---- content --------------------------------------------------------------------------------
+
+    def tokens_in(self, full_blocks):
+        return len(full_blocks) * self.settings.block_size
+
+    def content_key(self, request, k):
+        """What stands for all tokens of `request` up to the end of its block `k` (1.8).
+
+        That is the ids of the units they lie in. If one of these has no id, nobody else has such a block, but
+        `request` itself can find it again after a preemption.
+        """
+        end = (k + 1) * self.settings.block_size
+        num_units = -(-end // self.settings.prefix_unit)
+        if num_units > len(request.content_ids):
+            return request.index, k
+        return request.content_ids[:num_units], k
+
+    def look_up(self, request):
+        """Blocks that hold the start of the waiting `request` (3.11). Its last token is not looked up: at least
+        that one is left to compute."""
+        if not self.settings.enable_prefix_caching:
+            return []
+        hits = []
+        for k in range((request.num_tokens - 1) // self.settings.block_size):
+            block = self.pool.find(self.content_key(request, k))
+            if block is None:
+                break
+            hits.append(block)
+        return hits
+
+    def label(self, request, num_tokens):
+        """Give their keys to the blocks that the first `num_tokens` tokens of `request` fill (2.6)."""
+        num_full = min(num_tokens, request.num_tokens) // self.settings.block_size
+        for k in range(request.num_labelled, num_full):
+            self.pool.label(request.table[k], self.content_key(request, k))
+        request.num_labelled = max(request.num_labelled, num_full)
 
     # ---- schedule() -----------------------------------------------------------------------------
 
@@ -488,9 +594,10 @@ class Engine:
             if not s.strict and s.scheduler_reserve_full_isl and whole > self.pool.num_usable:
                 self.remove_unservable(step, whole)
                 continue
-            cause, needed = self.admission_obstacle(step, request)
+            hits = self.look_up(request)
+            cause, needed = self.admission_obstacle(step, request, hits)
             if cause is None:
-                self.admit(step)
+                self.admit(step, hits)
             elif cause.startswith("pool_full") and not self.running and not s.strict:
                 self.remove_unservable(step, needed)
             else:
@@ -498,43 +605,59 @@ class Engine:
         if not step.defer:  # 3.16
             self.cap_bound = len(self.waiting) > 0
 
-    def first_chunk(self, step, request):
+    def first_chunk(self, step, request, hits):
         """Tokens of `request` to schedule on admission, before the budget cuts them (3.13)."""
-        n = request.num_tokens
+        n = request.num_tokens - self.tokens_in(hits)
         return step.threshold if 0 < step.threshold < n else n
 
-    def admission_obstacle(self, step, request):
+    def has_prefill(self, request, hits):
+        """Whether more than the last token of the waiting `request` is left to compute after `hits`."""
+        return self.tokens_in(hits) < request.num_tokens - 1
+
+    def admission_obstacle(self, step, request, hits):
         """(cause, blocks needed) of the first rule that keeps `request` waiting; (None, 0) if none does."""
-        n = self.first_chunk(step, request)
+        n = self.first_chunk(step, request, hits)
         if step.preempted:
             return "preemption_in_step", 0
         if step.budget == 0 or (not self.settings.enable_chunked_prefill and n > step.budget):
             return "token_budget", 0
         if len(self.running) >= self.max_running:
             return "max_num_seqs", 0
-        if step.defer and request.num_tokens > 1:  # 3.12
+        if step.defer and self.has_prefill(request, hits):  # 3.12
             return "prefill_interval", 0
-        return self.shortage(request, min(n, step.budget)) or (None, 0)
+        return self.shortage(request, min(n, step.budget), hits) or (None, 0)
 
-    def admit(self, step):
-        """Move the head of the queue to the end of the running list with its first chunk (3.15)."""
+    def admit(self, step, hits):
+        """Move the head of the queue to the end of the running list with its first chunk after `hits` (3.15)."""
         request = self.waiting.popleft()
-        n = min(self.first_chunk(step, request), step.budget)
+        n = min(self.first_chunk(step, request, hits), step.budget)
         kind = "admit" if request.scheduled_ns is None else "resume"
         free_before = self.pool.num_free
-        if request.num_tokens > 1:
+        if self.has_prefill(request, hits):
             step.advances_prefill = True
-        self.assign(step, request, n, is_prefill=True)
+        self.assign(step, request, n, is_prefill=True, hits=hits)
         request.status = "running"
         self.running.append(request)
-        self.record(step.now, kind, request, free_before=free_before, needed=len(request.table))
+        # Hits that were free count as needed: they are not free any more.
+        self.record(step.now, kind, request, free_before=free_before, needed=free_before - self.pool.num_free)
         self.counters["num_admissions"] += 1
+        if self.settings.enable_prefix_caching:
+            self.count_hits(request, self.tokens_in(hits), kind)
         self.last_wait = None
 
-    def assign(self, step, request, num_tokens, is_prefill):
-        """Schedule `num_tokens` of `request` in this step and give it the blocks for them."""
-        new_blocks = self.grow(request, num_tokens)
-        step.scheduled.append(Scheduled(request, num_tokens, new_blocks, is_prefill))
+    def count_hits(self, request, hit_tokens, kind):
+        """Count what the admission of `request` looked up and found."""
+        request.prefix_hit_tokens += hit_tokens
+        if kind == "resume":
+            # Not computed again after all. Below zero if others have since computed more of it than it had.
+            request.recomputed_tokens -= hit_tokens
+        self.counters["prefix_queries"] += request.num_tokens
+        self.counters["prefix_hits"] += hit_tokens
+
+    def assign(self, step, request, num_tokens, is_prefill, hits=()):
+        """Schedule `num_tokens` of `request`, after `hits`, in this step and give it the blocks for them."""
+        new_blocks = self.grow(request, num_tokens, hits)
+        step.scheduled.append(Scheduled(request, num_tokens, new_blocks, is_prefill, self.tokens_in(hits)))
         step.budget -= num_tokens
         request.scheduled_tokens += num_tokens
         if request.scheduled_ns is None:
@@ -546,7 +669,7 @@ class Engine:
             self.last_wait = None
             return
         head = self.waiting[0]
-        cause, needed = self.admission_obstacle(step, head)
+        cause, needed = self.admission_obstacle(step, head, self.look_up(head))
         assert cause is not None
         if (head, cause) != self.last_wait:
             self.record(step.now, "wait", head, cause, needed=needed)
@@ -621,6 +744,9 @@ class Engine:
         row["sch"] = [x for s in step.scheduled for x in (s.request.index, s.num_tokens)]
         if step.preempted:
             row["pre"] = [r.index for r in step.preempted]
+        hits = [x for s in step.scheduled if s.hit_tokens for x in (s.request.index, s.hit_tokens)]
+        if hits:
+            row["hit"] = hits
         row.update(
             n=step.num_tokens,
             ctx=sum(s.request.num_computed_tokens for s in step.scheduled),
@@ -644,16 +770,28 @@ class Engine:
         counters = {**self.counters, "num_steps": self.num_steps, "clock": self.clock,
                     "stalled": self.end_cause == "stalled"}  # fmt: skip
         rows = [{name: getattr(r, name) for name in REQUEST_COLUMNS} for r in self.requests]
-        return Result(rows, self.events, counters, self.steps or [], list(self.pool.free))
+        by_content = sorted(self.pool.blocks_with.items(), key=lambda item: next(iter(item[1])))
+        prefix_map = [(block, key) for key, blocks in by_content for block in blocks]
+        return Result(rows, self.events, counters, self.steps or [], list(self.pool.free), prefix_map)
 
     def check_integrity(self):
         """Assert that the pool and the queues are consistent. Changes nothing; safe at any time."""
-        free = set(self.pool.free)
-        owned = [block for r in self.requests for block in r.table]
-        assert len(free) == len(self.pool.free), "a block is twice in the free list"
-        assert len(set(owned)) == len(owned), "a block has two owners"
-        assert free.isdisjoint(owned), "a block is both free and owned"
-        assert free.union(owned) == set(range(1, self.pool.num_usable + 1)), "a block is lost"
+        pool = self.pool
+        free = set(pool.free)
+        owners = Counter(block for r in self.requests for block in r.table)
+        assert len(free) == len(pool.free), "a block is twice in the free list"
+        assert free.isdisjoint(owners), "a block is both free and owned"
+        assert free.union(owners) == set(range(1, pool.num_usable + 1)), "a block is lost"
+        assert pool.num_owners == [owners[block] for block in range(pool.num_usable + 1)], "owners miscounted"
+        assert all(len(set(r.table)) == len(r.table) for r in self.requests), "a block is twice in a table"
+        assert all(block in pool.key_of for block, n in owners.items() if n > 1), "shared without content"
+        listed = [(block, key) for key, blocks in pool.blocks_with.items() for block in blocks]
+        assert len(listed) == len(pool.key_of) and dict(listed) == pool.key_of, "keys and map disagree"
+        assert all(pool.blocks_with.values()), "a key without blocks"
+        for r in self.requests:
+            keys = [self.content_key(r, k) for k in range(r.num_labelled)]
+            keys += [None] * (len(r.table) - len(keys))
+            assert [pool.key_of.get(block) for block in r.table] == keys, "a block has a wrong key"
         assert all(not r.table for r in self.requests if r.status != "running"), "blocks without running"
         running, waiting = {r.index for r in self.running}, {r.index for r in self.waiting}
         assert len(running) == len(self.running) and len(waiting) == len(self.waiting), "queued twice"

@@ -15,7 +15,6 @@ pytestmark = pytest.mark.skipif(not CASES.is_dir(), reason="no stored oracle log
 # Switches of the real scheduler that the naive engine does not have, and the value it stands for.
 FIXED = {
     "policy": "fcfs",
-    "enable_prefix_caching": False,
     "async_scheduling": False,
     "groups": None,
     "prefix_cache_retention_interval": 0,
@@ -34,25 +33,38 @@ def load_case(name):
 def settings_of(header):
     config = dict(header["config"])
     assert {key: config.pop(key) for key in FIXED} == FIXED
-    return Settings(**config, lockstep=header["mode"] == "lockstep", strict=True, check=True)
+    return Settings(**config, prefix_unit=header["hash_unit"], lockstep=header["mode"] == "lockstep", strict=True, check=True)
 
 
-def request_row(index, request):
-    """A request of the result as the oracle writes it; only for runs that end by themselves."""
-    ended = request["outcome"] in ("finished", "capped")
-    row = {
-        "r": index,
-        "st": request["outcome"],
-        "first": request["scheduled_ns"],
-        "ftok": request["first_token_ns"],
-        "done": request["finished_ns"] if ended else None,
-        "ntok": request["generated_tokens"],
-        "pre": request["num_preemptions"],
-        "hit": request["prefix_hit_tokens"],
-    }
-    if request["outcome"] == "rejected":
-        row["rej"] = request["cause"]
-    return row
+def state_of(request, was_received):
+    """The state of a request as the oracle names it: an unfinished one by how far it came."""
+    if request["outcome"] != "unfinished":
+        return request["outcome"]
+    if request["scheduled_ns"] is not None:
+        return "running"
+    return "queued" if was_received else "pending"
+
+
+def request_rows(result):
+    """The requests of the result as the oracle writes them."""
+    received = {index for _, _, kind, index, *_ in result.events if kind == "arrive"}
+    rows = []
+    for index, request in enumerate(result.requests):
+        ended = request["outcome"] in ("finished", "capped")
+        row = {
+            "r": index,
+            "st": state_of(request, index in received),
+            "first": request["scheduled_ns"],
+            "ftok": request["first_token_ns"],
+            "done": request["finished_ns"] if ended else None,
+            "ntok": request["generated_tokens"],
+            "pre": request["num_preemptions"],
+            "hit": request["prefix_hit_tokens"],
+        }
+        if request["outcome"] == "rejected":
+            row["rej"] = request["cause"]
+        rows.append(row)
+    return rows
 
 
 def end_row(result):
@@ -63,18 +75,47 @@ def end_row(result):
         "stalled": result.counters["stalled"],
         "tokens": result.counters["num_scheduled_tokens"],
         "preemptions": result.counters["num_preemptions"],
-        "hit_tokens": 0,
-        "status": dict(Counter(r["outcome"] for r in result.requests)),
+        "hit_tokens": result.counters.get("prefix_hits", 0),
+        "status": dict(Counter(row["st"] for row in request_rows(result))),
     }
 
 
-@pytest.mark.parametrize("name", ["c01_light", "c02_tight_preempt", "c03_chunked_long", "c05_limits"])
+def check_tokens_add_up(requests, result):
+    """What a finished request had computed is what it needed: less what its first admission hit, and again what
+    preemptions lost and nobody had kept."""
+    first_hits = dict.fromkeys(range(len(requests)), 0)
+    for step in result.steps:
+        hits = step.get("hit", [])
+        for index, hit in zip(hits[::2], hits[1::2], strict=True):
+            if result.requests[index]["scheduled_ns"] == step["t"]:
+                first_hits[index] = hit
+    for index, r in enumerate(result.requests):
+        if r["outcome"] in ("finished", "capped"):
+            once = requests[index][1] + r["generated_tokens"] - 1 - first_hits[index]
+            assert r["scheduled_tokens"] == once + r["recomputed_tokens"]
+
+
+CASE_NAMES = (
+    "c01_light",
+    "c02_tight_preempt",
+    "c03_chunked_long",
+    "c04_prefix_multiturn",
+    "c05_limits",
+    "c09_stall",
+    "c10_knobs",
+)
+
+
+@pytest.mark.parametrize("name", CASE_NAMES)
 def test_equals_the_stored_log(name):
     case, header, ref_steps, ref_requests, ref_end = load_case(name)
     lockstep = header["mode"] == "lockstep"
     # As the oracle does: ceiling in lockstep, else nanoseconds, ties to even.
     arrivals = [-int(-r[0] // 1) if lockstep else round(1e9 * r[0]) for r in case["requests"]]
-    requests = [(arrival, r[1], r[2]) for arrival, r in zip(arrivals, case["requests"], strict=True)]
+    requests = [
+        (arrival, prompt, output, None, 0, tuple(ids))
+        for arrival, (_, prompt, output, _, ids) in zip(arrivals, case["requests"], strict=True)
+    ]
 
     def duration(n, ctx, prefill_pairs, prefill_ctx, sampled):
         a0, a1, a2 = header["timing"]
@@ -88,5 +129,6 @@ def test_equals_the_stored_log(name):
     for ref, step in zip(ref_steps, got.steps, strict=False):  # the first divergence, not a wall of rows
         assert step == ref
     assert len(got.steps) == len(ref_steps)
-    assert [request_row(i, r) for i, r in enumerate(got.requests)] == ref_requests
+    assert request_rows(got) == ref_requests
     assert end_row(got) == ref_end
+    check_tokens_add_up(requests, got)
