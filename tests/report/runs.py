@@ -96,6 +96,7 @@ MAKERS = {
     "queue full": _queue_full,
     "queued tokens full": _queued_tokens_full,
     "nothing completed": lambda: simulate(trace([(0, 600, 5), (1, 700, 5)]), llama(max_model_len=512)),
+    "over at once": lambda: simulate(trace([(0, 0, 5)]), llama(), step_time=STEP),
     "horizon": lambda: simulate(pressed(), llama(), step_time=STEP, until_s=3.0),
     "stalled": lambda: simulate(
         trace([(0.0, 500, 5), (0.1, 20, 5)]),
