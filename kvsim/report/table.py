@@ -318,22 +318,18 @@ def _preemptions(result) -> list[str]:
     events = result.events.take(np.flatnonzero(kinds == words.code_of(names, "preempt")))
     tokens = events["tokens_lost"].to_numpy()
     first = [0, 1][: len(tokens)]
-    worst = [k for k in np.argsort(-tokens, kind="stable")[:2] if k not in first]
-    rows = [["", "time", "request", "cause", "blocks", "tokens lost", "for request"]]
-    for label, chosen in (("first", first), ("worst", worst)):
-        for k in chosen:
-            event = events.slice(k, 1).to_pylist()[0]
-            rows.append(
-                [
-                    f"  {label}",
-                    words.at(event["time_ns"]),
-                    f"{event['request']}",
-                    event["cause"],
-                    f"{event['blocks_free_after'] - event['blocks_free_before']:,}",
-                    f"{event['tokens_lost']:,}",
-                    "itself" if event["for_request"] == event["request"] else f"{event['for_request']}",
-                ]
-            )
+    worst = np.argsort(-tokens, kind="stable")[:2].tolist()
+    labelled = [("first, worst" if k in worst else "first", k) for k in first]
+    labelled += [("worst", k) for k in worst if k not in first]
+    rows = [["", "time", "request", "cause", "blocks", "tokens lost", "for"]]
+    for label, k in labelled:
+        event = events.slice(k, 1).to_pylist()[0]
+        given = event["blocks_free_after"] - event["blocks_free_before"]
+        for_whom = "itself" if event["for_request"] == event["request"] else f"{event['for_request']}"
+        rows.append(
+            [f"  {label}", words.at(event["time_ns"]), f"{event['request']}", event["cause"], f"{given:,}",
+             f"{event['tokens_lost']:,}", for_whom]
+        )  # fmt: skip
     return [*head, *aligned(rows, "<>><>>>")]
 
 

@@ -87,7 +87,7 @@ MAKERS = {
         pressed(), llama(num_gpu_blocks_override=121, max_model_len=380), step_time=STEP, record="summary"
     ),
     "many marks": lambda: simulate(
-        pressed(6_000), llama(num_gpu_blocks_override=121, max_model_len=200), step_time=STEP, deadline_s=1.5
+        pressed(3_700), llama(num_gpu_blocks_override=121, max_model_len=200), step_time=STEP, deadline_s=1.5
     ),
     "few seqs": lambda: simulate(pressed(), llama(max_num_seqs=4), step_time=STEP),
     "ends": _ends,
