@@ -464,7 +464,7 @@ def _layer_groups(
 
 
 def _attention_kinds(c: _Config, layers: int, context: int) -> list[str]:
-    """"full" or "sliding" for every layer. A window as long as the context is none (Phi-4-mini), nor is one
+    """ "full" or "sliding" for every layer. A window as long as the context is none (Phi-4-mini), nor is one
     that use_sliding_window switches off (Qwen2)."""
     window = c.get("sliding_window")
     slides = window is not None and bool(c.get("use_sliding_window", True))
@@ -564,9 +564,7 @@ def _attention_parts(
     q, kv = heads * head_dim, kv_heads * head_dim
 
     def linear(name: str, rows: int, cols: int, split: str, op: str) -> Part:
-        return Part(
-            name=name, component="attention", rows=rows, cols=cols, split=split, linear=True, op=op
-        )
+        return Part(name=name, component="attention", rows=rows, cols=cols, split=split, linear=True, op=op)
 
     def vector(name: str, size: int, split: str) -> Part:
         return Part(name=name, component="attention", rows=1, cols=size, split=split)
@@ -595,9 +593,7 @@ def _mla_parts(c: _Config, hidden: int, heads: int) -> Iterator[Part]:
     q_rank = c.size("q_lora_rank", 0, least=0)
 
     def linear(name: str, rows: int, cols: int, split: str, op: str) -> Part:
-        return Part(
-            name=name, component="attention", rows=rows, cols=cols, split=split, linear=True, op=op
-        )
+        return Part(name=name, component="attention", rows=rows, cols=cols, split=split, linear=True, op=op)
 
     if q_rank:
         yield linear("q_a_proj", hidden, q_rank, "none", "qkv_a_proj")
@@ -613,9 +609,7 @@ def _mla_parts(c: _Config, hidden: int, heads: int) -> Iterator[Part]:
         yield Part(name="mla.bias", component="attention", rows=1, cols=q_rank + rank + rope + hidden)
 
 
-def _mlp_parts(
-    family: _Family, name: str, hidden: int, size: int, where: str, bias: bool
-) -> Iterator[Part]:
+def _mlp_parts(family: _Family, name: str, hidden: int, size: int, where: str, bias: bool) -> Iterator[Part]:
     if not size:
         return
 

@@ -108,7 +108,10 @@ def panels(result) -> Panels:
     """Bins and marks of a run that started."""
     summary, bins = result.summary(), result.bins
     column = {name: bins[name].to_numpy() for name in bins.column_names}
-    n, start, width = bins.num_rows, column["time_ns"], column["width_ns"]
+    if bins.num_rows == 0:  # everything was over at time 0: a second of nothing
+        column = {name: np.zeros(1, values.dtype) for name, values in column.items()}
+        column["width_ns"][0] = NS_PER_S
+    n, start, width = len(column["time_ns"]), column["time_ns"], column["width_ns"]
     end_ns = int(start[-1] + width[-1])
     first = np.arange(0, n, -(-n // MAX_BINS))
     step_ns = end_ns / max(1, summary["num_steps"])
@@ -280,7 +283,7 @@ BAR = 0.84  # height of the highest bar in a row of marks
 
 def figure(result) -> dict:
     """The figure as plotly's plain data: `{"data": [...], "layout": {...}}`."""
-    if result.bins.num_rows == 0:
+    if result.summary()["verdict"] == "does_not_start":
         return _nothing_ran(result)
     p = panels(result)
     heights = [_POOL_PX, *([_MARK_PX * len(p.marks) + 8] if p.marks else []), _LOAD_PX, _RATE_PX]

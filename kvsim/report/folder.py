@@ -24,12 +24,12 @@ TABLES = {"requests": "requests.parquet", "events": "events.parquet", "bins": "t
 COLUMNS = {
     "requests": (
         "request", "request_id", "request_class", "replica", "arrival_ns", "scheduled_ns", "first_token_ns",
-        "finished_ns", "prompt_tokens", "output_tokens", "generated_tokens", "outcome", "cause", "num_preemptions",
-        "prefix_hit_tokens", "recomputed_tokens", "peak_blocks",
+        "finished_ns", "prompt_tokens", "output_tokens", "generated_tokens", "outcome", "cause",
+        "num_preemptions", "prefix_hit_tokens", "recomputed_tokens", "peak_blocks",
     ),
     "events": (
-        "seq", "time_ns", "step", "kind", "request", "replica", "cause", "blocks_free_before", "blocks_free_after",
-        "blocks_needed", "tokens_lost", "for_request",
+        "seq", "time_ns", "step", "kind", "request", "replica", "cause", "blocks_free_before",
+        "blocks_free_after", "blocks_needed", "tokens_lost", "for_request",
     ),
     "bins": (
         "time_ns", "width_ns", "replica", "blocks_used_mean", "blocks_used_max", "blocks_cached_mean",
@@ -42,10 +42,10 @@ COLUMNS = {
 def save(result: Result, folder: str | Path) -> list[Path]:
     """Write a run into `folder`, made if need be, and return the paths, `summary.json` last.
 
-    A run that was there before is replaced: its summary goes first, then its files that this run does not write
-    (events with `record` "requests", pictures). Each file appears whole or not at all, so whatever interrupts this, a
-    folder with a summary holds one complete run. Sets the summary's `wall.write_s`. Raises UserError when the
-    folder cannot be written to.
+    A run that was there before is replaced: its summary goes first, then its files that this run does not
+    write (events with `record` "requests", pictures). Each file appears whole or not at all, so whatever
+    interrupts this, a folder with a summary holds one complete run. Sets the summary's `wall.write_s`. Raises
+    UserError when the folder cannot be written to.
     """
     started = time.perf_counter()
     folder = make_folder(folder)
@@ -82,8 +82,8 @@ def load(folder: str | Path) -> Result:
         )
     if version > SCHEMA_VERSION:
         raise UserError(
-            f"{folder} was written by kvsim {summary.get('kvsim_version')} with schema_version {version}, and this"
-            f" one reads up to {SCHEMA_VERSION}; upgrade kvsim, or run it again"
+            f"{folder} was written by kvsim {summary.get('kvsim_version')} with schema_version {version}, and"
+            f" this one reads up to {SCHEMA_VERSION}; upgrade kvsim, or run it again"
         )
     deployment = _read_json(folder / DEPLOYMENT)
     try:

@@ -47,10 +47,10 @@ def save_plot(result, path: str | Path) -> Path:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(dpi=_DPI, facecolor="white")
         FigureCanvasAgg(figure)
-        if result.bins.num_rows:
-            _draw_run(figure, result)
-        else:
+        if result.summary()["verdict"] == "does_not_start":
             _draw_memory(figure, result)
+        else:
+            _draw_run(figure, result)
         metadata = {"Date": None, "Creator": "kvsim"} if kind == "svg" else {"Software": "kvsim"}
         with atomic(path) as temporary:
             figure.savefig(temporary, format=kind, metadata=metadata)
@@ -106,9 +106,10 @@ def _ticks(number: int):
 def _heading(result) -> list[tuple[str, str, str]]:
     """Verdict and deployment as lines: (text, weight, colour)."""
     summary, facts = result.summary(), words.deployment_facts(result)
+    requests = words.count(summary["num_requests"], "request")
     paragraphs = [
         (": ".join(words.verdict_sentence(summary)), 110, "bold", fig.TEXT),
-        (f"{summary['trace']['name']}, {words.count(summary['num_requests'], 'request')}; {', '.join(facts)}", 125,
+        (f"{summary['trace']['name']}, {requests}; {', '.join(facts)}", 125,
          "normal", fig.QUIET),
     ]  # fmt: skip
     return [

@@ -501,8 +501,8 @@ def _capped(result, row, events):
     limit = _limits(result)["max_model_len"]
     made, wanted = row["generated_tokens"], row["prompt_tokens"] + row["output_tokens"]
     return (
-        f"prompt {row['prompt_tokens']:,} + {made:,} made = max_model_len {limit:,}, where the engine stops; it"
-        " counts as completed",
+        f"prompt {row['prompt_tokens']:,} + {made:,} made = max_model_len {limit:,}, where the engine stops;"
+        " it counts as completed",
         _longer_model_len(result, wanted) + f" for all {row['output_tokens']:,}",
     )
 

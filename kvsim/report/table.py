@@ -25,8 +25,7 @@ CHART_ROWS = 3
 MAX_CAUSES = 6
 _LEVELS = " ▁▂▃▄▅▆▇█"
 _ASCII_LEVELS = " _.,-=+*#"
-_TO_ASCII = str.maketrans({**dict(zip(_LEVELS, _ASCII_LEVELS, strict=True)), "░": ":", "│": "|", "└": "+",
-                           "─": "-", "┴": "+", "µ": "u", "≥": ">"})  # fmt: skip
+_TO_ASCII = str.maketrans(_LEVELS + "░│└─µ", _ASCII_LEVELS + ":|+-u")
 
 
 def summary_text(summary: dict) -> str:
@@ -199,10 +198,9 @@ def _latencies(summary: dict) -> list[str]:
 
 def _usage(summary: dict) -> list[str]:
     usage, blocks = summary["kv_cache_usage"], summary["num_gpu_blocks"] - 1
-    return _wrapped(
-        f"KV pool of {words.count(max(0, blocks), 'block')}: mean {usage['mean']:.1%}, p95 {usage['p95']:.1%},"
-        f" peak {usage['max']:.1%} ({summary['peak_blocks_used']:,} blocks)".replace("%", " %")
-    )
+    mean, p95, peak = (f"{100 * usage[name]:.1f} %" for name in ("mean", "p95", "max"))
+    pool, most = words.count(max(0, blocks), "block"), words.count(summary["peak_blocks_used"], "block")
+    return _wrapped(f"KV pool of {pool}: mean {mean}, p95 {p95}, peak {peak} ({most})")
 
 
 def _notes(result) -> list[str]:
@@ -309,8 +307,8 @@ def _preemptions(result) -> list[str]:
         recomputed = int(result.requests["recomputed_tokens"].to_numpy().sum())
         most = int(times.argmax())
         lost = (
-            f"; {words.count(recomputed, 'token')} computed again;"
-            f" {words.count(int((times > 0).sum()), 'request')},"
+            f" of {words.count(int((times > 0).sum()), 'request')};"
+            f" {words.count(recomputed, 'token')} computed again;"
             f" request {most} most often ({words.count(int(times[most]), 'time')})"
         )
     head = _wrapped(f"preemptions: {total:,}{lost}")
@@ -320,22 +318,18 @@ def _preemptions(result) -> list[str]:
     events = result.events.take(np.flatnonzero(kinds == words.code_of(names, "preempt")))
     tokens = events["tokens_lost"].to_numpy()
     first = [0, 1][: len(tokens)]
-    worst = [k for k in np.argsort(-tokens, kind="stable")[:2] if k not in first]
-    rows = [["", "time", "request", "cause", "blocks", "tokens lost", "for request"]]
-    for label, chosen in (("first", first), ("worst", worst)):
-        for k in chosen:
-            event = events.slice(k, 1).to_pylist()[0]
-            rows.append(
-                [
-                    f"  {label}",
-                    words.at(event["time_ns"]),
-                    f"{event['request']}",
-                    event["cause"],
-                    f"{event['blocks_free_after'] - event['blocks_free_before']:,}",
-                    f"{event['tokens_lost']:,}",
-                    "itself" if event["for_request"] == event["request"] else f"{event['for_request']}",
-                ]
-            )
+    worst = np.argsort(-tokens, kind="stable")[:2].tolist()
+    labelled = [("first, worst" if k in worst else "first", k) for k in first]
+    labelled += [("worst", k) for k in worst if k not in first]
+    rows = [["", "time", "request", "cause", "blocks", "tokens lost", "for"]]
+    for label, k in labelled:
+        event = events.slice(k, 1).to_pylist()[0]
+        given = event["blocks_free_after"] - event["blocks_free_before"]
+        for_whom = "itself" if event["for_request"] == event["request"] else f"{event['for_request']}"
+        rows.append(
+            [f"  {label}", words.at(event["time_ns"]), f"{event['request']}", event["cause"], f"{given:,}",
+             f"{event['tokens_lost']:,}", for_whom]
+        )  # fmt: skip
     return [*head, *aligned(rows, "<>><>>>")]
 
 
@@ -351,15 +345,17 @@ def _causes(result, folder: str | None) -> list[str]:
     lines = aligned([*head, *([f"  {row[0]}", *row[1:]] for row in shown)], "<<>>>") if rows else []
     if more > 0:
         lines.append(f"  and {words.count(more, 'more cause')}")
-    example = rows[1][3] if rows else _example(result)
+    # one that fared badly rather than one that was stopped by max_model_len or the end of the run
+    worse = [row for row in shown if row[0] not in ("capped", "unfinished")] or shown
+    example = worse[0][3] if worse else _example(result)
     if example is not None and folder is not None:
         lines.append(f"what happened to one of them: kvsim why {shlex.quote(str(folder))} {example}")
     return lines
 
 
 def cause_rows(result) -> list[list[str]]:
-    """A header, then a row for each outcome and cause but `finished`, most frequent first; empty when there is
-    none or rows were not kept. The fourth cell is the first such request."""
+    """A header, then a row for each outcome and cause but `finished`, most frequent first; empty when there
+    is none or rows were not kept. The fourth cell is the first such request."""
     if result.requests is None:
         return []
     outcome, outcomes = words.codes(result.requests["outcome"])

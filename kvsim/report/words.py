@@ -139,7 +139,7 @@ def _stable(summary: dict) -> str:
     share = f"{summary['completed']:,} of {count(n, 'request')} completed"
     if not summary["num_preemptions"]:
         return f"{share}, none preempted"
-    return f"{share}; {_preemptions(summary)}, up to {MANY_PREEMPTIONS:.0%} is stable"
+    return f"{share}; {_preemptions(summary)}, up to {MANY_PREEMPTIONS * 100:g} % is stable"
 
 
 _REASONS = {

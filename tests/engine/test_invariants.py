@@ -76,8 +76,9 @@ def test_of_the_order_of_events(workload):
     assert [t for t, _ in keys] == sorted(t for t, _ in keys)
     has_turns = any(len(row) > 3 for row in rows)
     if settings.max_concurrency is None and not settings.lockstep and not has_turns:
-        # In a closed loop, or where turns follow each other, an end makes room for an arrival at the same nanosecond. An empty step takes no time,
-        # so that a second schedule() may follow at once: order holds within each step number.
+        # In a closed loop, or where turns follow each other, an end makes room for an arrival at the same
+        # nanosecond. An empty step takes no time, so a second schedule() may follow at once: the order holds
+        # within each step number.
         by_step = {}
         for (time, rank), (_, step, *_) in zip(keys, events, strict=True):
             turn = (time, step + (rank == 0))

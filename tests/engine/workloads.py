@@ -48,7 +48,11 @@ def workloads(draw):
     rows = [(int(t), draw(length), draw(length)) for t in arrivals]
     if draw(some.booleans()):  # some are follow-up turns of earlier ones
         rows = [
-            (*row, draw(some.none() | some.integers(0, i - 1)) if i else None, draw(some.integers(0, 9)) * unit)
+            (
+                *row,
+                draw(some.none() | some.integers(0, i - 1)) if i else None,
+                draw(some.integers(0, 9)) * unit,
+            )
             for i, row in enumerate(rows)
         ]
     settings = naive.Settings(

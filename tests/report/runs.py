@@ -87,7 +87,7 @@ MAKERS = {
         pressed(), llama(num_gpu_blocks_override=121, max_model_len=380), step_time=STEP, record="summary"
     ),
     "many marks": lambda: simulate(
-        pressed(6_000), llama(num_gpu_blocks_override=121, max_model_len=200), step_time=STEP, deadline_s=1.5
+        pressed(3_700), llama(num_gpu_blocks_override=121, max_model_len=200), step_time=STEP, deadline_s=1.5
     ),
     "few seqs": lambda: simulate(pressed(), llama(max_num_seqs=4), step_time=STEP),
     "ends": _ends,
@@ -96,6 +96,7 @@ MAKERS = {
     "queue full": _queue_full,
     "queued tokens full": _queued_tokens_full,
     "nothing completed": lambda: simulate(trace([(0, 600, 5), (1, 700, 5)]), llama(max_model_len=512)),
+    "over at once": lambda: simulate(trace([(0, 0, 5)]), llama(), step_time=STEP),
     "horizon": lambda: simulate(pressed(), llama(), step_time=STEP, until_s=3.0),
     "stalled": lambda: simulate(
         trace([(0.0, 500, 5), (0.1, 20, 5)]),

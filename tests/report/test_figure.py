@@ -50,8 +50,8 @@ def test_the_page_is_self_contained(name):
     result = run(name)
     got = Page(page(result))
     assert {tag for tag, _ in got.tags} <= {
-        "html", "head", "meta", "title", "style", "body", "header", "p", "dl", "div", "dt", "dd", "pre", "section",
-        "table", "thead", "tbody", "tr", "th", "td", "noscript", "footer", "ul", "li", "script",
+        "html", "head", "meta", "title", "style", "body", "header", "p", "dl", "div", "dt", "dd", "pre",
+        "section", "table", "thead", "tbody", "tr", "th", "td", "noscript", "footer", "ul", "li", "script",
     }  # fmt: skip
     for _, attrs in got.tags:
         assert not {"src", "href", "srcset", "action", "data"} & set(attrs)
@@ -69,8 +69,8 @@ def test_the_page_is_self_contained(name):
 
 def test_header_and_tables_of_the_page():
     text = Page(page(run("calm"))).text
-    for part in ("STABLE", "300 of 300 requests completed", "llama-3.1-8b on 1 x a100-80gb", "kvsim run calm", "ttft",
-                 "kvsim 0.", "finished", "vllm 0.33.0 rules"):  # fmt: skip
+    for part in ("STABLE", "300 of 300 requests completed", "llama-3.1-8b on 1 x a100-80gb", "kvsim run calm",
+                 "ttft", "kvsim 0.", "finished", "vllm 0.33.0 rules"):  # fmt: skip
         assert part in text
     text = Page(page(run("ends"))).text
     assert "prompt_ge_max_model_len" in text

@@ -189,7 +189,7 @@ def test_waits_by_cause_are_those_of_a_walk_over_the_events(name):
 
 @pytest.mark.parametrize("name", ["pressed", "few seqs"])
 def test_what_is_told_of_a_wait_adds_up_to_it(name):
-    """Waits by cause are no longer than the queue allows; what is left is at most the running step, each time."""
+    """Waits by cause are no longer than the queue allows; what is left is a running step at most."""
     result = run(name)
     for request in range(0, result.requests.num_rows, 7):
         life = story.life_of(result, request)
