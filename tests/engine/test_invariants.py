@@ -18,6 +18,7 @@ from tests.engine.workloads import (
     duration,
     event_rows,
     free_list,
+    keys_of,
     request_rows,
     run_compiled,
     workloads,
@@ -34,11 +35,20 @@ def test_of_every_request(workload):
     rows, settings = workload
     got, _ = run_compiled(rows, settings, identities=True)
     requests = request_rows(got)
-    ends = Counter((kind, r) for _, _, kind, r, *_ in event_rows(got.events))
+    events = event_rows(got.events)
+    ends = Counter((kind, r) for _, _, kind, r, *_ in events)
+    lost = Counter()
+    for _, _, kind, r, _, _, _, _, tokens_lost, _ in events:
+        lost[r] += tokens_lost if kind == "preempt" else 0
     for r, ((_, prompt, *_), row) in enumerate(zip(rows, requests, strict=True)):
         assert row["outcome"] in st.OUTCOMES[1:]
         if row["outcome"] == "finished":
-            assert row["scheduled_tokens"] == prompt + row["generated_tokens"] - 1 + row["recomputed_tokens"]
+            once = prompt + row["generated_tokens"] - 1
+            assert row["scheduled_tokens"] == once - row["prefix_hit_tokens"] + lost[r]
+            if not row["num_preemptions"]:
+                assert row["recomputed_tokens"] == 0
+            if not row["prefix_hit_tokens"]:
+                assert row["recomputed_tokens"] == lost[r]
         for kind, outcome in (*END_KINDS.items(), ("unservable", "unservable")):
             assert ends[kind, r] == (row["outcome"] == outcome)
         assert (row["finished_ns"] is None) == (row["outcome"] == "unfinished")
@@ -62,7 +72,7 @@ def test_of_the_pool(workload):
         if kind in ("admit", "resume"):
             assert after < before
         elif kind in ("preempt", "finish", "cap"):
-            assert after > before
+            assert after > before or (settings.enable_prefix_caching and after == before)  # all shared
         elif kind != "time_out":
             assert after == before
 
@@ -70,7 +80,7 @@ def test_of_the_pool(workload):
 @given(workloads())
 def test_of_the_order_of_events(workload):
     rows, settings = workload
-    got, _ = run_compiled(rows, settings, identities=False)
+    got, _ = run_compiled(rows, settings, identities=settings.enable_prefix_caching)
     events = event_rows(got.events)
     keys = [(time, ORDER.get(kind, 3)) for time, _, kind, *_ in events]
     assert [t for t, _ in keys] == sorted(t for t, _ in keys)
@@ -117,9 +127,10 @@ def test_stopping_and_going_on_changes_nothing(workload, pauses):
 def test_the_timeline_adds_up(workload):
     """Bins hold what the totals hold, however often they were merged."""
     rows, settings = workload
-    got, _ = run_compiled(rows, settings, identities=False, num_bins=2)
+    got, _ = run_compiled(rows, settings, identities=settings.enable_prefix_caching, num_bins=2)
     bins, now = got.state.timeline, got.state.now[0]
     used = np.arange(settings.num_gpu_blocks)
+    assert (bins.cached_area > 0).any() <= settings.enable_prefix_caching
     assert bins.used_area.sum() == (used * got.state.used_time).sum()
     assert bins.used_max.max() <= now.peak_used
     assert bins.steps.sum() == now.num_steps
@@ -132,6 +143,7 @@ def test_the_timeline_adds_up(workload):
 def packed(rows, settings, check=False):
     return st.pack(
         **columns_of(rows),
+        keys=keys_of(rows, settings),
         settings=run.pack_settings(
             SimpleNamespace(**vars(settings)),
             settings.num_gpu_blocks,

@@ -28,7 +28,7 @@ def _no_collection():
 def test_equals_the_naive_engine(workload):
     rows, settings = workload
     ref = naive.run(rows, settings, duration=duration, record_steps=True)
-    counts, _ = run_compiled(rows, settings, identities=False)
+    counts, _ = run_compiled(rows, settings, identities=settings.enable_prefix_caching)
     blocks, _ = run_compiled(rows, settings, identities=True, event_capacity=8, num_bins=2)
     logged, steps = run_compiled(rows, settings, identities=True, log_steps=True, check=False)
     assert steps == ref.steps

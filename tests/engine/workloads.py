@@ -7,6 +7,7 @@ from hypothesis import strategies as some
 
 from kvsim import run
 from kvsim.engine import state as st
+from kvsim.engine.keys import intern_keys
 from tests.naive import engine as naive
 
 STEP_COST = {"a0": 0.004, "a1": 2e-5, "a2": 1e-8, "sampled": 3e-6, "pair": 2e-8}
@@ -55,7 +56,13 @@ def workloads(draw):
             )
             for i, row in enumerate(rows)
         ]
+    prefix_unit = draw(some.sampled_from([1, 2, 3, block_size, 2 * block_size, 24]))
+    if draw(some.booleans()):  # some share prefixes: few content ids, often the same first ones
+        ids = some.lists(some.integers(0, 2), max_size=2 * max_model_len // prefix_unit + 1)
+        rows = [((*row, None, 0)[:5] + (tuple(draw(ids)),)) for row in rows]
     settings = naive.Settings(
+        enable_prefix_caching=draw(some.booleans()),
+        prefix_unit=prefix_unit,
         block_size=block_size,
         num_gpu_blocks=draw(some.integers(2, 2 + 3 * -(-max_model_len // block_size))),
         max_num_seqs=max_num_seqs,
@@ -83,10 +90,21 @@ def workloads(draw):
 
 def columns_of(rows):
     """The rows of the naive engine as the columns that `pack` takes."""
-    columns = [list(column) for column in zip(*((*row, None, 0)[:5] for row in rows), strict=True)]
+    columns = [list(column) for column in zip(*((*row[:5], *(None, 0)[len(row) - 3 :])[:5] for row in rows), strict=True)]
     columns[3] = [-1 if parent is None else parent for parent in columns[3]]
     names = ("arrival_ns", "prompt_tokens", "output_tokens", "parent", "delay_ns")
     return {name: np.array(column, np.int64) for name, column in zip(names, columns, strict=True)}
+
+
+def keys_of(rows, settings):
+    """Content keys of the rows, or None without prefix caching."""
+    if not settings.enable_prefix_caching:
+        return None
+    ids = [(*row, ())[5] if len(row) > 5 else () for row in rows]
+    most = np.array([max(0, min(row[1] + row[2], settings.max_model_len)) for row in rows], np.int64)
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
+    flat = np.array([x for row in ids for x in row], np.int64)
+    return intern_keys(most, settings.block_size, offsets, flat, settings.prefix_unit)
 
 
 def run_compiled(
@@ -109,6 +127,7 @@ def run_compiled(
     )
     state = st.pack(
         **columns_of(rows),
+        keys=keys_of(rows, settings),
         settings=packed,
         cost=cost_columns(settings.max_num_batched_tokens, settings.max_num_seqs),
         bin_width_ns=1 if settings.lockstep else 1_000_000,
@@ -171,6 +190,8 @@ def counters(engine_run):
         "num_admissions": int(now.total_admissions),
         "peak_blocks_used": int(now.peak_used),
         "usage": int((used * state.used_time).sum()),
+        "prefix_queries": int(now.prefix_queries),
+        "prefix_hits": int(now.prefix_hits),
         "num_steps": int(now.num_steps),
         "clock": int(now.t),
         "stalled": engine_run.ended == "stalled",
@@ -179,5 +200,9 @@ def counters(engine_run):
 
 def free_list(engine_run):
     """Block ids of the free list, from the front."""
-    now, pool = engine_run.state.now[0], engine_run.state.pool
-    return [int(b) for b in pool.free[: now.free_blocks][::-1]]
+    blocks = engine_run.state.pool.blocks
+    found, b = [], int(blocks[0].next)
+    while b:
+        found.append(b)
+        b = int(blocks[b].next)
+    return found

@@ -251,10 +251,9 @@ class Engine:
         self.steps = [] if record_steps else None
         self.counters = dict.fromkeys(
             ("num_scheduled_tokens", "prefill_tokens", "decode_tokens", "num_preemptions",
-             "num_admissions", "peak_blocks_used", "usage"), 0
+             "num_admissions", "peak_blocks_used", "usage",
+             "prefix_queries", "prefix_hits"), 0  # tokens that admissions looked up, and found
         )  # fmt: skip
-        if settings.enable_prefix_caching:  # tokens looked up by admissions, and found
-            self.counters.update(prefix_queries=0, prefix_hits=0)
 
     # ---- the loop -------------------------------------------------------------------------------
 
@@ -782,7 +781,7 @@ class Engine:
         assert len(free) == len(pool.free), "a block is twice in the free list"
         assert free.isdisjoint(owners), "a block is both free and owned"
         assert free.union(owners) == set(range(1, pool.num_usable + 1)), "a block is lost"
-        assert pool.num_owners == [owners[block] for block in range(pool.num_usable + 1)], "owners miscounted"
+        assert {block: n for block, n in enumerate(pool.num_owners) if n} == owners, "owners miscounted"
         assert all(len(set(r.table)) == len(r.table) for r in self.requests), "a block is twice in a table"
         assert all(block in pool.key_of for block, n in owners.items() if n > 1), "shared without content"
         listed = [(block, key) for key, blocks in pool.blocks_with.items() for block in blocks]

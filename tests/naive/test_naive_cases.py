@@ -33,7 +33,13 @@ def load_case(name):
 def settings_of(header):
     config = dict(header["config"])
     assert {key: config.pop(key) for key in FIXED} == FIXED
-    return Settings(**config, prefix_unit=header["hash_unit"], lockstep=header["mode"] == "lockstep", strict=True, check=True)
+    return Settings(
+        **config,
+        prefix_unit=header["hash_unit"],
+        lockstep=header["mode"] == "lockstep",
+        strict=True,
+        check=True,
+    )
 
 
 def state_of(request, was_received):
@@ -75,7 +81,7 @@ def end_row(result):
         "stalled": result.counters["stalled"],
         "tokens": result.counters["num_scheduled_tokens"],
         "preemptions": result.counters["num_preemptions"],
-        "hit_tokens": result.counters.get("prefix_hits", 0),
+        "hit_tokens": result.counters["prefix_hits"],
         "status": dict(Counter(row["st"] for row in request_rows(result))),
     }
 
