@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from kvsim import _jit
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 for name, examples in (("small", 25), ("default", 300), ("long", 3000)):
@@ -17,6 +19,15 @@ for name, examples in (("small", 25), ("default", 300), ("long", 3000)):
         suppress_health_check=list(HealthCheck),
     )
 settings.load_profile(os.environ.get("KVSIM_HYPOTHESIS", "default"))
+
+
+def pytest_collection_modifyitems(items):
+    """Without the JIT the engine is plain Python: right, and too slow for an hour of traffic."""
+    if _jit.is_disabled():
+        skip = pytest.mark.skip(reason="a whole trace takes minutes with NUMBA_DISABLE_JIT; unset it")
+        for item in items:
+            if item.get_closest_marker("whole_trace"):
+                item.add_marker(skip)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import kvsim as kv
 from kvsim.trace import Trace
 
 
-def made(prompt, output, gap_s, n=200, **columns):
+def made(prompt, output, gap_s, n=80, **columns):
     return Trace(
         arrival_ns=(np.arange(n) * gap_s * 1e9).astype(np.int64),
         prompt_tokens=np.full(n, prompt, np.int32),
@@ -35,7 +35,7 @@ def test_C09_requests_queue_preempt_reject_or_oom():
     preempted = kv.simulate(made(100, 2000, 0.01), deployment(2000, max_model_len=8192))
     assert preempted.summary()["num_preemptions"] > 0
     rejected = kv.simulate(made(9000, 10, 0.5), deployment(2000, max_model_len=8192))
-    assert rejected.summary()["outcomes"]["rejected"] == 200
+    assert rejected.summary()["outcomes"]["rejected"] == 80
     assert set(rejected.requests["cause"].to_pylist()) == {"prompt_ge_max_model_len"}
     oom = kv.simulate(made(10, 10, 0.5), kv.deployment("llama-3.1-8b", gpu="rtx-4090", max_model_len=131072))
     assert oom.summary()["verdict"] == "does_not_start"
@@ -64,7 +64,7 @@ def test_C16_prefill_allocates_decode_grows_completion_frees(blocks):
         for e in events
         if e["kind"] == "finish" and e["blocks_free_after"] > e["blocks_free_before"]
     }
-    assert taken == freed == set(range(200))
+    assert taken == freed == set(range(80))
     row = result.requests.to_pylist()[0]
     assert row["peak_blocks"] == -(-(300 + 200 - 1) // 16)  # it grew; the last token is never computed
 

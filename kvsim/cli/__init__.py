@@ -143,4 +143,9 @@ def _end_soon_after_interrupt() -> None:
         os.write(2, b"kvsim: interrupted\n")
         os._exit(130)
 
+    def unraisable(what):  # the interrupt hit a callback from C, which cannot pass it on
+        if not isinstance(what.exc_value, KeyboardInterrupt):
+            sys.__unraisablehook__(what)
+
+    sys.unraisablehook = unraisable
     threading.Thread(target=watch, daemon=True).start()

@@ -78,6 +78,7 @@ def test_the_step_log_changes_nothing(trace, tmp_path, capsys):
     assert (tmp_path / "steps.jsonl.gz").stat().st_size > 0
 
 
+@pytest.mark.whole_trace
 def test_a_pool_of_100_blocks_gives_every_request_one_outcome(shared, capsys):
     path = shared / "traces" / "azure_llm_2023_conv.csv.gz"
     code, got = summary(capsys, path, "--num-gpu-blocks-override", 101, "--gpu", "a100-80gb")
@@ -86,6 +87,7 @@ def test_a_pool_of_100_blocks_gives_every_request_one_outcome(shared, capsys):
     assert got["verdict"] == "overloaded"
 
 
+@pytest.mark.whole_trace
 def test_azure_and_vidur_files_of_the_same_requests_give_identical_results(shared, tmp_path):
     for name in ("azure_llm_2023_conv", "vidur_splitwise_conv"):
         path = shared / "traces" / f"{name}.csv.gz"
@@ -97,6 +99,7 @@ def test_azure_and_vidur_files_of_the_same_requests_give_identical_results(share
         assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.whole_trace
 @pytest.mark.parametrize("name", ["azure_llm_2023_code.csv.gz", "mooncake_conversation.jsonl.gz"])
 def test_other_real_traces_replay(name, shared, capsys):
     code, got = summary(capsys, shared / "traces" / name, "--gpu", "h100", "--record", "requests")

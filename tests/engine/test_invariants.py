@@ -161,6 +161,7 @@ def packed(rows, settings, check=False):
     )
 
 
+@pytest.mark.whole_trace
 def test_azure_under_pressure_equals_the_naive_engine(shared):
     """The first 2,000 requests of a real hour through a pool a fifth of what they want."""
     from kvsim.trace import load_trace
