@@ -72,7 +72,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Engine settings under vLLM's names, with the defaults of vLLM's API server.
 
     None means: the engine decides (in a `Deployment` the first three below are always numbers).
-    enable_prefix_caching and async_scheduling are on in vLLM; they are off here until they are simulated.
+    async_scheduling is on in vLLM; it is off here until it is simulated.
     """
 
     tensor_parallel_size: int = 1
@@ -92,7 +92,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     long_prefill_token_threshold: int = 0
     long_prefill_token_threshold_adaptive: bool = False
     enable_chunked_prefill: bool = True
-    enable_prefix_caching: bool = False
+    enable_prefix_caching: bool = True
     async_scheduling: bool = False
     scheduling_policy: str = "fcfs"
     watermark: float = 0.0
@@ -242,8 +242,7 @@ def deployment(model: str | Path | ModelSpec, *, gpu: str | GpuSpec, **settings)
     resolved, more = _resolve_sizes(model, gpu, given)
     notes += more
     notes.append(
-        "prefix caching and asynchronous scheduling are off: vLLM turns both on, kvsim does not simulate"
-        " them yet"
+        "asynchronous scheduling is off: vLLM turns it on, kvsim does not simulate it yet"
     )
     return Deployment(model=model, gpu=gpu, settings=resolved, asked=asked, notes=tuple(notes))
 
@@ -522,7 +521,7 @@ ENGINE_FLAGS = (
     Flag("long_prefill_token_threshold", "count", "cap on a prefill's tokens a step; 0 is off"),
     Flag("long_prefill_token_threshold_adaptive", "bool", "raise that cap to a fair share of the step"),
     Flag("enable_chunked_prefill", "bool", "split long prompts over steps"),
-    Flag("enable_prefix_caching", "bool", "reuse blocks of equal prefixes (not simulated yet)"),
+    Flag("enable_prefix_caching", "bool", "reuse blocks of equal prefixes"),
     Flag("async_scheduling", "bool", "schedule a step ahead (not simulated yet)"),
     Flag("scheduling_policy", "str", "fcfs or priority (not simulated yet)"),
     Flag("watermark", "float", "fraction of blocks kept free at admission"),

@@ -250,7 +250,7 @@ def test_a100_note_reads_as_documented():
         "max_num_seqs 256 and max_num_batched_tokens 2048: vLLM's server defaults for a100-80gb-sxm (A100)"
         in notes
     )
-    assert any("prefix caching and asynchronous scheduling are off" in n for n in notes)
+    assert any("asynchronous scheduling is off" in n for n in notes)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,6 @@ def test_a100_note_reads_as_documented():
         ({"kv_cache_dtype": "fp9"}, "kv_cache_dtype 'fp9' is not modelled"),
         ({"dtype": "bf17"}, "did you mean 'bf16'"),
         ({"engine_version": "new"}, "write it like 0.33.0"),
-        ({"enable_prefix_caching": True}, "not simulated yet; leave enable_prefix_caching off"),
         ({"async_scheduling": True}, "not simulated yet; leave async_scheduling off"),
         ({"scheduling_policy": "priority"}, "use scheduling_policy fcfs"),
         ({"scheduling_policy": "lifo"}, "one of fcfs, priority"),

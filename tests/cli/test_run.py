@@ -150,7 +150,6 @@ WRONG = [
     (["run", "{trace}", "--require", "goodput>=0.9"], "--goodput"),
     (["run", "{trace}", "--record", "everything"], "--record"),
     (["run", "{trace}", "extra"], "extra"),
-    (["run", "{trace}", "--enable-prefix-caching"], "prefix caching"),
     (["run", "{trace}", "--async-scheduling"], "asynchronous"),
     (["run", "{trace}", "--scheduling-policy", "priority"], "priority"),
     (["run", "{trace}", "--model", "gemma-3-27b"], "gemma-3-27b"),
