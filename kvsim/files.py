@@ -20,15 +20,18 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
     Raises UserError when the place cannot be written to.
     """
     path = Path(path)
+    if path.is_symlink():
+        path = path.resolve()
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "no regular file"
+        raise UserError(f"cannot write {path}: it is {kind}; choose another place")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     _unfinished.add(temporary)
     try:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; choose another place with --out"
-        ) from None
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another place") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -41,9 +44,7 @@ def make_folder(path: str | os.PathLike) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"cannot make the folder {path}: {error.strerror}; choose another with --out"
-        ) from None
+        raise UserError(f"cannot make the folder {path}: {error.strerror}; choose another place") from None
     return path
 
 

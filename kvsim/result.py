@@ -300,10 +300,10 @@ def _latency_summary(run, outcomes, objectives) -> dict:
         summary["goodput"] = {"objectives_ms": objectives, "met": good, "fraction": good / max(1, len(table))}
     by_name = metrics.latencies_ns(table, completed)
     for name in metrics.LATENCIES:
-        if name == "itl":
+        if name == "itl" and len(done):
             summary |= metrics.spread_of_gaps(run.state.gap_counts, int(now.gap_sum), int(now.gap_count))
         else:
-            summary |= metrics.spread(name, by_name[name])
+            summary |= metrics.spread(name, by_name.get(name, np.zeros(0)))
     return summary
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from kvsim.engine import state as st
 from kvsim.errors import UserError
+from kvsim.metrics import OBJECTIVES
 from kvsim.units import NS_PER_MS, NS_PER_S
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ RECORD_LEVELS = ("summary", "requests", "events")
 MAX_BINS = 1_000_000
 # What the engine's columns are made for: block numbers are int32, step times are tabulated by tokens.
 MAX_GPU_BLOCKS = 2**31 - 1
+MAX_CHECKED_BLOCKS = 10**7  # --check looks at every block at every event
 MAX_BATCHED_TOKENS = 2**24
+MAX_COUNT = 2**40
 MAX_SEQS = 2**20
 
 
@@ -89,12 +92,13 @@ def simulate(
     from kvsim.result import Result
 
     prepare_started = time.perf_counter()
+    _check_call(trace, deployment, step_time, max_concurrency, goodput)
     specs.check_simulated(deployment)
     record = _record_level(record, len(trace))
     settings = deployment.settings
     budget = memory.fit(deployment)
     options = {
-        "step_time": list(step_time) if type(step_time) is tuple else None,
+        "step_time": None if step_time is None or hasattr(step_time, "linear_s") else list(step_time),
         "record": record,
         "bin_s": bin_s,
         "deadline_s": deadline_s,
@@ -111,8 +115,8 @@ def simulate(
         return Result.not_started(**common)
     if not trace.has_arrivals:
         raise UserError(f"{trace.source} has no arrival times; give a rate in requests per second (--rate R)")
-    _check_sizes(settings, budget.num_gpu_blocks)
-    if type(step_time) is tuple:
+    _check_sizes(settings, budget.num_gpu_blocks, max_concurrency, check)
+    if options["step_time"]:
         cost = steptime.constant_step(*step_time, settings.max_num_batched_tokens, settings.max_num_seqs)
     else:
         cost = step_time or steptime.roofline(deployment)
@@ -136,7 +140,7 @@ def simulate(
         output_tokens=trace.output_tokens,
         settings=engine_settings,
         cost=st.Cost(cost.linear_s, cost.sampled_s, cost.context_s, cost.pair_s),
-        bin_width_ns=_ns(bin_s, "bin") if bin_s else _nice_width(span // 1000),
+        bin_width_ns=_ns(bin_s, "bin") if bin_s is not None else _nice_width(span // 1000),
         keys=keys,
     )
     load_engine()
@@ -289,7 +293,7 @@ def _more_bins(state: st.State, time_ns: int) -> st.State:
     width = int(state.now[0].bin_width)
     need = time_ns // width + 1
     if need > MAX_BINS:
-        raise UserError(f"--bin {width / NS_PER_S:g} makes more than {MAX_BINS:,} bins; give a wider bin")
+        raise UserError(f"bin {width / NS_PER_S:g} s makes more than {MAX_BINS:,} bins; give a wider bin")
     timeline = st.table(st.BIN, max(need, 2 * len(state.timeline)))
     timeline[: len(state.timeline)] = state.timeline
     return state._replace(timeline=timeline)
@@ -305,27 +309,60 @@ def _nice_width(width_ns: int) -> int:
         width *= 10
 
 
-def _check_sizes(settings, num_gpu_blocks: int) -> None:
+def _check_sizes(settings, num_gpu_blocks: int, max_concurrency: int | None, check: bool) -> None:
+    counts = ("prefill_schedule_interval", "max_num_queued_reqs", "max_num_queued_tokens", "block_size")
     for name, value, limit in (
-        ("num_gpu_blocks", num_gpu_blocks, MAX_GPU_BLOCKS),
+        ("num_gpu_blocks", num_gpu_blocks, MAX_CHECKED_BLOCKS if check else MAX_GPU_BLOCKS),
+        ("max_concurrency", max_concurrency or 1, MAX_COUNT),
+        *((name, getattr(settings, name) or 0, MAX_COUNT) for name in counts),
         ("max_num_batched_tokens", settings.max_num_batched_tokens, MAX_BATCHED_TOKENS),
         ("max_num_seqs", settings.max_num_seqs, MAX_SEQS),
     ):
         if value > limit:
-            raise UserError(f"{name} is {value:,}; kvsim simulates at most {limit:,}, so give a smaller one")
+            how = "checks" if limit == MAX_CHECKED_BLOCKS else "simulates"
+            raise UserError(f"{name} is {value:,}; kvsim {how} at most {limit:,}, so give a smaller one")
 
 
 def _record_level(record: str | None, num_requests: int) -> str:
     if record is None:
         return "events" if num_requests <= EVENTS_BY_DEFAULT_UP_TO else "requests"
     if record not in RECORD_LEVELS:
-        raise UserError(f"--record {record!r} is not one of summary, requests, events")
+        raise UserError(f"record is {record!r}; give summary, requests or events")
     return record
 
 
 def _ns(seconds: float | None, flag: str) -> int | None:
     if seconds is None:
         return None
-    if not 0 < seconds < 9e9:
-        raise UserError(f"--{flag} {seconds!r} is not a number of seconds above 0")
+    if not _is_number(seconds) or not 1e-9 <= seconds < 9e9:
+        raise UserError(f"{flag} is {seconds!r}; give a number of seconds from 1e-9 up to 9e9")
     return round(seconds * NS_PER_S)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def _check_call(trace, deployment, step_time, max_concurrency, goodput) -> None:
+    """What the command line cannot get wrong, but a caller can."""
+    from kvsim.specs import Deployment
+    from kvsim.trace import Trace
+
+    if not isinstance(trace, Trace) or not isinstance(deployment, Deployment):
+        raise UserError(
+            "simulate() takes a Trace (load_trace, make_trace) and then a Deployment (deployment)"
+        )
+    if step_time is not None and not hasattr(step_time, "linear_s"):
+        is_three = isinstance(step_time, tuple | list) and len(step_time) == 3
+        if not is_three or not all(_is_number(a) and 0 <= a < 1e6 for a in step_time):
+            raise UserError(f"step_time is {step_time!r}; give three numbers of seconds from 0 up to 1e6")
+    if max_concurrency is not None and not (
+        isinstance(max_concurrency, int | np.integer) and max_concurrency >= 1
+    ):
+        raise UserError(f"max_concurrency is {max_concurrency!r}; give a whole number of at least 1")
+    if goodput is not None:
+        for name, limit in goodput.items() if isinstance(goodput, dict) else [(goodput, None)]:
+            if name not in OBJECTIVES or not _is_number(limit) or not limit > 0:
+                raise UserError(
+                    f"goodput has {name!r}: {limit!r}; give ms above 0 for {', '.join(OBJECTIVES)}"
+                )

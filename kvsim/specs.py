@@ -178,7 +178,7 @@ def _read_config(path: Path) -> ModelSpec:
         config = msgspec.json.decode(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: is not valid JSON ({error})") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: holds no JSON object, so it is no model config.json")

@@ -75,12 +75,13 @@ class LogFile:
         self.path = Path(path)
 
     def __enter__(self) -> LogFile:
-        self._stack = contextlib.ExitStack()
-        temporary = self._stack.enter_context(files.atomic(self.path))
-        raw = self._stack.enter_context(open(temporary, "wb"))
-        if self.path.suffix == ".gz":  # without name and time, so that equal logs are equal bytes
-            raw = self._stack.enter_context(gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0))
-        self._file = self._stack.enter_context(io.TextIOWrapper(raw, encoding="utf-8", newline="\n"))
+        with contextlib.ExitStack() as stack:
+            temporary = stack.enter_context(files.atomic(self.path))
+            raw = stack.enter_context(open(temporary, "wb"))
+            if self.path.suffix == ".gz":  # without name and time, so that equal logs are equal bytes
+                raw = stack.enter_context(gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0))
+            self._file = stack.enter_context(io.TextIOWrapper(raw, encoding="utf-8", newline="\n"))
+            self._stack = stack.pop_all()
         return self
 
     def write(self, row: dict) -> None:

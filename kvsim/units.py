@@ -48,15 +48,23 @@ def parse_bytes(text: str | int) -> int:
 
 
 def parse_count(text: str | int) -> int:
-    """`"8192"`, `"32k"` (32,000), `"32K"` (32,768) to int, as vLLM reads `--max-model-len`."""
+    """`"8192"`, `"32k"` (32,000), `"32K"` (32,768) to int, as vLLM reads `--max-model-len`; `"1.5k"` is 1,500.
+
+    Raises UserError for anything else, also for what is no whole number.
+    """
     if isinstance(text, int):
         return text
     match = _NUMBER.fullmatch(text)
-    if match is None or match[2] not in _COUNT_UNITS:
+    if match is None or match[2] not in _COUNT_UNITS or not _is_whole(match[1], _COUNT_UNITS[match[2]]):
         raise UserError(
             f"{text!r} is not a count; write a whole number such as 8192, 32k (32,000) or 32K (32,768)"
         )
     return _scaled(match[1], _COUNT_UNITS[match[2]])
+
+
+def _is_whole(number: str, unit: int) -> bool:
+    _, _, fraction = number.partition(".")
+    return int(fraction or "0") * unit % 10 ** len(fraction) == 0
 
 
 def _scaled(number: str, unit: int) -> int:

@@ -7,6 +7,7 @@ the user's mistake, told in one sentence on standard error; 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -60,19 +61,35 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as in `kvsim show DIR | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO):
+            raise
+        print(f"kvsim: error: cannot write the output: {error.strerror}", file=sys.stderr)
+        sys.stdout = _nowhere()
+        return 2
 
 
 def entry() -> None:
     """The `kvsim` command. It ends the process at once: tearing down numba and Arrow would take longer than
     many a run, and a Ctrl-C in the middle of it would change the exit code of what is already done."""
+    # A closed stream (`>&-`) is None; whoever prints to it means no harm.
+    sys.stdout = sys.stdout or _nowhere()
+    sys.stderr = sys.stderr or _nowhere()
     _end_soon_after_interrupt()
     code = main()
     try:
         sys.stdout.flush()
-        sys.stderr.flush()
     except BrokenPipeError:
         pass
+    except OSError as error:
+        print(f"kvsim: error: cannot write to standard output: {error.strerror}", file=sys.stderr)
+        code = 2
+    sys.stderr.flush()
     os._exit(code)
+
+
+def _nowhere():
+    return open(os.devnull, "w")  # noqa: SIM115 (it stands in for a standard stream)
 
 
 def _run_verb(argv: list[str]) -> int:

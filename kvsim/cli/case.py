@@ -74,16 +74,17 @@ def read_case(path: str) -> dict:
         case = json.loads(data)
     except OSError as error:
         raise UserError(f"cannot read the case {path}: {error.strerror or error}") from None
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, RecursionError) as error:
         raise UserError(
             f"{path} is not a case: it is not JSON ({error}); give a .case.json or .case.json.gz"
         ) from None
     if not isinstance(case, dict) or not isinstance(case.get("requests"), list):
         raise UserError(f"{path} is not a case: it has no list of requests")
     config = case.setdefault("config", {})
-    for key in config:
-        if key not in DEFAULTS:
-            raise UserError(f"{path}: there is no setting {key!r}{did_you_mean(key, DEFAULTS)}")
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: config is not an object of settings")
+    for key, value in config.items():
+        _check_setting(path, key, value)
     mode = case.get("mode") or "lockstep"
     if mode not in ("lockstep", "timed"):
         raise UserError(f"{path}: mode {mode!r} is neither lockstep nor timed")
@@ -92,19 +93,60 @@ def read_case(path: str) -> dict:
         raise UserError(f"{path}: frontend {config['frontend']!r} is not engine, openai or strict")
     if mode == "timed":
         case["timing"] = case.get("timing") or [0.004, 2e-5, 1e-8]
+        if not _are_numbers(case["timing"], 3):
+            raise UserError(
+                f"{path}: timing is {case['timing']!r}; give three numbers of seconds, not negative"
+            )
     case["requests"] = [_request(path, i, row) for i, row in enumerate(case["requests"])]
     return case
 
 
+# Settings that may be null, and the least value of those that may not be 0.
+_OPTIONAL = ("max_num_active_seqs", "groups", "prefix_cache_retention_interval")
+_AT_LEAST = {
+    "block_size": 1,
+    "num_gpu_blocks": 2,
+    "max_num_seqs": 1,
+    "max_num_batched_tokens": 1,
+    "max_model_len": 2,
+    "max_num_active_seqs": 1,
+    "prefill_schedule_interval": 1,
+}
+
+
+def _check_setting(path: str, key: str, value) -> None:
+    """Raise UserError unless `value` is one that the setting `key` can have."""
+    if key not in DEFAULTS:
+        raise UserError(f"{path}: there is no setting {key!r}{did_you_mean(key, DEFAULTS)}")
+    if (value is None and key in _OPTIONAL) or key == "groups":
+        return
+    default = DEFAULTS[key] if DEFAULTS[key] is not None else 0
+    kind = (int, float) if isinstance(default, float) else type(default)
+    is_wrong = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
+    if is_wrong or (not isinstance(value, str) and not _AT_LEAST.get(key, 0) <= value < 2**31):
+        raise UserError(f"{path}: {key} is {value!r}, which it cannot be; leave it out for {DEFAULTS[key]!r}")
+
+
+def _are_numbers(values, count: int) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == count
+        and all(isinstance(x, (int, float)) and not isinstance(x, bool) and 0 <= x < 1e9 for x in values)
+    )
+
+
 def _request(path: str, i: int, row) -> list:
     """[arrival, prompt, output, priority, content ids], from a list or an object."""
+    if not isinstance(row, (dict, list)):
+        raise UserError(f"{path}: request {i} is not [arrival, prompt_tokens, output_tokens, ...]")
     if isinstance(row, dict):
         row = [row.get(key) for key in ("arrival", "prompt_tokens", "output_tokens")] + [
             row.get("priority", 0),
             row.get("hash_ids") or [],
         ]
     row = [*row, 0, []][:5] if len(row) == 3 else [*row, []][:5]
-    if not all(isinstance(x, (int, float)) for x in row[:3]):
+    lengths = row[1:3]
+    if not _are_numbers(row[:1], 1) or not all(type(x) is int and -(2**31) <= x < 2**31 for x in lengths):
         raise UserError(f"{path}: request {i} is not [arrival, prompt_tokens, output_tokens, ...]")
     return row
 

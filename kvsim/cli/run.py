@@ -152,6 +152,8 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _check_out(out: str | None) -> None:
+    if out == "":
+        raise UserError("--out is empty; give a folder")
     if out is not None and os.path.exists(out) and not os.path.isdir(out):
         raise UserError(f"--out {out} is a file; give a folder")
 
@@ -193,6 +195,8 @@ def _deployment(args):
 def _trace(args):
     from kvsim.trace import load_trace
 
+    if args.trace == "":
+        raise UserError(f"TRACE is empty; name a file, or leave it out for {DEFAULT_TRACE}")
     trace = load_trace(
         args.trace or DEFAULT_TRACE,
         format=args.format,

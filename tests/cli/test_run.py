@@ -144,8 +144,8 @@ WRONG = [
     (["run", "{trace}", "--rate-scale", "0"], "rate"),
     (["run", "{trace}", "--step-time", "1,2"], "--step-time"),
     (["run", "{trace}", "--step-time", "nan,0,0"], "--step-time"),
-    (["run", "{trace}", "--deadline", "-1"], "--deadline"),
-    (["run", "{trace}", "--bin", "1e-9"], "--bin"),
+    (["run", "{trace}", "--deadline", "-1"], "deadline is -1"),
+    (["run", "{trace}", "--bin", "1e-9"], "bin 1e-09"),
     (["run", "{trace}", "--goodput", "speed:3"], "ttft"),
     (["run", "{trace}", "--require", "goodput>=0.9"], "--goodput"),
     (["run", "{trace}", "--record", "everything"], "--record"),
@@ -210,3 +210,77 @@ def test_interrupted_at_any_moment(after_s, tmp_path):
                 assert {"requests.parquet", "events.parquet", "timeline.parquet"} <= {
                     p.name for p in out.iterdir()
                 }
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-tp", "1.5"],
+        ["--max-num-seqs", "1.9"],
+        ["--limit", "1.5"],
+        ["--bin", "1e-12"],
+        ["--bin", "0"],
+        ["--prefill-schedule-interval", "99999999999999999999"],
+        ["--max-num-queued-reqs", "99999999999999999999"],
+        ["--max-concurrency", "99999999999999999999"],
+        ["--num-gpu-blocks-override", "2147483647", "--check"],
+        ["--step-log", "/nonexistent/x.jsonl"],
+        ["-o", ""],
+    ],
+    ids=" ".join,
+)
+def test_an_odd_value_gets_one_sentence(words, trace, capsys):
+    assert main(["run", trace, "--gpu", "a100-80gb", *words]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("kvsim: error: ")
+
+
+def test_a_pipe_or_device_is_not_replaced(trace, tmp_path, capsys):
+    """Files appear by renaming, which would put a regular file in the place of a pipe."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert main(["run", trace, "--gpu", "a100-80gb", "--quiet", "--step-log", str(pipe)]) == 2
+    assert pipe.is_fifo() and "no regular file" in capsys.readouterr().err
+
+
+def test_a_link_keeps_leading_where_it_did(trace, tmp_path):
+    target, link = tmp_path / "target.jsonl", tmp_path / "link.jsonl"
+    target.write_text("old")
+    link.symlink_to(target)
+    assert main(["run", trace, "--gpu", "a100-80gb", "--quiet", "--step-log", str(link)]) == 0
+    assert link.is_symlink() and target.read_text().startswith("{")
+
+
+@pytest.mark.parametrize("redirect", [">&-", "2>&-", ">/dev/full"])
+def test_closed_or_full_output_is_no_traceback(redirect, trace):
+    line = f"{sys.executable} -m kvsim run {trace} --gpu a100-80gb --limit 5 {redirect}"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == (2 if "full" in redirect else 0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"step_time": (1, 2)},
+        {"step_time": "a"},
+        {"step_time": (float("nan"), 0, 0)},
+        {"step_time": (-1, 0, 0)},
+        {"max_concurrency": 0},
+        {"max_concurrency": 1.5},
+        {"bin_s": 0},
+        {"deadline_s": "x"},
+        {"goodput": {"x": 1}},
+        {"goodput": "ttft:500"},
+        {"record": "x"},
+    ],
+    ids=str,
+)
+def test_a_caller_s_mistake_is_a_user_error(options):
+    import kvsim as kv
+
+    trace, deployment = kv.load_trace("chat-small").limit(3), kv.deployment("llama-3.1-8b", gpu="a100-80gb")
+    with pytest.raises(kv.UserError):
+        kv.simulate(trace, deployment, **options)
+    with pytest.raises(kv.UserError):
+        kv.simulate("chat-small", deployment)

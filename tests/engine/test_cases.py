@@ -59,6 +59,17 @@ def test_says_what_is_not_built_yet(name, shared, capsys):
         (b'{"requests": [], "config": {"blocksize": 3}}', "did you mean 'block_size'"),
         (b'{"requests": [], "mode": "slow"}', "neither lockstep nor timed"),
         (b"\x1f\x8b\x08\x00truncated", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"requests": [1]}', "request 0"),
+        (b'{"requests": [[0, 1.5, 2]]}', "request 0"),
+        (b'{"requests": [[0, 1, 99999999999]]}', "request 0"),
+        (b'{"requests": [], "config": [1]}', "config"),
+        (b'{"requests": [], "config": {"num_gpu_blocks": "x"}}', "num_gpu_blocks"),
+        (b'{"requests": [], "config": {"num_gpu_blocks": 1e30}}', "num_gpu_blocks"),
+        (b'{"requests": [], "config": {"max_num_batched_tokens": -1}}', "max_num_batched_tokens"),
+        (b'{"requests": [], "config": {"enable_chunked_prefill": 3}}', "enable_chunked_prefill"),
+        (b'{"requests": [], "mode": "timed", "timing": [1]}', "timing"),
+        (b'{"requests": [], "mode": "timed", "timing": "fast"}', "timing"),
     ],
 )
 def test_a_bad_case_gets_one_sentence(content, says, tmp_path, capsys):
