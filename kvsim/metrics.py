@@ -3,8 +3,9 @@
 Latencies are of completed requests (finished or capped), in ms:
 ttft = first token - arrival; tpot = (last token - first token) / (tokens - 1) of requests with two tokens or
 more; e2el = last token - arrival; queue = first scheduled step - arrival; itl = every gap between two tokens of a
-request, pooled over all requests, also those that were not completed in the end. Percentiles are numpy's linear ones; those of itl come from a histogram of
-1,024 buckets for each power of two, so they are within 0.1 % (its mean is exact).
+request, pooled over all requests, also those that were not completed in the end. Percentiles are numpy's linear
+ones; those of itl come from a histogram of 1,024 buckets for each power of two, so they are within 0.1 % (its mean is
+exact).
 """
 
 from __future__ import annotations

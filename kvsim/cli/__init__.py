@@ -89,7 +89,7 @@ def entry() -> None:
 
 
 def _nowhere():
-    return open(os.devnull, "w")  # noqa: SIM115 (it stands in for a standard stream)
+    return open(os.devnull, "w")  # stands in for a standard stream
 
 
 def _run_verb(argv: list[str]) -> int:
