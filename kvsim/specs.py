@@ -241,9 +241,7 @@ def deployment(model: str | Path | ModelSpec, *, gpu: str | GpuSpec, **settings)
     notes = [*_format_notes(model, gpu, given)]
     resolved, more = _resolve_sizes(model, gpu, given)
     notes += more
-    notes.append(
-        "asynchronous scheduling is off: vLLM turns it on, kvsim does not simulate it yet"
-    )
+    notes.append("asynchronous scheduling is off: vLLM turns it on, kvsim does not simulate it yet")
     return Deployment(model=model, gpu=gpu, settings=resolved, asked=asked, notes=tuple(notes))
 
 

@@ -189,7 +189,9 @@ def replay(case: dict, config: dict, write_step=None):
         from kvsim.engine.keys import intern_keys
 
         ids = [requests[i][4] for i in order]
-        most = np.array([min(requests[i][1] + requests[i][2], config["max_model_len"]) for i in order], np.int64)
+        most = np.array(
+            [min(requests[i][1] + requests[i][2], config["max_model_len"]) for i in order], np.int64
+        )
         keys = intern_keys(
             np.maximum(most, 0),
             config["block_size"],

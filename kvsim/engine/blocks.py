@@ -234,7 +234,11 @@ def check_blocks(s):
                 return 6
             if (pool.blocks[newer].older if newer > 0 else s.keys.newest[key]) != b:
                 return 6
-    if owners[0] != 0 or in_use + now.free_blocks != s.settings.num_gpu_blocks - 1 or cached != now.cached_blocks:
+    if (
+        owners[0] != 0
+        or in_use + now.free_blocks != s.settings.num_gpu_blocks - 1
+        or cached != now.cached_blocks
+    ):
         return 5
     b = pool.blocks[0].next
     free = 0

@@ -399,7 +399,9 @@ def admit(s, r, n, num_hits):
     if s.settings.enable_prefix_caching:
         touch_hits(s, row, num_hits)
         count_hits(now, row, hit, is_first)
-    now.saw_prefill |= hit < known_tokens(row) - 1  # one token to compute does not count for the cadence (3.17)
+    now.saw_prefill |= (
+        hit < known_tokens(row) - 1
+    )  # one token to compute does not count for the cadence (3.17)
     needed = blocks_needed(row, hit + n, s.settings)
     row.computed = hit
     now.held_tokens += hit

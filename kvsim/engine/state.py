@@ -265,10 +265,11 @@ NOW = np.dtype(
             # queues
             "num_running", "num_preempted", "received_head", "received_tail", "queued_tokens",
             # pool
-            "free_blocks", "cached_blocks", "table_entries", "held_tokens", "num_free_slots", "table_stride", "peak_used",
+            "free_blocks", "cached_blocks", "table_entries", "held_tokens", "num_free_slots", "table_stride",
+            "peak_used",
             # the step being scheduled
             "budget", "threshold", "defer", "cap_bound", "last_prefill", "num_scheduled", "num_victims",
-            "num_dropped", "sampled", "prefill_step", "prefill_tokens", "decode_tokens", "ctx", "prefill_ctx",
+            "num_dropped", "sampled", "prefill_tokens", "decode_tokens", "ctx", "prefill_ctx",
             "prefill_pairs", "received_in_step", "saw_prefill",
             # rows of the step log
             "log_running", "log_waiting", "log_free", "log_running_after", "log_waiting_after", "log_free_after",
@@ -278,7 +279,8 @@ NOW = np.dtype(
             "lonely_request", "lonely_tokens", "livelock", "dead",
             # totals
             "num_events", "total_preemptions", "total_admissions", "total_scheduled", "total_prefill",
-            "total_decode", "total_generated", "total_rejected", "prefix_queries", "prefix_hits", "gap_sum", "gap_count", "num_ended", "needs", "broken",
+            "total_decode", "total_generated", "total_rejected", "prefix_queries", "prefix_hits", "gap_sum",
+            "gap_count", "num_ended", "needs", "broken",
         )
     ]
 )  # fmt: skip
@@ -301,8 +303,9 @@ def pack(
     """The state for `n` requests, every dtype and contiguity fixed, so that `advance` has one signature.
 
     `arrival_ns` int64[n] non-decreasing; `prompt_tokens`, `output_tokens` int32[n]. The input is copied where
-    the engine writes. `keys` (from `engine.keys`) are needed with prefix caching. `parent` int64[n], the row of the previous turn (always an earlier row) or -1, and
-    `delay_ns` int64[n], think time: see `Turns`. Blocks are taken from the front of a free list 1, 2, ..., N-1 (1.2).
+    the engine writes. `keys` (from `engine.keys`) are needed with prefix caching. `parent` int64[n], the row
+    of the previous turn (always an earlier row) or -1, and `delay_ns` int64[n], think time: see `Turns`. Blocks
+    are taken from the front of a free list 1, 2, ..., N-1 (1.2).
     """
     n = len(arrival_ns)
     seqs = settings.max_num_seqs

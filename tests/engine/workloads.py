@@ -59,7 +59,7 @@ def workloads(draw):
     prefix_unit = draw(some.sampled_from([1, 2, 3, block_size, 2 * block_size, 24]))
     if draw(some.booleans()):  # some share prefixes: few content ids, often the same first ones
         ids = some.lists(some.integers(0, 2), max_size=2 * max_model_len // prefix_unit + 1)
-        rows = [((*row, None, 0)[:5] + (tuple(draw(ids)),)) for row in rows]
+        rows = [(*(*row, None, 0)[:5], tuple(draw(ids))) for row in rows]
     settings = naive.Settings(
         enable_prefix_caching=draw(some.booleans()),
         prefix_unit=prefix_unit,
@@ -90,7 +90,10 @@ def workloads(draw):
 
 def columns_of(rows):
     """The rows of the naive engine as the columns that `pack` takes."""
-    columns = [list(column) for column in zip(*((*row[:5], *(None, 0)[len(row) - 3 :])[:5] for row in rows), strict=True)]
+    columns = [
+        list(column)
+        for column in zip(*((*row[:5], *(None, 0)[len(row) - 3 :])[:5] for row in rows), strict=True)
+    ]
     columns[3] = [-1 if parent is None else parent for parent in columns[3]]
     names = ("arrival_ns", "prompt_tokens", "output_tokens", "parent", "delay_ns")
     return {name: np.array(column, np.int64) for name, column in zip(names, columns, strict=True)}
