@@ -35,13 +35,14 @@ def intern_keys(
     nodes, depths = np.empty(len(ids), np.int64), np.empty(len(ids), np.int64)
     size = 1 << max(4, int(2 * len(ids)).bit_length())
     slots = np.full((3, size), _EMPTY, np.int64)
-    num_nodes = _make_tree(offsets, ids, nodes, depths, slots[0], slots[1], slots[2])
+    num_nodes = _make_tree(offsets, ids, nodes, depths, *slots) if len(ids) else 0
     depths = depths[:num_nodes]
     blocks_in_unit = (depths + 1) * unit // block_size - depths * unit // block_size
     node_base = np.concatenate([[0], np.cumsum(blocks_in_unit)]).astype(np.int64)
     shared_from = np.concatenate([[0], np.cumsum(num_shared)]).astype(np.int64)
     shared = np.empty(int(shared_from[-1]), np.int64)
-    _fill_keys(offsets, nodes, node_base, shared_from, block_size, unit, shared)
+    if len(shared):
+        _fill_keys(offsets, nodes, node_base, shared_from, block_size, unit, shared)
     own_from = int(node_base[-1]) + np.concatenate([[0], np.cumsum(num_blocks - num_shared)]).astype(np.int64)
     num_keys = int(own_from[-1])
     return Keys(shared_from, shared, own_from, np.zeros(num_keys, np.int32), np.zeros(num_keys, np.int32))

@@ -163,8 +163,16 @@ def throughput_rows(summary: dict) -> list[tuple[str, str]]:
         ("output tokens", f"{words.rate(summary['output_throughput'])} tokens/s"),
         ("steps", f"{summary['num_steps']:,}"),
         ("preemptions", f"{summary['num_preemptions']:,}"),
+        *_prefix_hits(summary),
         ("replayed in", format_ns(summary["wall"]["engine_s"] * NS_PER_S)),
     ]
+
+
+def _prefix_hits(summary: dict) -> list[tuple[str, str]]:
+    """One row when there was a look-up, none otherwise."""
+    cache = summary["prefix_cache"]
+    share = words.percent(cache["hits"], cache["queries"]) if cache["queries"] else ""
+    return [("found in prefix cache", f"{share} of tokens")] if share else []
 
 
 def goodput_sentence(summary: dict) -> str:
