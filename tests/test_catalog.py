@@ -3,16 +3,17 @@
 import json
 import time
 
+import msgspec
 import pytest
 
 from kvsim import catalog
-from kvsim.catalog.architecture import from_entry
+from kvsim.catalog.architecture import LayerGroup, from_entry
 from kvsim.errors import UserError
 from kvsim.specs import load_gpu, load_model
 from kvsim.units import GIB, MIB
 
 MODELS = catalog.ids("models")
-PLAIN = [name for name in MODELS if load_model(name).parts]
+WITH_FORMULA = [name for name in MODELS if load_model(name).parts]
 
 
 @pytest.mark.parametrize("kind", ["models", "gpus"])
@@ -22,29 +23,35 @@ def test_equals_the_registry(kind, shared):
 
 
 def test_counts():
-    assert (len(MODELS), len(catalog.ids("gpus")), len(PLAIN)) == (82, 34, 56)
+    assert (len(MODELS), len(catalog.ids("gpus")), len(WITH_FORMULA)) == (82, 34, 81)
 
 
-@pytest.mark.parametrize("name", PLAIN)
+def _as_facts(groups):
+    return sorted(msgspec.json.encode(group) for group in groups)
+
+
+@pytest.mark.parametrize("name", WITH_FORMULA)
 def test_formula_equals_the_published_shape(name):
     """Parameters equal the registry's and those of transformers; groups and context too."""
     entry = catalog.find("models", name)
     model, params = load_model(name), entry["params"]
     assert model.num_params == params["total"] == params["transformers_meta_total"]
-    assert model.num_active_params == params["active"]
+    assert model.num_active_params == params["active"] or params["active"] is None
     components = model.params_by_component()
     assert components["embedding"] + components.get("head", 0) == params["embedding_and_head"] + (
         (2048 + 2) * model.hidden_size if model.model_type == "opt" else 0
     )
-    assert model.cached_elems_per_token == entry["kv"]["elems_per_token_below_window"]
-    assert [(g.kind, g.layers, g.window) for g in model.layer_groups] == [
-        (g["kind"], g["layers"], g.get("window")) for g in entry["kv"]["layer_groups"]
-    ]
+    index = sum(g.layers * g.dsa_index_elems_per_token_per_layer for g in model.layer_groups)
+    assert model.cached_elems_per_token == entry["kv"]["elems_per_token_below_window"] + index
+    groups = msgspec.convert(entry["kv"]["layer_groups"], list[LayerGroup])
+    assert _as_facts(model.layer_groups) == _as_facts(groups)
+    state = sum(group.state_elems_per_sequence for group in model.layer_groups)
+    assert state == entry["kv"]["state_elems_per_sequence"]
     assert model.max_position_embeddings == entry["config"]["max_position_embeddings"]
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in PLAIN])
-def test_hybrids_load_with_the_catalogue_counts(name):
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in WITH_FORMULA])
+def test_models_without_a_formula_load_with_the_catalogue_counts(name):
     model, entry = load_model(name), catalog.find("models", name)
     assert model.num_params == entry["params"]["total"]
     assert sum(g.layers for g in model.layer_groups) == model.num_hidden_layers
