@@ -163,8 +163,12 @@ _SPELLINGS = {
 class _Config:
     """A config.json with what is wrong in it told as one sentence: which file, which field, what to do."""
 
-    def __init__(self, fields: dict, where: str):
-        self.fields, self.where = fields, where
+    def __init__(self, fields: dict, where: str, spelled: dict[str, str] | None = None):
+        self.fields, self.where, self.spelled = fields, where, spelled or {}
+
+    def called(self, name: str) -> str:
+        """What the file calls a field, in quotes."""
+        return repr(self.spelled.get(name, name))
 
     def fail(self, sentence: str) -> UserError:
         return UserError(f"{self.where}: {sentence}")
@@ -180,9 +184,11 @@ class _Config:
         """A whole number from `least` to `most`; without a default the field must be there."""
         value = self.get(name, default)
         if value is None:
-            raise self.fail(f"{name!r} is missing, and a model cannot be sized without it")
+            raise self.fail(f"{self.called(name)} is missing, and a model cannot be sized without it")
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise self.fail(f"{name!r} is {value!r}; it must be a whole number from {least} to {most:,}")
+            raise self.fail(
+                f"{self.called(name)} is {value!r}; it must be a whole number from {least} to {most:,}"
+            )
         return value
 
     def number(self, name: str, default: float, fields: dict | None = None) -> float:
@@ -209,12 +215,15 @@ class _Config:
         return bool(self.get(value, False)) if isinstance(value, str) else value
 
 
-def from_config(config: dict, *, name: str, where: str, facts: dict | None = None) -> ModelSpec:
+def from_config(
+    config: dict, *, name: str, where: str, facts: dict | None = None, spelled: dict[str, str] | None = None
+) -> ModelSpec:
     """The model that a Hugging Face config describes.
 
     `where` (the file, or the catalogue) starts every error; `facts` are more `ModelSpec` fields (source,
-    family, ...). Raises UserError when model_type is unknown, a field is missing, no number, or two fields
-    contradict each other. A nested `text_config` is read instead of the fields around it.
+    family, ...); `spelled` is what the file calls a field, if not by its name in a config. Raises UserError
+    when model_type is unknown, a field is missing, no number, or two fields contradict each other. A nested
+    `text_config` is read instead of the fields around it.
     """
     inner = config.get("text_config")
     if isinstance(inner, dict):
@@ -222,7 +231,7 @@ def from_config(config: dict, *, name: str, where: str, facts: dict | None = Non
     for nested in ("attn_config", "ffn_config"):  # DBRX
         if isinstance(config.get(nested), dict):
             config = {**config[nested], **{k: v for k, v in config.items() if k != nested}}
-    c = _Config(config, where)
+    c = _Config(config, where, spelled)
     model_type = c.text("model_type")
     if c.get("compress_ratios") is not None:
         raise c.fail("'compress_ratios' is compressed attention (DeepSeek-V4), which cannot be sized yet")
