@@ -121,7 +121,7 @@ def _shapes(args: argparse.Namespace) -> list[dict]:
     from kvsim.report import catalogue
 
     return [
-        {"dtype": dtype}
+        {"dtype": kv_format(dtype).name}
         | catalogue.shape_kv(
             layers=args.layers,
             kv_heads=heads,

@@ -84,7 +84,7 @@ def model_facts(model: ModelSpec, contexts: tuple[int, ...] = CONTEXTS, tp: int 
         "weights": _weights(model),
         "kv": _kv(model, contexts) if sized else None,
     }
-    if model.num_experts:
+    if model.moe_layers:
         facts["experts"] = {
             "num_experts": model.num_experts,
             "num_experts_per_tok": model.num_experts_per_tok,
@@ -377,13 +377,13 @@ def gpu_facts(gpu: GpuSpec) -> dict:
 
 
 def _table(
-    header: list[str], rows: list[list[str]], left: tuple[int, ...] = (0,), indent: str = ""
+    header: list[str], rows: list[list[str]], left: tuple[int, ...] = (0,), indent: str = "", gap: str = "  "
 ) -> list[str]:
-    """Columns as wide as their widest cell, two spaces between; numbers to the right."""
+    """Columns as wide as their widest cell; numbers to the right."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     return [
         indent
-        + "  ".join(
+        + gap.join(
             cell.ljust(width) if i in left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
@@ -393,16 +393,16 @@ def _table(
 
 def _wrapped(label: str, text: str) -> list[str]:
     return textwrap.wrap(
-        f"{label}{text}", _WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        f"{label}{text}",
+        _WIDTH,
+        subsequent_indent="  " if label else "",
+        break_long_words=False,
+        break_on_hyphens=False,
     )
 
 
 def _short_params(params: int | None) -> str:
     return "-" if params is None else f"{params / 1e9:,.2f} B"
-
-
-def _kib(num_bytes: int) -> str:
-    return f"{num_bytes / KIB:,.2f} KiB"
 
 
 def _context(tokens: int) -> str:
@@ -413,12 +413,12 @@ def model_list_text(rows: list[dict]) -> str:
     """The table of `kvsim models`."""
     table = []
     for row in rows:
-        attention = row["attention"].removeprefix("hybrid(").removesuffix(")")
-        kv = _kib(row["kv_bytes_per_token"]) if row["kv_bytes_per_token"] else "-"
+        attention = row["attention"].removeprefix("hybrid(").removesuffix(")").replace("gated_", "")
+        kv = f"{row['kv_bytes_per_token'] / KIB:,.2f}" if row["kv_bytes_per_token"] else "-"
         table.append(
             [
                 row["name"] + ("*" if row["unverified"] else ""),
-                _short_params(row["num_params"]),
+                f"{row['num_params'] / 1e9:,.2f}",
                 str(row["num_hidden_layers"]),
                 kv,
                 _context(row["max_position_embeddings"]),
@@ -426,14 +426,11 @@ def model_list_text(rows: list[dict]) -> str:
             ]
         )
     header = ["model", "params", "layers", "KV/token", "context", "attention"]
-    lines = _table(header, table, left=(0, 5))
-    lines += [
-        "",
-        f"{len(rows)} models. KV/token: bytes that one token adds at 16 bit while no window is full;",
-    ]
-    lines += ["swa, chunked: windows cap it; mamba, deltanet, lightning, kda: state a sequence"]
-    lines += ["instead. B: 1e9; K: 1,024 tokens; KiB: 1,024 bytes. *: some facts are unverified."]
-    lines += ["kvsim models NAME says the rest."]
+    lines = _table(header, [["", "1e9", "", "KiB", "tokens", ""], *table], left=(0, 5))
+    lines += ["", *_wrapped("", f"{len(rows)} models. K: 1,024 tokens. KiB: 1,024 bytes. KV/token: what"
+              " one token adds at 16 bit while no window is full; swa and chunked layers keep a window, mamba,"
+              " deltanet, lightning and kda layers a state of fixed size instead. *: some facts are"
+              " unverified. kvsim models NAME says the rest.")]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -468,21 +465,25 @@ def _params_text(params: dict, experts: dict | None) -> list[str]:
     if "embedding" in params:
         layers, norms = params["layers"], params["norms"]
         rows.append(["embedding", f"{params['embedding']:,}", ""])
-        each = " + ".join(
-            f"{kind['layers']} x {kind['params']:,}"
-            if len(layers["each"]) > 1
-            else f"{kind['params']:,} each"
-            for kind in layers["each"][:3]
-        )
-        rows.append([f"{layers['count']} layers", f"{layers['total']:,}", each])
+        each = layers["each"]
+        note = f"{each[0]['params']:,} each" if len(each) == 1 else ""
+        rows.append([f"{layers['count']} layers", f"{layers['total']:,}", note])
+        if len(each) > 1:
+            rows += [
+                [f"  {kind['layers']} of", f"{kind['params']:,}", f"{kind['layers'] * kind['params']:,}"]
+                for kind in each
+            ]
         rows += [[f"  {name}", f"{size:,}", ""] for name, size in layers["by_component"].items()]
         rows.append(["head", f"{params['head']:,}", "" if params["head"] else "tied to the embedding"])
         rows.append(["norms", f"{norms['total']:,}", f"{norms['in_layers']:,} of them in the layers"])
     if experts:
         rows.append(
-            ["experts", f"{experts['num_experts']:,}", f"in {experts['moe_layers']} layers,"
-             f" {experts['num_experts_per_tok']} a token"]
-        )  # fmt: skip
+            [
+                "experts",
+                f"{experts['num_experts']:,}",
+                f"in {experts['moe_layers']} layers, {experts['num_experts_per_tok']} a token",
+            ]
+        )
     return _table(["", "", ""], rows, left=(0, 2), indent="  ")[1:]
 
 
@@ -504,8 +505,8 @@ def _kv_text(facts: dict) -> list[str]:
     per_token = kv["bytes_per_token"]
     if per_token["16bit"]:
         size = per_token["16bit"]
-        lines.append(f"  a token: {size:,} B = {size / KIB:,.2f} KiB = {size / 1000:,.2f} kB at 16 bit,"
-                     f" {per_token['fp8']:,} B at fp8")  # fmt: skip
+        lines.append(f"  a token: {size:,} B = {size / KIB:,.2f} KiB = {size / 1000:,.2f} kB at 16 bit")
+        lines.append(f"           {per_token['fp8']:,} B at fp8")
     if kv["bytes_per_token_beyond_windows"] != per_token["16bit"]:
         lines.append(f"  beyond the windows: {kv['bytes_per_token_beyond_windows']:,} B a token at 16 bit")
     if kv["index_bytes_per_token"]:
@@ -544,8 +545,9 @@ def _group_text(group: dict) -> str:
         return f"{layers}: a latent vector of {group['kv_lora_rank']} + {group['qk_rope_head_dim']}, on every GPU"
     if group["kind"] == "linear_state":
         return (
-            f"{layers}: {group['variant']}, {group['state_elems_per_seq_per_layer']:,} +"
-            f" {group.get('conv_elems_per_seq_per_layer', 0):,} numbers a sequence each"
+            f"{layers}: {group['variant']},"
+            f" {group['state_elems_per_seq_per_layer'] + group.get('conv_elems_per_seq_per_layer', 0):,}"
+            " numbers a sequence each"
         )
     if group["kind"] == "no_cache":
         return f"{layers}: no attention"
@@ -559,16 +561,20 @@ def _tensor_parallel_text(facts: dict) -> list[str]:
     lines = [f"each of {facts['size']} GPUs under tensor parallelism"]
     if facts["weights_per_gpu"] is not None:
         rows = [
-            [label, f"{facts['weights_per_gpu'][name]['gb']:,.3f} GB",
-             f"{facts['weights_per_gpu'][name]['gib']:,.3f} GiB"]
+            [
+                label,
+                f"{facts['weights_per_gpu'][name]['gb']:,.3f} GB",
+                f"{facts['weights_per_gpu'][name]['gib']:,.3f} GiB",
+            ]
             for name, label in TABLE_FORMATS
-        ]  # fmt: skip
+        ]
         lines += _table(["", "", ""], rows, indent="  ")[1:]
     size = facts["kv_bytes_per_token_per_gpu"]["16bit"]
     copies = facts["kv_copies"]
-    lines.append(f"  KV: {size:,} B a token at 16 bit" + (
-        f", each kept on {copies:g} GPUs" if copies and copies > 1 else ""
-    ))  # fmt: skip
+    lines.append(
+        f"  KV: {size:,} B a token at 16 bit"
+        + (f", each kept on {copies:g} GPUs" if copies and copies > 1 else "")
+    )
     rows = [[f"{row['tokens']:,}", f"{row['gib']:,.3f} GiB"] for row in facts["per_sequence_per_gpu"]]
     return lines + _table(["tokens", "16 bit"], rows, left=(), indent="  ")
 
@@ -582,8 +588,14 @@ def nominal_text(rows: list[dict]) -> str:
         table.append([row["params"], *(f"{row['weights'][name]['gb']:,.2f} GB" for name in names)])
         table.append(["", *(f"{row['weights'][name]['gib']:,.2f} GiB" for name in names)])
     lines = _table(header, table)
-    return "\n".join([*lines, "", "nominal: parameters x bytes a parameter. Real checkpoints differ: a name is",
-                      "rounded, and below 16 bit embedding and head stay at 16 (kvsim models NAME)."])  # fmt: skip
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "nominal: parameters x bytes a parameter. Real checkpoints differ: a name is",
+            "rounded, and below 16 bit embedding and head stay at 16 (kvsim models NAME).",
+        ]
+    )
 
 
 def shape_text(rows: list[dict]) -> str:
@@ -591,17 +603,23 @@ def shape_text(rows: list[dict]) -> str:
     table = [
         [
             f"{row['layers']} x {row['kv_heads']} x {row['head_dim']}",
+            row["dtype"],
             f"{row['bytes_per_token']:,} B",
             f"{row['kept_tokens']:,}",
-            str(row["sequences"]),
             f"{row['bytes']:,} B",
             f"{row['gib']:,.3f} GiB",
-            f"{row['gb']:,.3f} GB",
         ]
         for row in rows
     ]
-    header = ["layers x KV heads x dim", "a token", "tokens", "seqs", "", "", ""]
-    return "\n".join(_table(header, table))
+    lines = _table(["shape", "KV in", "a token", "tokens", "", ""], table, left=(0, 1))
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"shape: layers x KV heads x head dim; sequences at once: {rows[0]['sequences']:,};",
+            "layers x tokens x 2 x KV heads x head dim x bytes x sequences",
+        ]
+    )
 
 
 def gpu_list_text(rows: list[dict]) -> str:
@@ -625,14 +643,11 @@ def gpu_list_text(rows: list[dict]) -> str:
         )
     header = ["GPU", "sold", "smi", "CUDA", "memory", "16 bit", "fp8", "link", "has no"]
     units = ["", "GB", "MiB", "GiB", "GB/s", "TFLOPS", "TFLOPS", "GB/s", ""]
-    lines = _table(header, [units, *table], left=(0, 8))
-    lines += [
-        "",
-        f"{len(rows)} accelerators. sold: marketed GB; smi: total of nvidia-smi; CUDA: what the runtime",
-    ]
-    lines += ["reports and an engine divides up (~: smi less 0.45 GiB). TFLOPS dense. link: one"]
-    lines += ["direction, NVLink or the like, else PCIe. *: some facts are unverified."]
-    lines += ["kvsim gpus NAME says the rest."]
+    lines = _table(header, [units, *table], left=(0, 8), gap=" ")
+    lines += ["", *_wrapped("", f"{len(rows)} accelerators. sold: marketed GB. smi: the total that nvidia-smi"
+              " prints. CUDA: what the runtime reports and an engine divides up (~: smi less 0.45 GiB). TFLOPS"
+              " dense. link: one direction, NVLink or the like, else PCIe. *: some facts are unverified."
+              " kvsim gpus NAME says the rest.")]  # fmt: skip
     return "\n".join(lines)
 
 
