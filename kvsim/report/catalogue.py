@@ -470,7 +470,11 @@ def _params_text(params: dict, experts: dict | None) -> list[str]:
         rows.append([f"{layers['count']} layers", f"{layers['total']:,}", note])
         if len(each) > 1:
             rows += [
-                [f"  {kind['layers']} of", f"{kind['params']:,}", f"{kind['layers'] * kind['params']:,}"]
+                [
+                    f"  {kind['layers']} of them",
+                    f"{kind['layers'] * kind['params']:,}",
+                    f"{kind['params']:,} each",
+                ]
                 for kind in each
             ]
         rows += [[f"  {name}", f"{size:,}", ""] for name, size in layers["by_component"].items()]
