@@ -13,6 +13,7 @@ from kvsim.catalog.checkpoint import component_of
 from kvsim.errors import UserError
 from kvsim.memory import fit
 from kvsim.memory.weights import rank_weight_bytes
+from kvsim.report.catalogue import model_facts, model_text
 from kvsim.specs import ModelSpec, deployment, load_model
 from tests.checkpoints import (
     GGUF_TINY,
@@ -191,7 +192,7 @@ def edit_index(path, change):
             "has the shape",
         ),
         (
-            lambda shard, index: shard.write_bytes(shard.read_bytes().replace(b'"data_offsets": [0', b'"data_offsets": [1', 1)),
+            lambda shard, index: shard.write_bytes(shard.read_bytes().replace(b'offsets": [0', b'offsets": [1', 1)),
             "start at 1 instead of 0",
         ),
         (lambda shard, index: index.write_text("{"), "no index of safetensors shards"),
@@ -268,9 +269,9 @@ def test_components(name, component):
 
 @pytest.fixture
 def gguf(tmp_path):
-    def write(data=None, name="tiny.gguf", **options):
-        path = tmp_path / name
-        path.write_bytes(gguf_bytes(**options) if data is None else data)
+    def write(whole=None, **options):
+        path = tmp_path / "tiny.gguf"
+        path.write_bytes(gguf_bytes(**options) if whole is None else whole)
         return path
 
     return write
@@ -452,7 +453,9 @@ def test_a_real_vocabulary_is_skipped_quickly(gguf):
 
 def loads_or_says_why(path):
     try:
-        assert isinstance(load_model(path), ModelSpec)
+        model = load_model(path)
+        assert isinstance(model, ModelSpec)
+        assert model_text(model_facts(model))
     except UserError as error:
         assert "\n" not in str(error)
 

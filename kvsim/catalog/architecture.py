@@ -477,10 +477,10 @@ def _layer_groups(
 
 def _heads_of(c: _Config, kind: str, kv_heads: int, head_dim: int) -> tuple[int, int, bool]:
     """KV heads, their size, and whether K is V, in a kind of layer: Gemma 4's global layers have their own."""
-    if kind != "full" or c.get("global_head_dim") is None:
+    if kind != "full" or c.get("model_type") != "gemma4_text":
         return kv_heads, head_dim, False
     heads = c.size("num_global_key_value_heads", kv_heads)
-    return heads, c.size("global_head_dim"), bool(c.get("attention_k_eq_v", False))
+    return heads, c.size("global_head_dim", head_dim), bool(c.get("attention_k_eq_v", False))
 
 
 def _layer_sets(model_type: str, listed: list[str] | None, mixers: list[str]) -> dict[str, tuple[int, ...]]:
@@ -575,7 +575,7 @@ def _parts(
     where = "attention" if {"linear_state", "no_cache"} & set(mixers) else "every"
     if family.mla:
         yield from _mla_parts(c, family, hidden, heads, where)
-    elif c.get("global_head_dim") is not None:
+    elif model_type == "gemma4_text":
         for kind in dict.fromkeys(mixers):
             kind_heads, dim, shared = _heads_of(c, kind, kv_heads, head_dim)
             yield from _attention_parts(c, family, hidden, heads, kind_heads, dim, kind, shared)
