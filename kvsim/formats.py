@@ -54,8 +54,39 @@ WEIGHT_FORMATS = {
                source="w8a8, one scale a channel, not counted"),
         Format("int4", 4, group=128, group_bits=20, min_capability=7.5,
                source="GPTQ/AWQ, group 128: fp16 scale and packed zero, 2.5 bytes a group"),
+        Format("mxfp4", 4, group=32, group_bits=8, min_capability=8.0,
+               source="OCP MX: one shared exponent byte for 32 numbers; gpt-oss stores its experts so"),
     )
 }  # fmt: skip
+
+# ggml's tensor types by their number in a GGUF file: name, numbers a block, bytes a block. Source: ggml's
+# type traits (GGML_QUANT_SIZES of gguf-py).
+GGML_TYPES = {
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 36), 10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210),
+    15: ("Q8_K", 256, 292), 16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50), 20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136), 24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8),
+    28: ("F64", 1, 8), 29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
+}  # fmt: skip
+
+
+def _ggml_formats() -> dict[str, Format]:
+    """The quantised ones as formats, under small letters; what is left of a block beside whole bits is its scales."""
+    out = {}
+    for name, block, size in GGML_TYPES.values():
+        if block > 1 and name not in ("MXFP4", "NVFP4"):
+            bits = size * 8 // block
+            out[name.lower()] = Format(
+                name.lower(), bits, group=block, group_bits=size * 8 - bits * block, min_capability=6.0,
+                source="ggml",
+            )  # fmt: skip
+    return out
+
+
+WEIGHT_FORMATS |= _ggml_formats()
 
 # What vLLM's --quantization calls them. A method that is not here is refused by name.
 QUANTIZATIONS = {

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import msgspec
 
 from kvsim import catalog, formats
+from kvsim.catalog import checkpoint, smi
 from kvsim.catalog.architecture import LayerGroup, ModelSpec, Part, from_config, from_entry
 from kvsim.errors import UserError, did_you_mean
 from kvsim.units import GIB, MIB, format_gib, parse_bytes, parse_count
@@ -28,6 +29,7 @@ __all__ = [
     "ModelSpec",
     "Part",
     "add_engine_arguments",
+    "check_parallel",
     "check_simulated",
     "check_supported",
     "deployment",
@@ -42,7 +44,8 @@ __all__ = [
 class GpuSpec(msgspec.Struct, frozen=True, kw_only=True):
     """An accelerator. `total_bytes` is what the CUDA runtime reports and what engines divide up;
     `memory_total_bytes` is what nvidia-smi prints. Bandwidths are decimal GB/s, `link_gb_s` one direction
-    per GPU, TFLOPS dense."""
+    per GPU, TFLOPS dense. Out of an nvidia-smi file come also `used_bytes`, what others held then, and
+    `num_listed`, how many GPUs there are."""
 
     name: str
     full_name: str
@@ -53,10 +56,13 @@ class GpuSpec(msgspec.Struct, frozen=True, kw_only=True):
     memory_marketed_gb: float = 0
     memory_total_bytes: int
     total_bytes: int
+    total_is_estimated: bool = False
     mem_bandwidth_gb_s: float
     tflops_dense: dict[str, float | None]
     link_gb_s: float
     has_nvlink: bool = False
+    used_bytes: int = 0
+    num_listed: int | None = None
     source: str = ""
     unverified: tuple[str, ...] = ()
     notes: str | None = None
@@ -66,6 +72,12 @@ class GpuSpec(msgspec.Struct, frozen=True, kw_only=True):
         peak = self.tflops_dense.get("fp16_bf16") or 0.0
         # without a measured fp32 entry: TF32 tensor cores run at half the 16-bit rate
         return peak / 2 if compute == "fp32" else self.tflops_dense.get(compute) or peak
+
+    @property
+    def unsupported(self) -> tuple[str, ...]:
+        """Formats that the GPU has no units for; weights in them run at 16 bit or not at all."""
+        no_bf16 = ("bf16",) if _capability(self) < formats.WEIGHT_FORMATS["bf16"].min_capability else ()
+        return no_bf16 + tuple(f for f in ("fp8", "int8", "fp4") if self.tflops_dense.get(f) is None)
 
 
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -155,22 +167,70 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def load_model(name: str | Path) -> ModelSpec:
-    """A model by catalogue id, alias or Hugging Face id (any case), or from a config.json or its directory.
+    """A model by catalogue id, alias or Hugging Face id (any case), or from files: a config.json, a checkpoint
+    folder (config.json and safetensors: exact bytes), a GGUF file.
 
-    Raises UserError: a misspelt name with the closest ones; a file that is not there, not JSON, of an
-    unknown model_type, without a needed field, or contradicting itself, naming the file and the field.
+    Raises UserError: a misspelt name with the closest ones; a file that is not there, damaged, of an unknown
+    model_type, without a needed field, or contradicting itself, naming the file and the field.
     """
     path = Path(name).expanduser()
-    if path.is_dir():
-        path = path / "config.json"
-        if not path.exists():
-            raise UserError(f"{path}: there is no config.json in this directory")
     text = str(name)
-    if path.is_file():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, ValueError):  # a name no file can have
+        is_folder = is_file = False
+    if is_folder:
+        return _read_folder(path)
+    if is_file and path.suffix.lower() == ".gguf":
+        return _read_gguf(path)
+    if is_file and path.name.endswith((".safetensors", ".index.json", ".bin")):
+        raise UserError(f"{path}: is one file of a checkpoint; give its folder {path.parent}")
+    if is_file:
         return _read_config(path)
-    if text.endswith(".json") or text.startswith((".", "/", "~")):
+    if text.endswith((".json", ".gguf", ".safetensors")) or text.startswith((".", "/", "~")):
         raise UserError(f"{path}: there is no such file")
     return from_entry(catalog.find("models", text))
+
+
+def _read_folder(folder: Path) -> ModelSpec:
+    """A checkpoint: the shape from config.json, the bytes from whatever weights lie beside it."""
+    if not (folder / "config.json").is_file():
+        ggufs = sorted(folder.glob("*.gguf"))
+        firsts = [p for p in ggufs if not re.search(r"-\d{5}-of-\d{5}$", p.stem) or "-00001-of-" in p.stem]
+        if len(firsts) == 1:
+            return _read_gguf(firsts[0])
+        if firsts:
+            raise UserError(f"{folder}: holds {len(firsts)} GGUF models; name one, such as {firsts[0]}")
+        raise UserError(f"{folder}: there is no config.json in this directory")
+    model = _read_config(folder / "config.json")
+    stored, notes = checkpoint.read_folder(folder, model)
+    if stored is not None:
+        notes += _stored_notes(model, stored)
+    return msgspec.structs.replace(model, checkpoint=stored, notes=_sentences(model.notes, *notes))
+
+
+def _stored_notes(model: ModelSpec, stored: checkpoint.Checkpoint) -> list[str]:
+    notes = []
+    for component, what in (
+        ("mtp", "layers that only speculative decoding loads; they are not counted"),
+        ("vision", "a vision or audio tower"),
+    ):
+        size = stored.bytes_by_component.get(component)
+        if size:
+            notes.append(f"{format_gib(size)} of the stored bytes are {what}")
+    beside = sum(stored.bytes_by_component.get(c, 0) for c in ("mtp", "vision", "other"))
+    if model.weight_format is None and stored.num_tensors and stored.num_bytes > beside:
+        elements = stored.num_elements * (1 - beside / stored.num_bytes)
+        if abs(elements / model.num_params - 1) > 0.005:
+            notes.append(
+                f"the tensors hold {round(elements):,} parameters, the shape in config.json has"
+                f" {model.num_params:,}"
+            )
+    return notes
+
+
+def _sentences(*notes: str | None) -> str | None:
+    return "; ".join(note for note in notes if note) or None
 
 
 def _read_config(path: Path) -> ModelSpec:
@@ -183,19 +243,96 @@ def _read_config(path: Path) -> ModelSpec:
     if not isinstance(config, dict):
         raise UserError(f"{path}: holds no JSON object, so it is no model config.json")
     name = config.get("_name_or_path") or (path.parent.name if path.name == "config.json" else path.stem)
-    facts = {"source": str(path)}
-    if isinstance(config.get("text_config"), dict):
-        facts["notes"] = "only text_config is counted; a vision or audio tower comes on top"
+    notes = []
+    if isinstance(config.get("text_config"), dict) or config.get("vision_config") is not None:
+        notes.append("only text_config is counted; a vision or audio tower comes on top")
+    inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    if inner.get("num_nextn_predict_layers") or inner.get("mtp_num_hidden_layers"):
+        notes.append("layers for multi-token prediction are not counted; published totals may include them")
+    facts = {"source": str(path), "notes": _sentences(*notes)}
     return from_config(config, name=str(name), where=str(path), facts=facts)
+
+
+def _read_gguf(path: Path) -> ModelSpec:
+    """The shape from the metadata, the bytes from the table of tensors; all parts of a split file."""
+    parts = checkpoint.gguf_parts(path)
+    headers = [checkpoint.gguf(part) for part in parts]
+    tensors = [tensor for header in headers for tensor in header.tensors]
+    config, spelled = checkpoint.gguf_config(parts[0], headers[0], tensors)
+    notes = []
+    for part, header in zip(parts, headers, strict=True):
+        size = part.stat().st_size
+        if size < header.full_bytes:
+            notes.append(
+                f"{part.name} has {size:,} of the {header.full_bytes:,} bytes that its header describes: a"
+                " header alone, or a download that did not end"
+            )
+    given = headers[0].metadata.get("general.name")
+    facts = {"source": str(path)}
+    model = from_config(
+        config,
+        name=given if isinstance(given, str) and given else path.stem,
+        where=str(parts[0]),
+        facts=facts,
+        spelled=spelled,
+    )
+    stored = checkpoint.tally(tensors, model.num_hidden_layers, len(parts))
+    dtype = checkpoint.dominant_dtype(stored).lower()
+    floats = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
+    notes += _stored_notes(model, stored)
+    return msgspec.structs.replace(
+        model,
+        dtype=floats.get(dtype, "float16"),
+        weight_format=None if dtype in floats else dtype,
+        native_quantization=None if dtype in floats else f"gguf, mostly {dtype}",
+        checkpoint=stored,
+        notes=_sentences(model.notes, *notes),
+    )
 
 
 # The CUDA runtime reports less than nvidia-smi: pages that the driver keeps (shared spec, memory.md).
 DRIVER_RESERVED_BYTES = round(0.45 * GIB)
 
 
-def load_gpu(name: str) -> GpuSpec:
-    """An accelerator by catalogue id, alias or name (any case). UserError with the closest names."""
-    e = catalog.find("gpus", str(name))
+def load_gpu(name: str | Path) -> GpuSpec:
+    """An accelerator by catalogue id, alias or name (any case), or what nvidia-smi printed into a file:
+
+        nvidia-smi --query-gpu=name,memory.total,memory.used --format=csv > gpu.csv
+
+    Memory is then that of the file, the rest the catalogue's. Raises UserError with the closest names; for a
+    file also when its GPUs differ, are split (MIG), or it is something else.
+    """
+    path = Path(name).expanduser()
+    text = str(name)
+    try:
+        is_file = path.is_file()
+    except (OSError, ValueError):
+        is_file = False
+    if is_file:
+        return _gpu_of_file(path)
+    if text.endswith((".csv", ".txt")) or text.startswith((".", "/", "~")):
+        raise UserError(f"{path}: there is no such file; give --gpu a name or what nvidia-smi printed")
+    return gpu_of_entry(catalog.find("gpus", text))
+
+
+def _gpu_of_file(path: Path) -> GpuSpec:
+    listed = smi.read(path)
+    gpu = gpu_of_entry(listed.entry)
+    total = min(listed.total_bytes)
+    # what the CUDA runtime lacks of nvidia-smi's total is the driver's, whatever the card's own total
+    reserved = gpu.memory_total_bytes - gpu.total_bytes
+    return msgspec.structs.replace(
+        gpu,
+        memory_total_bytes=total,
+        total_bytes=total - reserved,
+        used_bytes=max(listed.used_bytes),
+        num_listed=len(listed.total_bytes),
+        source=f"memory from {path}, the rest: {gpu.source}",
+    )
+
+
+def gpu_of_entry(e: dict) -> GpuSpec:
+    """An accelerator out of the catalogue's own facts."""
     torch_total = e["memory_torch_total_gib"]
     links = e["interconnect_gb_s"]
     nvlink = links["scale_up_bidirectional_per_gpu"]
@@ -211,6 +348,7 @@ def load_gpu(name: str) -> GpuSpec:
         total_bytes=(
             round(torch_total * GIB) if torch_total else e["memory_total_mib"] * MIB - DRIVER_RESERVED_BYTES
         ),
+        total_is_estimated=torch_total is None,
         mem_bandwidth_gb_s=e["mem_bandwidth_gb_s"],
         tflops_dense=e["tflops_dense"],
         link_gb_s=nvlink / 2 if nvlink else links["pcie_one_direction"] or 0.0,
@@ -237,8 +375,8 @@ def deployment(model: str | Path | ModelSpec, *, gpu: str | GpuSpec, **settings)
     given = _read_settings(asked)
     _check_ranges(given)
     _refuse_not_built(given)
-    _check_parallel(model, given)
-    notes = [*_format_notes(model, gpu, given)]
+    check_parallel(model, given)
+    notes = [*_format_notes(model, gpu, given), *_file_notes(model, gpu, given)]
     resolved, more = _resolve_sizes(model, gpu, given)
     notes += more
     notes.append("asynchronous scheduling is off: vLLM turns it on, kvsim does not simulate it yet")
@@ -354,7 +492,8 @@ def check_simulated(dep: Deployment) -> None:
         )
 
 
-def _check_parallel(model: ModelSpec, s: EngineSettings) -> None:
+def check_parallel(model: ModelSpec, s: EngineSettings) -> None:
+    """Raise UserError for a model that tensor or pipeline parallelism of that size cannot divide."""
     tp, pp = s.tensor_parallel_size, s.pipeline_parallel_size
     heads, kv = model.num_attention_heads, model.num_key_value_heads
     if heads % tp:
@@ -395,6 +534,28 @@ def _resolve_dtype(model: ModelSpec, gpu: GpuSpec, s: EngineSettings) -> tuple[s
     if dtype == "bfloat16" and _capability(gpu) < formats.WEIGHT_FORMATS["bf16"].min_capability:
         return "float16", f"dtype float16: {gpu.name} has no bfloat16"
     return dtype, None
+
+
+def _file_notes(model: ModelSpec, gpu: GpuSpec, s: EngineSettings) -> list[str]:
+    """Sentences about what came out of files: stored weights, memory in use."""
+    notes = []
+    num_gpus = s.tensor_parallel_size * s.pipeline_parallel_size * s.data_parallel_size
+    if gpu.num_listed is not None:
+        if num_gpus > gpu.num_listed:
+            raise UserError(f"{num_gpus} GPUs are asked for, but the nvidia-smi file lists {gpu.num_listed}")
+        used = f", of which {format_gib(gpu.used_bytes)} were in use" if gpu.used_bytes else ""
+        notes.append(
+            f"{gpu.name} by the nvidia-smi file: {gpu.num_listed} of {gpu.memory_total_bytes // MIB:,} MiB"
+            f"{used}"
+        )
+    if model.checkpoint is not None:
+        own = s.quantization is None or formats.weight_format(s.quantization).name == model.weight_format
+        notes.append(
+            f"weights: the {model.checkpoint.num_bytes:,} bytes that are stored"
+            if own
+            else f"weights: computed for quantization {s.quantization}, not those that are stored"
+        )
+    return notes
 
 
 def _capability(gpu: GpuSpec) -> float:

@@ -104,6 +104,9 @@ def test_numba_is_spelled_in_one_place():
             "import kvsim; kvsim.fit(kvsim.deployment('llama-3.1-8b', gpu='a100-80gb'))",
             {"numba", "pyarrow", "plotly"},
         ),
+        ("from kvsim.cli import main; main(['models'])", {"numpy", "numba", "pyarrow", "plotly", "rich"}),
+        ("from kvsim.cli import main; main(['models', 'phi-4', '--json'])", {"numpy", "numba", "pyarrow"}),
+        ("from kvsim.cli import main; main(['gpus'])", {"numpy", "numba", "pyarrow", "plotly", "rich"}),
     ],
 )
 def test_quick_commands_stay_light(code, absent):

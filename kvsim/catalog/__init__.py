@@ -58,6 +58,11 @@ def ids(kind: str) -> list[str]:
     return [row.id for row in getattr(msgspec.json.decode(_file(kind), type=_KINDS[kind][0]), kind)]
 
 
+def entries(kind: str) -> list[dict]:
+    """The facts of all `"models"` or `"gpus"`, in the catalogue's order."""
+    return msgspec.json.decode(_file(kind))[kind]
+
+
 def find(kind: str, name: str) -> dict:
     """The facts of one model or accelerator, by id, alias, Hugging Face id or marketing name, in any case.
 

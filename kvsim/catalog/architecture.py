@@ -1,9 +1,7 @@
-"""What a model is made of: its weights part by part, and what its layers keep for every token.
+"""From the fields of a Hugging Face config.json to a `ModelSpec`.
 
-`from_config` turns the fields of a Hugging Face config.json into a `ModelSpec`. One table of parts gives
-parameter counts, bytes per rank under tensor and pipeline parallelism, and the matrix products of a step,
-so they cannot disagree. The formulas are those written in the catalogue (`formulas` in models.json), which
-were checked against models instantiated from the same configs.
+One family a model_type says how its layers differ from Llama's. The formulas are those written in the
+catalogue (`formulas` in models.json), which were checked against models instantiated from the same configs.
 """
 
 from __future__ import annotations
@@ -13,142 +11,11 @@ from typing import NamedTuple
 
 import msgspec
 
+from kvsim.catalog import hybrids
+from kvsim.catalog.model import Checkpoint, LayerGroup, ModelSpec, Part
 from kvsim.errors import UserError, did_you_mean
 
-
-class Part(msgspec.Struct, frozen=True, kw_only=True):
-    """One weight tensor of a layer (or of the model): `copies` matrices of `rows` x `cols`.
-
-    where: "every", "dense" or "moe" layer; "first" (embedding) or "last" (head, final norm) pipeline stage.
-    split: what tensor parallelism does: it divides "columns" or "rows", "kv" columns down to whole KV heads,
-    "vocab" after padding the vocabulary to a multiple of 64, and replicates "none".
-    linear: stored in the quantised format if there is one. op: the fused matrix product in which an engine
-    uses it, "" for none; a tied embedding is used as lm_head.
-    """
-
-    name: str
-    component: str
-    rows: int
-    cols: int
-    where: str = "every"
-    copies: int = 1
-    split: str = "none"
-    linear: bool = False
-    op: str = ""
-
-    @property
-    def elements(self) -> int:
-        """Parameters in one layer."""
-        return self.copies * self.rows * self.cols
-
-    def rank_shape(self, tp: int, kv_heads: int, expert_parallel: bool = False) -> tuple[int, int, int]:
-        """(copies, rows, cols) that one of `tp` tensor-parallel ranks holds of one layer."""
-        copies, rows, cols = self.copies, self.rows, self.cols
-        if self.component == "experts" and expert_parallel:
-            return -(-copies // tp), rows, cols  # whole experts, dealt out
-        if self.split == "kv":  # whole KV heads; each rank has at least one
-            return copies, rows, cols // kv_heads * max(1, kv_heads // tp)
-        if self.split == "vocab":  # vLLM pads the vocabulary to a multiple of 64 before dividing it
-            first = self.where == "first"
-            share = -(-(rows if first else cols) // 64) * 64 // tp
-            return (copies, share, cols) if first else (copies, rows, share)
-        if self.split == "rows":
-            return copies, rows // tp, cols
-        return copies, rows, cols // tp if self.split == "columns" else cols
-
-
-class LayerGroup(msgspec.Struct, frozen=True, kw_only=True):
-    """Layers that keep the same state for a sequence. Elements are not yet divided by tensor parallelism.
-
-    kind: full, sliding, chunked (`window` tokens), mla, linear_state, no_cache or unsupported.
-    """
-
-    kind: str
-    layers: int
-    kv_heads: int = 0
-    head_dim: int = 0
-    window: int | None = None
-    elems_per_token_per_layer: int = 0
-    kv_lora_rank: int = 0
-    qk_rope_head_dim: int = 0
-    dsa_index_elems_per_token_per_layer: int = 0
-    tp_shardable: bool = True
-    k_eq_v: bool = False
-    variant: str | None = None
-    state_elems_per_seq_per_layer: int = 0
-    conv_elems_per_seq_per_layer: int = 0
-    note: str | None = None
-
-    def rank_elems_per_token(self, tp: int) -> int:
-        """Elements that one token keeps in one full or MLA layer on one of `tp` ranks: K and V of the rank's
-        KV heads, at least one; MLA's latent vector is replicated (scheduler rule 5.3)."""
-        if self.kind == "mla":
-            return self.kv_lora_rank + self.qk_rope_head_dim
-        return 2 * max(1, self.kv_heads // tp) * self.head_dim
-
-
-class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """A model as memory and step time need it. Made by `load_model`; plain data, nothing is per rank.
-
-    `parts` is empty for the models of the catalogue that have no formula here yet (hybrids): they can be
-    listed, not fitted. `weight_format` is the checkpoint's own quantisation ("fp8_block", ...), None if it
-    is stored in `dtype`. `max_position_embeddings` is the context that an engine derives from the config.
-    """
-
-    name: str
-    hf_id: str = ""
-    model_type: str = ""
-    family: str = ""
-    attention: str = ""
-    source: str = ""
-    unverified: tuple[str, ...] = ()
-    notes: str | None = None
-    dtype: str = "bfloat16"
-    native_quantization: str | None = None
-    weight_format: str | None = None
-    hidden_size: int = 0
-    intermediate_size: int = 0
-    num_hidden_layers: int = 0
-    num_attention_heads: int = 0
-    num_key_value_heads: int = 0
-    head_dim: int = 0
-    value_head_dim: int = 0
-    vocab_size: int = 0
-    max_position_embeddings: int = 0
-    rotary_dim: int = 0
-    tie_word_embeddings: bool = False
-    gated_mlp: bool = True
-    num_experts: int = 0
-    num_experts_per_tok: int = 0
-    moe_intermediate_size: int = 0
-    moe_layers: tuple[int, ...] = ()
-    layer_groups: tuple[LayerGroup, ...] = ()
-    parts: tuple[Part, ...] = ()
-    num_params: int = 0
-    num_active_params: int = 0
-
-    def layers_where(self, where: str, layers: range | None = None) -> int:
-        """How many of `layers` (all by default) are of a kind: "every", "moe" or "dense"."""
-        layers = range(self.num_hidden_layers) if layers is None else layers
-        moe = sum(i in layers for i in self.moe_layers)
-        return {"every": len(layers), "moe": moe, "dense": len(layers) - moe}[where]
-
-    def params_by_component(self) -> dict[str, int]:
-        """Parameters of each component (embedding, attention, mlp, experts, router, norms, head)."""
-        out: dict[str, int] = {}
-        for part in self.parts:
-            times = 1 if part.where in ("first", "last") else self.layers_where(part.where)
-            out[part.component] = out.get(part.component, 0) + part.elements * times
-        return out
-
-    @property
-    def cached_elems_per_token(self) -> int:
-        """Elements that one more token adds to the cache, over all layers, windows not yet full."""
-        return sum(
-            g.layers * (g.elems_per_token_per_layer + g.dsa_index_elems_per_token_per_layer)
-            for g in self.layer_groups
-        )
-
+__all__ = ["Checkpoint", "LayerGroup", "ModelSpec", "Part", "from_config", "from_entry"]
 
 # ---------------------------------------------------------------- families
 
@@ -170,6 +37,15 @@ class _Family(NamedTuple):
     router_bias: bool = False
     shared_gate: bool = False
     mla: bool = False
+    indexer: bool = False  # sparse attention's own small key for every token (DSA)
+    q_gate: bool | str = False  # an output gate doubles q_proj
+    sinks: bool = False  # one more number a head
+    expert_bias: bool = False
+    # Layers of more than one kind, where the config does not list them: every `full_every`-th (a number, or
+    # the field that says it and what it means when absent) has full attention, the `others` have not.
+    others: str = ""
+    full_every: int | tuple[str, int] = 0
+    state: str = ""  # what the linear_state layers are
 
 
 _FAMILIES = {
@@ -199,7 +75,75 @@ _FAMILIES = {
     "deepseek_v2": _Family(moe=True, mla=True),
     "deepseek_v3": _Family(moe=True, mla=True, router_bias=True),
     "kimi_k2": _Family(moe=True, mla=True, router_bias=True),
+    "deepseek_v32": _Family(moe=True, mla=True, router_bias=True, indexer=True),
+    "glm_moe_dsa": _Family(moe=True, mla=True, router_bias=True, indexer=True),
+    "smollm3": _Family(qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias", tied=True),
+    "internlm2": _Family(qkv_bias="bias", o_bias="bias"),
+    "olmo2": _Family(qkv_bias="attention_bias", o_bias="attention_bias", qk_norm="all"),
+    "starcoder2": _Family(
+        gated=False, norm_bias=True, qkv_bias="use_bias", o_bias="use_bias", mlp_bias="use_bias", tied=True
+    ),
+    "cohere": _Family(norms=1, qkv_bias="attention_bias", o_bias="attention_bias", tied=True),
+    "cohere2": _Family(
+        norms=1, qkv_bias="attention_bias", o_bias="attention_bias", tied=True,
+        others="sliding", full_every=("sliding_window_pattern", 4),
+    ),
+    "gemma": _Family(tied=True),
+    "gemma2": _Family(norms=4, tied=True, others="sliding", full_every=2),
+    "gemma3_text": _Family(
+        norms=4, tied=True, qk_norm="head", others="sliding", full_every=("sliding_window_pattern", 6)
+    ),
+    "gemma4_text": _Family(norms=4, tied=True, qk_norm="head", moe=True, others="sliding", full_every=6),
+    "gpt_oss": _Family(
+        moe=True, qkv_bias=True, o_bias=True, router_bias=True, expert_bias=True, sinks=True,
+        others="sliding", full_every=2,
+    ),
+    "llama4_text": _Family(
+        moe=True, qkv_bias="attention_bias", o_bias="attention_bias", others="chunked", full_every=4
+    ),
+    "qwen3_next": _Family(
+        moe=True, qk_norm="head", shared_gate=True, q_gate=True, state="gated_deltanet",
+        others="linear_state", full_every=("full_attention_interval", 4),
+    ),
+    "qwen3_5_text": _Family(
+        qk_norm="head", q_gate=True, state="gated_deltanet",
+        others="linear_state", full_every=("full_attention_interval", 4),
+    ),
+    "qwen3_5_moe_text": _Family(
+        moe=True, qk_norm="head", shared_gate=True, q_gate=True, state="gated_deltanet",
+        others="linear_state", full_every=("full_attention_interval", 4),
+    ),
+    "granitemoehybrid": _Family(moe=True, state="mamba2", tied=True, others="linear_state"),
+    "jamba": _Family(moe=True, state="mamba1", others="linear_state"),
+    "minimax": _Family(moe=True, state="lightning", others="linear_state"),
+    "nemotron_h": _Family(
+        gated=False, norms=1, moe=True, router_bias=True, state="mamba2", mlp_bias="mlp_bias",
+        qkv_bias="attention_bias", o_bias="attention_bias", others="linear_state",
+    ),
+    "kimi_linear": _Family(moe=True, mla=True, router_bias=True, state="kda", others="linear_state"),
+}  # fmt: skip
+
+# model_types whose text part has the shape of another.
+_SAME_SHAPE = {
+    "qwen2_vl": "qwen2",
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+    "qwen3_vl_moe_text": "qwen3_moe",
+    "minimax_text_01": "minimax",
 }
+
+# What a class assumes for fields that its published config.json leaves out.
+_DEFAULTS = {
+    "gemma3_text": {
+        "vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+        "max_position_embeddings": 131072,
+    },
+    "gemma2": {"head_dim": 256},
+    "gemma": {"head_dim": 256},
+    "cohere2": {"sliding_window": 4096},
+}  # fmt: skip
 
 # The same fact under other names, in order of preference.
 _SPELLINGS = {
@@ -209,15 +153,22 @@ _SPELLINGS = {
     "max_position_embeddings": ("max_seq_len", "n_positions", "seq_length"),
     "intermediate_size": ("ffn_dim", "ffn_hidden_size"),
     "num_experts": ("num_local_experts", "n_routed_experts", "moe_num_experts"),
-    "num_experts_per_tok": ("moe_top_k",),
+    "num_experts_per_tok": ("moe_top_k", "num_experts_per_token", "top_k_experts"),
+    "n_shared_experts": ("num_shared_experts",),
+    "num_key_value_heads": ("num_kv_heads",),
+    "head_dim": ("attention_head_dim",),
 }
 
 
 class _Config:
     """A config.json with what is wrong in it told as one sentence: which file, which field, what to do."""
 
-    def __init__(self, fields: dict, where: str):
-        self.fields, self.where = fields, where
+    def __init__(self, fields: dict, where: str, spelled: dict[str, str] | None = None):
+        self.fields, self.where, self.spelled = fields, where, spelled or {}
+
+    def called(self, name: str) -> str:
+        """What the file calls a field, in quotes."""
+        return repr(self.spelled.get(name, name))
 
     def fail(self, sentence: str) -> UserError:
         return UserError(f"{self.where}: {sentence}")
@@ -233,9 +184,11 @@ class _Config:
         """A whole number from `least` to `most`; without a default the field must be there."""
         value = self.get(name, default)
         if value is None:
-            raise self.fail(f"{name!r} is missing, and a model cannot be sized without it")
+            raise self.fail(f"{self.called(name)} is missing, and a model cannot be sized without it")
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise self.fail(f"{name!r} is {value!r}; it must be a whole number from {least} to {most:,}")
+            raise self.fail(
+                f"{self.called(name)} is {value!r}; it must be a whole number from {least} to {most:,}"
+            )
         return value
 
     def number(self, name: str, default: float, fields: dict | None = None) -> float:
@@ -262,12 +215,15 @@ class _Config:
         return bool(self.get(value, False)) if isinstance(value, str) else value
 
 
-def from_config(config: dict, *, name: str, where: str, facts: dict | None = None) -> ModelSpec:
+def from_config(
+    config: dict, *, name: str, where: str, facts: dict | None = None, spelled: dict[str, str] | None = None
+) -> ModelSpec:
     """The model that a Hugging Face config describes.
 
     `where` (the file, or the catalogue) starts every error; `facts` are more `ModelSpec` fields (source,
-    family, ...). Raises UserError when model_type is unknown, a field is missing, no number, or two fields
-    contradict each other. A nested `text_config` is read instead of the fields around it.
+    family, ...); `spelled` is what the file calls a field, if not by its name in a config. Raises UserError
+    when model_type is unknown, a field is missing, no number, or two fields contradict each other. A nested
+    `text_config` is read instead of the fields around it.
     """
     inner = config.get("text_config")
     if isinstance(inner, dict):
@@ -275,15 +231,20 @@ def from_config(config: dict, *, name: str, where: str, facts: dict | None = Non
     for nested in ("attn_config", "ffn_config"):  # DBRX
         if isinstance(config.get(nested), dict):
             config = {**config[nested], **{k: v for k, v in config.items() if k != nested}}
-    c = _Config(config, where)
+    c = _Config(config, where, spelled)
     model_type = c.text("model_type")
+    if c.get("compress_ratios") is not None:
+        raise c.fail("'compress_ratios' is compressed attention (DeepSeek-V4), which cannot be sized yet")
+    model_type = _SAME_SHAPE.get(model_type, model_type)
     if model_type not in _FAMILIES:
-        known = sorted(_FAMILIES)
+        known = sorted((*_FAMILIES, *_SAME_SHAPE))
         hint = did_you_mean(str(model_type), known) or f"; supported are {', '.join(known)}"
         if model_type is None:
             raise c.fail(f"'model_type' is missing{hint}")
         raise c.fail(f"model_type {model_type!r} is not supported in a config.json yet{hint}")
     family = _FAMILIES[model_type]
+    absent = {k: v for k, v in _DEFAULTS.get(model_type, {}).items() if c.fields.get(k) is None}
+    c.fields = {**c.fields, **absent}
 
     hidden, layers = c.size("hidden_size"), c.size("num_hidden_layers", most=10_000)
     heads = c.size("num_attention_heads")
@@ -301,21 +262,23 @@ def from_config(config: dict, *, name: str, where: str, facts: dict | None = Non
         head_dim = hidden // heads
     if c.get("word_embed_proj_dim", hidden) != hidden:
         raise c.fail("word_embed_proj_dim differs from hidden_size, which is not supported yet")
-    moe_layers = _moe_layers(c, family, layers)
-    if len(moe_layers) == layers:
-        dense_size = c.size("intermediate_size", 0, least=0)
-    else:
-        dense_size = c.size("intermediate_size", 4 * hidden if model_type == "falcon" else None)
     context = _context(c, 2048 if model_type == "falcon" else None)
+    listed = hybrids.blocks(c, family, layers)
+    mixers = hybrids.mixers(c, family, listed, layers, context)
+    moe_layers = _moe_layers(c, model_type, family, listed, layers)
+    dense_size = _dense_size(c, model_type, hidden, has_dense=len(moe_layers) < layers)
     tied = bool(c.get("tie_word_embeddings", family.tied))
-    parts = tuple(_parts(c, family, hidden, heads, kv_heads, head_dim, dense_size, moe_layers, tied))
-    groups = _layer_groups(c, family, layers, kv_heads, head_dim, context)
+    state = hybrids.state(c, family.state, hidden, heads, head_dim) if "linear_state" in mixers else None
+    groups = _layer_groups(c, family, mixers, kv_heads, head_dim, state)
+    parts = tuple(
+        _parts(c, model_type, hidden, heads, kv_heads, head_dim, dense_size, mixers, moe_layers, state, tied)
+    )
     rotary_dim = c.size("qk_rope_head_dim") if family.mla else head_dim * c.number("partial_rotary_factor", 1)
     quantization = c.get("quantization_config")
     if quantization is not None and not isinstance(quantization, dict):
         raise c.fail(f"'quantization_config' is {quantization!r}; it must be an object")
     values = {
-        "attention": "mla" if family.mla else {heads: "mha", 1: "mqa"}.get(kv_heads, "gqa"),
+        "attention": _attention_name(groups, heads, kv_heads),
         "dtype": c.text("torch_dtype") or c.text("dtype") or "bfloat16",
         "native_quantization": str(quantization.get("quant_method")) if quantization else None,
         **(facts or {}),
@@ -341,6 +304,8 @@ def from_config(config: dict, *, name: str, where: str, facts: dict | None = Non
         moe_intermediate_size=_moe_size(c) if moe_layers else 0,
         moe_layers=moe_layers,
         layer_groups=groups,
+        layer_sets=_layer_sets(model_type, listed, mixers),
+        state_dtype=c.text("mamba_ssm_cache_dtype") or c.text("mamba_ssm_dtype"),
         parts=parts,
         **values,
     )
@@ -354,7 +319,7 @@ def from_config(config: dict, *, name: str, where: str, facts: dict | None = Non
 
 
 def from_entry(entry: dict) -> ModelSpec:
-    """The model of a catalogue entry. Hybrids without a formula here keep the catalogue's own counts."""
+    """The model of a catalogue entry. One without a formula here keeps the catalogue's own counts."""
     facts = {
         "hf_id": entry["hf_id"],
         "family": entry["family"],
@@ -368,6 +333,7 @@ def from_entry(entry: dict) -> ModelSpec:
     config = entry["config"]
     if config["model_type"] in _FAMILIES:
         return from_config(config, name=entry["id"], where=f"catalogue model {entry['id']}", facts=facts)
+    groups = msgspec.convert(entry["kv"]["layer_groups"], tuple[LayerGroup, ...])
     c = _Config(config, entry["id"])
     heads = c.get("num_attention_heads")
     return ModelSpec(
@@ -385,7 +351,7 @@ def from_entry(entry: dict) -> ModelSpec:
         num_experts=c.get("num_experts", 0),
         num_experts_per_tok=c.get("num_experts_per_tok", c.get("top_k_experts", 0)),
         moe_intermediate_size=c.get("moe_intermediate_size", 0),
-        layer_groups=msgspec.convert(entry["kv"]["layer_groups"], tuple[LayerGroup, ...]),
+        layer_groups=groups,
         num_params=entry["params"]["total"],
         num_active_params=entry["params"]["active"],
         **facts,
@@ -406,10 +372,28 @@ def _kv_heads(c: _Config, model_type: str, heads: int) -> int:
     return c.size("num_key_value_heads", heads)
 
 
-def _moe_layers(c: _Config, family: _Family, layers: int) -> tuple[int, ...]:
+def _moe_layers(
+    c: _Config, model_type: str, family: _Family, listed: list[str] | None, layers: int
+) -> tuple[int, ...]:
     """Indices of the layers with experts."""
     if not family.moe:
         return ()
+    if (
+        model_type == "nemotron_h"
+    ):  # the class default of n_routed_experts invents experts; the pattern does not
+        return tuple(i for i, kind in enumerate(listed or ()) if kind == "moe")
+    if model_type == "gemma4_text":
+        return tuple(range(layers)) if c.get("enable_moe_block", False) else ()
+    if model_type == "granitemoehybrid":
+        return tuple(range(layers)) if c.size("num_experts", 0, least=0) else ()
+    if model_type == "jamba":
+        every, offset = c.size("expert_layer_period", 2), c.size("expert_layer_offset", 1, least=0)
+        return tuple(i for i in range(layers) if i % every == offset) if c.size("num_experts") > 1 else ()
+    if model_type == "llama4_text":
+        chosen = c.list("moe_layers")
+        step = c.size("interleave_moe_layer_step", 1)
+        chosen = range(step - 1, layers, step) if chosen is None else chosen
+        return tuple(i for i in range(layers) if i in chosen)
     if family.mla or c.get("first_k_dense_replace") is not None:
         if c.get("num_experts") is None:
             return ()
@@ -417,6 +401,17 @@ def _moe_layers(c: _Config, family: _Family, layers: int) -> tuple[int, ...]:
         return tuple(i for i in range(first, layers) if i % every == 0)
     step, dense = c.size("decoder_sparse_step", 1), c.list("mlp_only_layers") or []
     return tuple(i for i in range(layers) if i not in dense and (i + 1) % step == 0)
+
+
+def _dense_size(c: _Config, model_type: str, hidden: int, *, has_dense: bool) -> int:
+    """Width of the MLP of layers without experts."""
+    if model_type == "llama4_text":
+        return c.size("intermediate_size_mlp", None if has_dense else 0, least=0)
+    if model_type == "granitemoehybrid":  # without experts, the shared MLP is what is left
+        return c.size("shared_intermediate_size", None if has_dense else 0, least=0)
+    if not has_dense:
+        return c.size("intermediate_size", 0, least=0)
+    return c.size("intermediate_size", 4 * hidden if model_type == "falcon" else None)
 
 
 def _moe_size(c: _Config) -> int:
@@ -436,51 +431,86 @@ def _context(c: _Config, default: int | None = None) -> int:
     kind = str(scaling.get("rope_type", scaling.get("type")))
     if kind in ("None", "default", "mrope", "longrope", "su", "llama3") or "factor" not in scaling:
         return positions
+    if str(c.get("model_type")).startswith("gemma3"):  # its positions are already those after scaling
+        return positions
     if kind == "yarn":
         positions = c.number("original_max_position_embeddings", positions, scaling)
     return int(positions * c.number("factor", 1, scaling))
 
 
 def _layer_groups(
-    c: _Config, family: _Family, layers: int, kv_heads: int, head_dim: int, context: int
+    c: _Config,
+    family: _Family,
+    mixers: list[str],
+    kv_heads: int,
+    head_dim: int,
+    state: hybrids.State | None,
 ) -> tuple[LayerGroup, ...]:
-    if family.mla:
-        rank, rope = c.size("kv_lora_rank"), c.size("qk_rope_head_dim")
-        return (
-            LayerGroup(
+    groups = []
+    for kind in dict.fromkeys(mixers):
+        layers = mixers.count(kind)
+        if kind == "linear_state":
+            group = LayerGroup(
+                kind=kind, layers=layers, variant=state.variant,
+                state_elems_per_seq_per_layer=state.state_elems, conv_elems_per_seq_per_layer=state.conv_elems,
+            )  # fmt: skip
+        elif kind == "no_cache":
+            group = LayerGroup(kind=kind, layers=layers)
+        elif family.mla:
+            rank, rope = c.size("kv_lora_rank"), c.size("qk_rope_head_dim")
+            group = LayerGroup(
                 kind="mla", layers=layers, kv_lora_rank=rank, qk_rope_head_dim=rope,
                 elems_per_token_per_layer=rank + rope, tp_shardable=False,
-            ),
-        )  # fmt: skip
-    kinds = _attention_kinds(c, layers, context)
-    window = c.get("sliding_window")
-    return tuple(
-        LayerGroup(
-            kind=kind, layers=kinds.count(kind), kv_heads=kv_heads, head_dim=head_dim,
-            window=window if kind == "sliding" else None, elems_per_token_per_layer=2 * kv_heads * head_dim,
-        )
-        for kind in dict.fromkeys(kinds)
-    )  # fmt: skip
+                dsa_index_elems_per_token_per_layer=c.size("index_head_dim") if family.indexer else 0,
+            )  # fmt: skip
+        else:
+            heads, dim, shared = _heads_of(c, kind, kv_heads, head_dim)
+            window = {"sliding": c.get("sliding_window"), "chunked": c.get("attention_chunk_size")}.get(kind)
+            group = LayerGroup(
+                kind=kind, layers=layers, kv_heads=heads, head_dim=dim, window=window,
+                elems_per_token_per_layer=(1 if shared else 2) * heads * dim, k_eq_v=shared,
+                note="K shared with V if the engine exploits attention_k_eq_v, else x2" if shared else None,
+            )  # fmt: skip
+        groups.append(group)
+    return tuple(groups)
 
 
-def _attention_kinds(c: _Config, layers: int, context: int) -> list[str]:
-    """ "full" or "sliding" for every layer. A window as long as the context is none (Phi-4-mini), nor is one
-    that use_sliding_window switches off (Qwen2)."""
-    window = c.get("sliding_window")
-    slides = window is not None and bool(c.get("use_sliding_window", True))
-    if slides and c.size("sliding_window") >= context:
-        slides = False
-    types = c.list("layer_types")
-    if types is None:
-        first = c.size("max_window_layers", 0, least=0) if c.get("use_sliding_window") else 0
-        return ["sliding" if slides and i >= first else "full" for i in range(layers)]
-    if len(types) != layers:
-        raise c.fail(f"'layer_types' lists {len(types)} layers but num_hidden_layers is {layers}")
-    known = {"full_attention": "full", "sliding_attention": "sliding" if slides else "full"}
-    for kind in types:
-        if str(kind) not in known:
-            raise c.fail(f"'layer_types' has {kind!r} layers, which are not supported yet")
-    return [known[kind] for kind in types]
+def _heads_of(c: _Config, kind: str, kv_heads: int, head_dim: int) -> tuple[int, int, bool]:
+    """KV heads, their size, and whether K is V, in a kind of layer: Gemma 4's global layers have their own."""
+    if kind != "full" or c.get("model_type") != "gemma4_text":
+        return kv_heads, head_dim, False
+    heads = c.size("num_global_key_value_heads", kv_heads)
+    return heads, c.size("global_head_dim", head_dim), bool(c.get("attention_k_eq_v", False))
+
+
+def _layer_sets(model_type: str, listed: list[str] | None, mixers: list[str]) -> dict[str, tuple[int, ...]]:
+    """Names for the layers of a kind, where not all layers are of one."""
+    sets: dict[str, tuple[int, ...]] = {}
+    states = tuple(i for i, kind in enumerate(mixers) if kind == "linear_state")
+    attention = tuple(i for i, kind in enumerate(mixers) if kind not in ("linear_state", "no_cache"))
+    if len(attention) < len(mixers):
+        sets |= {"attention": attention, "state": states}
+    if model_type == "nemotron_h":  # a layer has one mixer or one MLP
+        sets["dense"] = tuple(i for i, kind in enumerate(listed or ()) if kind == "mlp")
+    if model_type == "gemma4_text":
+        sets["sliding"] = tuple(i for i, kind in enumerate(mixers) if kind == "sliding")
+        sets["full"] = tuple(i for i, kind in enumerate(mixers) if kind == "full")
+        sets["dense"] = tuple(range(len(mixers)))  # beside the experts
+    return sets
+
+
+def _attention_name(groups: tuple[LayerGroup, ...], heads: int, kv_heads: int) -> str:
+    """One word for the table: gqa, mla+dsa, gqa+swa/full, hybrid(gqa+mamba2), ..."""
+    kinds = {group.kind for group in groups}
+    if "mla" in kinds:
+        name = "mla+dsa" if any(g.dsa_index_elems_per_token_per_layer for g in groups) else "mla"
+    else:
+        name = {heads: "mha", 1: "mqa"}.get(kv_heads, "gqa")
+    windows = {"sliding": "swa", "chunked": "chunked"}
+    name += "".join(f"+{word}" for kind, word in windows.items() if kind in kinds)
+    name += "/full" if kinds > {"full"} and kinds & set(windows) else ""
+    states = [g.variant for g in groups if g.kind == "linear_state"]
+    return f"hybrid({name}+{states[0]})" if states else name
 
 
 def _checkpoint_format(c: _Config, quantization: dict | None) -> str | None:
@@ -491,6 +521,8 @@ def _checkpoint_format(c: _Config, quantization: dict | None) -> str | None:
     method = str(quantization.get("quant_method", "unknown"))
     if method == "fp8":
         return "fp8_block" if quantization.get("weight_block_size") else "fp8"
+    if method == "mxfp4":
+        return "mxfp4"
     if method in ("awq", "gptq"):
         bits = quantization.get("bits", quantization.get("w_bit", 4))
         group = quantization.get("group_size", quantization.get("q_group_size", 128))
@@ -519,15 +551,18 @@ def _checkpoint_format(c: _Config, quantization: dict | None) -> str | None:
 
 def _parts(
     c: _Config,
-    family: _Family,
+    model_type: str,
     hidden: int,
     heads: int,
     kv_heads: int,
     head_dim: int,
     dense_size: int,
+    mixers: list[str],
     moe_layers: tuple[int, ...],
+    state: hybrids.State | None,
     tied: bool,
 ) -> Iterator[Part]:
+    family = _FAMILIES[model_type]
     vocab = c.size("vocab_size")
     norm = hidden * (2 if family.norm_bias else 1)
     yield Part(
@@ -537,17 +572,26 @@ def _parts(
     if family.learned_positions >= 0:
         rows = c.size("max_position_embeddings") + family.learned_positions
         yield Part(name="embed_positions", component="embedding", rows=rows, cols=hidden, where="first")
+    where = "attention" if {"linear_state", "no_cache"} & set(mixers) else "every"
     if family.mla:
-        yield from _mla_parts(c, hidden, heads)
+        yield from _mla_parts(c, family, hidden, heads, where)
+    elif model_type == "gemma4_text":
+        for kind in dict.fromkeys(mixers):
+            kind_heads, dim, shared = _heads_of(c, kind, kv_heads, head_dim)
+            yield from _attention_parts(c, family, hidden, heads, kind_heads, dim, kind, shared)
     else:
-        yield from _attention_parts(c, family, hidden, heads, kv_heads, head_dim)
+        yield from _attention_parts(c, family, hidden, heads, kv_heads, head_dim, where)
+    if state is not None:
+        yield from state.parts
     norms = family.norms
-    if c.get("model_type") == "falcon" and c.get("parallel_attn", True):
+    if model_type == "falcon" and c.get("parallel_attn", True):
         norms = c.size("num_ln_in_parallel_attn", 2) if c.get("new_decoder_architecture", False) else 1
+    if model_type == "gemma4_text" and moe_layers:
+        norms += 3  # experts and MLP are each normalised before and after they are added
     yield Part(name="norms", component="norms", rows=norms, cols=norm)
     yield from _mlp_parts(family, "mlp", hidden, dense_size, "dense", c.flag(family.mlp_bias))
     if moe_layers:
-        yield from _moe_parts(c, family, hidden)
+        yield from _moe_parts(c, model_type, family, hidden)
     yield Part(name="norm", component="norms", rows=1, cols=norm, where="last")
     if not tied:
         yield Part(
@@ -559,19 +603,31 @@ def _parts(
 
 
 def _attention_parts(
-    c: _Config, family: _Family, hidden: int, heads: int, kv_heads: int, head_dim: int
+    c: _Config,
+    family: _Family,
+    hidden: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    where: str,
+    k_eq_v: bool = False,
 ) -> Iterator[Part]:
     q, kv = heads * head_dim, kv_heads * head_dim
+    prefix = f"{where}." if where in ("sliding", "full") else ""
 
     def linear(name: str, rows: int, cols: int, split: str, op: str) -> Part:
-        return Part(name=name, component="attention", rows=rows, cols=cols, split=split, linear=True, op=op)
+        return Part(
+            name=prefix + name, component="attention", rows=rows, cols=cols, where=where, split=split,
+            linear=not family.sinks, op=prefix + op,  # gpt-oss quantises its experts and nothing else
+        )  # fmt: skip
 
     def vector(name: str, size: int, split: str) -> Part:
-        return Part(name=name, component="attention", rows=1, cols=size, split=split)
+        return Part(name=prefix + name, component="attention", rows=1, cols=size, where=where, split=split)
 
-    yield linear("q_proj", hidden, q, "columns", "qkv_proj")
+    yield linear("q_proj", hidden, 2 * q if c.flag(family.q_gate) else q, "columns", "qkv_proj")
     yield linear("k_proj", hidden, kv, "kv", "qkv_proj")
-    yield linear("v_proj", hidden, kv, "kv", "qkv_proj")
+    if not k_eq_v:
+        yield linear("v_proj", hidden, kv, "kv", "qkv_proj")
     yield linear("o_proj", q, hidden, "rows", "o_proj")
     if c.flag(family.qkv_bias):
         yield vector("q_proj.bias", q, "columns")
@@ -579,6 +635,8 @@ def _attention_parts(
         yield vector("v_proj.bias", kv, "kv")
     if c.flag(family.o_bias):
         yield vector("o_proj.bias", hidden, "none")
+    if family.sinks:
+        yield vector("sinks", heads, "columns")
     qk_norm = family.qk_norm
     if qk_norm == "use_qk_norm":
         qk_norm = "head" if c.get("use_qk_norm", False) else ""
@@ -587,26 +645,36 @@ def _attention_parts(
         yield vector("k_norm", head_dim if qk_norm == "head" else kv, "none")
 
 
-def _mla_parts(c: _Config, hidden: int, heads: int) -> Iterator[Part]:
+def _mla_parts(c: _Config, family: _Family, hidden: int, heads: int, where: str) -> Iterator[Part]:
     rank, rope = c.size("kv_lora_rank"), c.size("qk_rope_head_dim")
     nope, value = c.size("qk_nope_head_dim"), c.size("v_head_dim")
     q_rank = c.size("q_lora_rank", 0, least=0)
 
     def linear(name: str, rows: int, cols: int, split: str, op: str) -> Part:
-        return Part(name=name, component="attention", rows=rows, cols=cols, split=split, linear=True, op=op)
+        return Part(
+            name=name, component="attention", rows=rows, cols=cols, where=where, split=split, linear=True,
+            op=op,
+        )  # fmt: skip
 
     if q_rank:
         yield linear("q_a_proj", hidden, q_rank, "none", "qkv_a_proj")
-        yield Part(name="q_a_layernorm", component="norms", rows=1, cols=q_rank)
+        yield Part(name="q_a_layernorm", component="norms", rows=1, cols=q_rank, where=where)
         yield linear("q_b_proj", q_rank, heads * (nope + rope), "columns", "q_b_proj")
     else:
         yield linear("q_proj", hidden, heads * (nope + rope), "columns", "q_proj")
     yield linear("kv_a_proj_with_mqa", hidden, rank + rope, "none", "qkv_a_proj")
-    yield Part(name="kv_a_layernorm", component="norms", rows=1, cols=rank)
+    yield Part(name="kv_a_layernorm", component="norms", rows=1, cols=rank, where=where)
     yield linear("kv_b_proj", rank, heads * (nope + value), "columns", "kv_b_proj")
     yield linear("o_proj", heads * value, hidden, "rows", "o_proj")
     if c.get("attention_bias", False):
-        yield Part(name="mla.bias", component="attention", rows=1, cols=q_rank + rank + rope + hidden)
+        cols = q_rank + rank + rope + hidden
+        yield Part(name="mla.bias", component="attention", rows=1, cols=cols, where=where)
+    if family.indexer:
+        index_heads, index_dim = c.size("index_n_heads"), c.size("index_head_dim")
+        yield linear("indexer.wq_b", q_rank or hidden, index_heads * index_dim, "none", "indexer.wq_b")
+        yield linear("indexer.wk", hidden, index_dim, "none", "indexer.wk")
+        yield Part(name="indexer.k_norm", component="norms", rows=2, cols=index_dim, where=where)
+        yield Part(name="indexer.weights", component="attention", rows=hidden, cols=index_heads, where=where)
 
 
 def _mlp_parts(family: _Family, name: str, hidden: int, size: int, where: str, bias: bool) -> Iterator[Part]:
@@ -629,23 +697,44 @@ def _mlp_parts(family: _Family, name: str, hidden: int, size: int, where: str, b
         yield Part(name=f"{name}.down.bias", component="mlp", rows=1, cols=hidden, where=where)
 
 
-def _moe_parts(c: _Config, family: _Family, hidden: int) -> Iterator[Part]:
+def _moe_parts(c: _Config, model_type: str, family: _Family, hidden: int) -> Iterator[Part]:
     experts, size = c.size("num_experts"), _moe_size(c)
 
-    def expert(part: str, rows: int, cols: int, split: str, op: str) -> Part:
+    def expert(part: str, rows: int, cols: int, split: str, op: str, linear: bool = True) -> Part:
         return Part(
             name=f"experts.{part}", component="experts", rows=rows, cols=cols, where="moe", copies=experts,
-            split=split, linear=True, op=f"experts.{op}",
+            split=split, linear=linear, op=f"experts.{op}" if op else "",
         )  # fmt: skip
 
-    yield Part(name="router", component="router", rows=hidden, cols=experts, where="moe", op="router")
+    def router(name: str, rows: int, cols: int) -> Part:
+        return Part(name=name, component="router", rows=rows, cols=cols, where="moe")
+
+    yield msgspec.structs.replace(router("router", hidden, experts), op="router")
     if family.router_bias:
-        yield Part(name="router.bias", component="router", rows=1, cols=experts, where="moe")
-    yield expert("gate_proj", hidden, size, "columns", "gate_up_proj")
+        yield router("router.bias", 1, experts)
+    if model_type == "gemma4_text":
+        yield router("router.scale", 1, hidden)
+        yield router("router.per_expert_scale", 1, experts)
+    if family.gated:
+        yield expert("gate_proj", hidden, size, "columns", "gate_up_proj")
     yield expert("up_proj", hidden, size, "columns", "gate_up_proj")
     yield expert("down_proj", size, hidden, "rows", "down_proj")
+    if family.expert_bias:
+        yield expert("gate_up_proj.bias", 1, 2 * size, "columns", "", linear=False)
+        yield expert("down_proj.bias", 1, hidden, "none", "", linear=False)
+    yield from _mlp_parts(family, "shared_expert", hidden, _shared_size(c, model_type, size), "moe", False)
+    if family.shared_gate and _shared_size(c, model_type, size):
+        yield router("shared_expert_gate", hidden, 1)
+
+
+def _shared_size(c: _Config, model_type: str, size: int) -> int:
+    """Width of the expert that sees every token, 0 for none."""
+    if model_type == "llama4_text":
+        return c.size("intermediate_size")
+    if model_type in ("gemma4_text", "jamba", "minimax"):
+        return 0
+    if model_type == "nemotron_h":
+        shared = c.size("moe_shared_expert_intermediate_size", size, least=0)
+        return shared * c.size("n_shared_experts", 1, least=0)
     shared = c.size("shared_expert_intermediate_size", c.get("shared_intermediate_size", 0), least=0)
-    shared = shared or c.size("n_shared_experts", 0, least=0) * size
-    yield from _mlp_parts(family, "shared_expert", hidden, shared, "moe", False)
-    if family.shared_gate and shared:
-        yield Part(name="shared_expert_gate", component="router", rows=hidden, cols=1, where="moe")
+    return shared or c.size("n_shared_experts", 0, least=0) * size

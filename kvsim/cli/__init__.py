@@ -20,6 +20,8 @@ VERBS = {
     "show": "a finished run again, as text",
     "plot": "a finished run as a picture",
     "trace": "make traffic to order",
+    "models": "what is known about a model?",
+    "gpus": "what is known about a GPU?",
     "warm": "compile the engine now",
     "doctor": "what works here?",
 }
@@ -29,6 +31,7 @@ _EXAMPLES = """examples:
   kvsim run chat-small --model llama-3.1-8b --gpu l4 -o out
   kvsim why out 417
   kvsim trace make --rate 20 --requests 50k --seed 1 -o trace.parquet
+  kvsim models llama-3.1-8b                    parameters, weights, KV cache
 
 Each verb has its own --help.
 """

@@ -38,9 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "trace", nargs="?", metavar="TRACE", help=f"file or bundled name (default: {DEFAULT_TRACE})"
     )
     parser.add_argument(
-        "--model", help=f"catalogue name, config.json or its folder (default: {DEFAULT_MODEL})"
+        "--model",
+        help=f"catalogue name, config.json, checkpoint folder or GGUF file (default: {DEFAULT_MODEL})",
     )
-    parser.add_argument("--gpu", help=f"catalogue name (default: {DEFAULT_GPU})")
+    parser.add_argument("--gpu", help=f"catalogue name, or a file of nvidia-smi (default: {DEFAULT_GPU})")
 
     out = parser.add_argument_group("output")
     out.add_argument(

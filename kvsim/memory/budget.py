@@ -167,7 +167,7 @@ def _stage_budget(dep: Deployment, stage: int) -> Budget:
     context = CONTEXT_BYTES["many_gpus" if many else "one_gpu"]
     # Fraction: 0.92 means 92/100, and a ceiling must not see float noise
     requested = math.ceil(dep.gpu.total_bytes * Fraction(str(s.gpu_memory_utilization)))
-    free_at_start = dep.gpu.total_bytes - context
+    free_at_start = dep.gpu.total_bytes - context - dep.gpu.used_bytes
     notes: list[str] = []
     budgeted_graphs = graphs if s.version >= (0, 21) else 0
     fixed = weights_bytes + non_torch + activation + budgeted_graphs
@@ -175,8 +175,8 @@ def _stage_budget(dep: Deployment, stage: int) -> Budget:
         if requested > free_at_start:
             raise UserError(
                 f"gpu_memory_utilization {s.gpu_memory_utilization:g} asks for {format_gib(requested)}, but"
-                f" only {format_gib(free_at_start)} of {dep.gpu.name} are free once CUDA has started; lower"
-                f" it to {math.floor(100 * free_at_start / dep.gpu.total_bytes) / 100:g}"
+                f" only {format_gib(free_at_start)} of {dep.gpu.name} are free once CUDA has started"
+                f"{_used(dep)}; lower it to {math.floor(100 * free_at_start / dep.gpu.total_bytes) / 100:g}"
             )
         kv_bytes = requested - fixed
     else:
@@ -359,6 +359,10 @@ def _one_request_failure(
         f" {s.max_model_len:,} needs {format_gib(pages * bytes_per_block)} of KV cache beside the null block,"
         f" {format_gib(short)} more than the {format_gib(kv_bytes)} there are; {longest}",
     )
+
+
+def _used(dep: Deployment) -> str:
+    return f" beside {format_gib(dep.gpu.used_bytes)} already in use" if dep.gpu.used_bytes else ""
 
 
 def _rank_name(dep: Deployment, stage: int) -> str:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 
-from kvsim.formats import weight_format
+from kvsim.catalog.checkpoint import dominant_dtype
+from kvsim.catalog.model import ModelSpec
+from kvsim.formats import DTYPES, Format, weight_format
 from kvsim.specs import Deployment
 
 
@@ -25,8 +27,79 @@ def rank_weight_bytes(dep: Deployment, stage: int) -> dict[str, int]:
     """Bytes of each component on a rank of pipeline stage `stage` (from 0), rotary table included.
 
     Linear layers are in the deployment's weight format; embedding, head, norms, biases and routers stay in
-    its dtype. Tied embeddings are stored once, but on both the first and the last of several stages.
+    its dtype. Tied embeddings are stored once, but on both the first and the last of several stages. Where
+    the checkpoint's own bytes are known and loaded as they are, the rank's share of them counts instead.
     """
+    out = _formula_bytes(dep, stage)
+    stored = stored_bytes(dep)
+    if stored is not None:
+        out = _share_of(stored, out, _whole_formula_bytes(dep), stage)
+    # one cos/sin table for all layers, as long as the model's context: 32 MiB for Llama-3.1
+    model, wide = dep.model, weight_format(dep.dtype)
+    out["rotary"] = wide.bytes(model.max_position_embeddings * model.rotary_dim)
+    return out
+
+
+def stored_bytes(dep: Deployment) -> dict[str, int] | None:
+    """Bytes by component that an engine loads from the checkpoint's files, None where only the formula is
+    known: no files were there, or another format was asked for.
+
+    Layers for speculative decoding (mtp) are left in the file. A checkpoint in floats of another width than
+    the deployment's dtype is converted when it is loaded.
+    """
+    stored, model = dep.model.checkpoint, dep.model
+    if stored is None or dep.weight_format != _own_format(dep):
+        return None
+    by_component = {c: size for c, size in stored.bytes_by_component.items() if c != "mtp"}
+    by_component = by_component or {"total": stored.num_bytes}
+    if model.weight_format is None:
+        widths = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16}
+        width = widths.get(dominant_dtype(stored), weight_format(_dtype_of(model)).bits)
+        loaded = weight_format(dep.dtype).bits
+        by_component = {c: size * loaded // width for c, size in by_component.items()}
+    if model.tie_word_embeddings:  # a second copy, stored all the same, is not loaded
+        by_component.pop("head", None)
+    return by_component
+
+
+def _own_format(dep: Deployment) -> Format:
+    return weight_format(dep.model.weight_format or dep.dtype)
+
+
+def _dtype_of(model: ModelSpec) -> str:
+    return model.dtype if DTYPES.get(model.dtype, model.dtype) in DTYPES.values() else "float16"
+
+
+def _share_of(
+    stored: dict[str, int], rank: dict[str, int], whole: dict[str, int], stage: int
+) -> dict[str, int]:
+    """What a rank holds of stored bytes: by component as the formula shares each out; if the names of the
+    tensors do not tell components apart as the formula does, the same share of everything."""
+    whole = {c: size for c, size in whole.items() if size}
+    beside = {c: size for c, size in stored.items() if c in ("vision", "other") and c not in whole}
+    counted = {c: size for c, size in stored.items() if c not in beside and size}
+    if counted.keys() == whole.keys():
+        out = {c: -(-counted[c] * rank[c] // whole[c]) for c in whole}
+    else:
+        total, formula = sum(counted.values()), sum(whole.values())
+        out = {c: -(-total * rank.get(c, 0) // formula) for c in whole}
+    if stage == 0:  # towers are replicated on every rank of the first stage
+        out |= beside
+    return out
+
+
+def _whole_formula_bytes(dep: Deployment) -> dict[str, int]:
+    """Bytes of each component of the whole model, in the deployment's formats and without padding."""
+    linear, wide = dep.weight_format, weight_format(dep.dtype)
+    out: dict[str, int] = {}
+    for part in dep.model.parts:
+        times = 1 if part.where in ("first", "last") else dep.model.layers_where(part.where)
+        size = times * (linear if part.linear else wide).bytes(part.elements)
+        out[part.component] = out.get(part.component, 0) + size
+    return out
+
+
+def _formula_bytes(dep: Deployment, stage: int) -> dict[str, int]:
     model, pp, tp = dep.model, dep.settings.pipeline_parallel_size, dep.settings.tensor_parallel_size
     layers = pipeline_stages(model.num_hidden_layers, pp)[stage]
     linear, wide = dep.weight_format, weight_format(dep.dtype)
@@ -43,6 +116,4 @@ def rank_weight_bytes(dep: Deployment, stage: int) -> dict[str, int]:
         shape = part.rank_shape(tp, model.num_key_value_heads, dep.settings.enable_expert_parallel)
         size = times * used.bytes(math.prod(shape))
         out[part.component] = out.get(part.component, 0) + size
-    # one cos/sin table for all layers, as long as the model's context: 32 MiB for Llama-3.1
-    out["rotary"] = wide.bytes(model.max_position_embeddings * model.rotary_dim)
     return out
