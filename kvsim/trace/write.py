@@ -110,7 +110,11 @@ def _parquet(trace: Trace) -> bytes:
 
     columns = {"arrival_ns": trace.arrival_ns} if trace.has_arrivals else {}
     columns |= {"prompt_tokens": trace.prompt_tokens, "output_tokens": trace.output_tokens}
-    columns |= {name: getattr(trace, name) for name in ("priority",) if getattr(trace, name) is not None}
+    columns |= {
+        name: getattr(trace, name)
+        for name in ("priority", "parent", "delay_ns")
+        if getattr(trace, name) is not None
+    }
     columns |= {
         name: pa.array(getattr(trace, name), pa.string())
         for name in ("request_class", "request_id")
