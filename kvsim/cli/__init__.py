@@ -18,7 +18,7 @@ VERBS = {
     "why": "what happened to this request?",
     "show": "a finished run again, as text",
     "plot": "a finished run as a picture",
-    "trace": "make traffic to order",
+    "trace": "what is in this trace? make, describe, convert",
     "warm": "compile the engine now",
     "doctor": "what works here?",
 }

@@ -1,27 +1,75 @@
-"""`kvsim trace make`: traffic to order, always with its seed."""
+"""`kvsim trace make|info|convert`: traffic to order, always with its seed; what is in a trace; other formats."""
 
 from __future__ import annotations
 
 import argparse
 import json
 
+from kvsim.cli import traffic
 from kvsim.errors import UserError
 from kvsim.units import parse_count
 
-_EXAMPLE = """examples:
+_MAKE_EXAMPLE = """examples:
   kvsim trace make --rate 20 --requests 50k --prompt lognormal:512,1.1 --output geometric:200 --seed 1 -o
   t.parquet kvsim trace make --rate 5 --duration 600 --arrivals gamma --burstiness 0.5 -o bursty.jsonl.gz
   kvsim trace make --like azure-conv --seed 7 -o conv.csv
 """
 
 
+_INFO_EXAMPLE = """examples:
+  kvsim trace info azure.csv.gz
+  kvsim trace info usage.csv --columns arrival=ts,prompt=in_tok,output=out_tok,class=team --time-unit ms
+  kvsim trace info spans.json --plot spans.png
+  zcat log.gz | kvsim trace info - --json
+"""
+_CONVERT_EXAMPLE = """examples:
+  kvsim trace convert azure.csv.gz azure.parquet
+  kvsim trace convert spend_logs.csv mooncake.jsonl.gz --from 3600 --to 7200
+  kvsim trace convert big.parquet small.csv --as vidur --sample 0.01 --seed 7
+  kvsim trace convert day1.csv day2.csv both.parquet
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `make` and its flags to the parser of `kvsim trace`."""
-    verbs = parser.add_subparsers(dest="action", metavar="make", required=True)
+    """Add `make`, `info` and `convert` and their flags to the parser of `kvsim trace`."""
+    verbs = parser.add_subparsers(dest="action", metavar="make|info|convert", required=True)
+    _add_make(verbs)
+    info = verbs.add_parser(
+        "info",
+        help="what is in a trace?",
+        epilog=_INFO_EXAMPLE,
+        description="Rows, rate, burstiness, lengths, classes and sharing of a trace, and what to plan on.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    info.add_argument("files", nargs="+", metavar="TRACE", help="file, several in order, - or a bundled name")
+    info.add_argument("--json", action="store_true", help="the same as JSON, unrounded")
+    info.add_argument("--plot", metavar="FILE", help="arrivals per second and lengths as .png, .svg or .pdf")
+    convert = verbs.add_parser(
+        "convert",
+        help="write a trace in another format",
+        epilog=_CONVERT_EXAMPLE,
+        description="Write a trace as Parquet (holds everything), Mooncake, Azure or vidur; says what the "
+        "format cannot hold.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    convert.add_argument(
+        "files", nargs="+", metavar="IN ... OUT", help="traces in order, and the file to write"
+    )
+    convert.add_argument("--as", dest="written", metavar="NAME", help="kvsim (Parquet), mooncake, azure or vidur, "
+                         "whatever the name says")  # fmt: skip
+    for verb in (info, convert):
+        traffic.add_reading_arguments(verb)
+        verb.add_argument(
+            "--prefix-unit", type=traffic.count, metavar="N", help="tokens that a prefix id stands for"
+        )
+        traffic.add_traffic_arguments(verb, sample=True)
+
+
+def _add_make(verbs) -> None:
     make = verbs.add_parser(
         "make",
         help="make a trace from distributions or like a known one",
-        epilog=_EXAMPLE,
+        epilog=_MAKE_EXAMPLE,
         description="Make a trace. Without --out it only says what the trace would be.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -55,7 +103,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Make, write if asked, and say what was made. 0, or UserError."""
+    """Make, describe or convert. 0, or UserError."""
+    return {"make": _make, "info": _info, "convert": _convert}[args.action](args)
+
+
+def _info(args: argparse.Namespace) -> int:
+    from kvsim.trace.describe import describe
+
+    trace = traffic.load(args.files, args)
+    about = describe(trace)
+    if args.plot:
+        from kvsim.report.trace_plot import plot_trace
+
+        plot_trace(trace, args.plot)
+    if args.json:
+        print(json.dumps(about, indent=1))
+        return 0
+    from kvsim.report.trace_table import trace_lines
+
+    for line in trace_lines(about):
+        print(line)
+    if args.plot:
+        print(f"wrote {args.plot}")
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from kvsim.trace import write_trace
+
+    *sources, out = args.files
+    if not sources:
+        raise UserError("trace convert needs a trace to read and a file to write, such as in.csv out.parquet")
+    trace = traffic.load(sources, args)
+    lost = write_trace(trace, out, args.written)
+    for note in (*trace.notes, *lost):
+        print(note)
+    print(f"wrote {len(trace):,} requests to {out}")
+    return 0
+
+
+def _make(args: argparse.Namespace) -> int:
     from kvsim.trace import write_trace
 
     trace = _made(args)
