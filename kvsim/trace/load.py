@@ -15,7 +15,7 @@ import numpy as np
 from kvsim.errors import UserError, did_you_mean
 from kvsim.trace import documents, jsonl, parquet, sessions, tables
 from kvsim.trace.columns import MAX_NS, Trace, gather
-from kvsim.trace.rows import MISSING, Rows
+from kvsim.trace.rows import MISSING, Rows, shown
 from kvsim.trace.schemas import Schema, match, parse_columns, with_columns
 from kvsim.trace.source import Source, container, find
 from kvsim.trace.values import DECIMALS, stamp_ns
@@ -153,10 +153,11 @@ def _settled(
             is_stamp = False
         if schema.time == "stamp" and time_unit is not None and (is_stamp or schema.name == "azure"):
             raise file.error(f"{schema.name} traces hold dates and times; leave the time unit out")
-        if schema.time == "ask" and not is_stamp and time_unit is None and schema.arrival:
+        is_number = isinstance(value, (int, float)) and schema.name != "azure"
+        if (schema.time == "ask" or is_number) and not is_stamp and time_unit is None and schema.arrival:
             raise file.error(
-                f"column {schema.arrival} holds numbers of an unknown unit; give it (--time-unit s, ms, us "
-                "or ns)"
+                f"{schema.arrival} holds numbers of an unknown unit (the first is {shown(value)}); give it "
+                "(--time-unit s, ms, us or ns)"
             )
         if schema.name == "azure" and isinstance(value, str) and value.strip() == "XXX":
             schema = schema._replace(time="none")

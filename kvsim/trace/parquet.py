@@ -15,6 +15,7 @@ from kvsim.trace.values import DECIMALS
 
 PREFIX_UNIT = b"prefix_unit"  # schema metadata: tokens that one of prefix_ids stands for
 _MOST_GUNZIPPED = 2 * 2**30
+_MOST_ROWS, _MOST_BYTES = 2**31, 256 * 2**30  # small files can claim anything
 
 _BOUNDS = {
     "arrival": (0, MAX_NS),
@@ -74,6 +75,15 @@ def read(source: Source, schema: Schema, names: Sequence[str]) -> Rows:
             raise source.error(f"does not fit into memory ({error})") from None
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise _damaged(source, error) from None
+    n = {
+        len(c) - (role == "prefix_offsets")
+        for role, c in columns.items()
+        if c is not None and role != "prefix_ids"
+    }
+    if len(n) > 1:
+        raise source.error(
+            f"its columns have {' and '.join(f'{k:,}' for k in sorted(n))} rows; export it again"
+        )
     columns.pop("batch", None)
     if "prefix_ids" in columns:
         _check_id_counts(source, schema, columns["prompt"], columns["prefix_offsets"])
@@ -233,9 +243,25 @@ def _opened(source: Source):
         if data.getbuffer().nbytes > _MOST_GUNZIPPED:
             raise source.error("is a gzipped Parquet file above 2 GiB; run gunzip on it")
     try:
-        return parquet.ParquetFile(data)
+        file = parquet.ParquetFile(data)
+        _check_size(source, file.metadata)
+        return file
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _damaged(source, error) from None
+
+
+def _check_size(source: Source, metadata) -> None:
+    """UserError when the file says that it unpacks to more than any trace: it could only fill the memory.
+
+    Asks row groups, not their columns: pyarrow ends the process over damaged statistics of a column.
+    """
+    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    rows = max(metadata.num_rows, sum(group.num_rows for group in groups))
+    size = sum(group.total_byte_size for group in groups)
+    if rows > _MOST_ROWS:
+        raise source.error(f"claims {rows:,} rows; split the file")
+    if size > _MOST_BYTES:
+        raise source.error(f"claims to unpack to {size:,} bytes; split the file")
 
 
 def _damaged(source: Source, error: Exception):

@@ -408,7 +408,7 @@ def _same(name: str, column: str) -> bool:
 def _found(names: Sequence[str]) -> str:
     plain = [n if n and n == n.strip() and n.isprintable() else repr(n) for n in names[:12]]
     more = f" and {len(names) - 12} more" if len(names) > 12 else ""
-    return f" (found: {', '.join(plain)[:300]}{more})"
+    return f" (found: {', '.join(plain)[:300] or 'nothing'}{more})"
 
 
 def _no_match(container: str, names: Sequence[str], entries: Sequence[Schema]) -> str:
@@ -427,12 +427,19 @@ def _no_match(container: str, names: Sequence[str], entries: Sequence[Schema]) -
         )
     if container == "csv" and any(n.strip()[:1].isdigit() for n in names):
         return f"the first line names no columns{found}; add a header such as {','.join(nearest.needed())}"
-    nearby = sorted(
-        entries, key=lambda s: len(missing[s]) - len(s.needed())
-    )  # most that is there comes first
-    known = {s.name: ", ".join(s.needed()) for s in reversed(nearby)}
-    known = "; ".join(f"{name}: {columns}" for name, columns in [*known.items()][: -3 - 1 : -1])
+    if "conversations" in names:
+        return (
+            f"these are conversations as text, not token counts{found}; count them with the model's tokenizer and "
+            "write a row of prompt and output tokens for each request"
+        )
+    present = {s: sum(find_column(names, c) >= 0 for c in s.columns().values()) for s in entries}
+    nearby = sorted(entries, key=lambda s: -present[s])  # that of which most is there comes first
+    known: dict[str, tuple[str, ...]] = {}
+    for schema in nearby:
+        if len(known) < 3 and schema.name not in known and schema.needed() not in known.values():
+            known[schema.name] = schema.needed()
+    known_text = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in known.items())
     return (
         f"these are no {kind}s of a known trace{found}; say which they are with --columns arrival=...,"
-        f"prompt=...,output=... or rename them as in {known}"
+        f"prompt=...,output=... or rename them as in {known_text}"
     )

@@ -53,7 +53,10 @@ _NOT_TRACES = {
     b"7z\xbc\xaf": "is a 7-Zip archive; unpack it and name the file in it",
     b"Rar!": "is a RAR archive; unpack it and name the file in it",
     b"{\\rtf": "is rich text; save it as plain text",
+    b"sep=": "starts with a spreadsheet's sep= line; remove it, so that the first line names the columns",
+    b"/annex/objects/": "is a git-annex pointer, not the file; run `git annex get`",
     b"%PDF": "is a PDF, not a trace; download the data file",
+    b"\x7fELF": "is a program, not a trace",
     b"<": "is HTML or XML, not a trace: probably the web page about it; download the raw file",
     b"[": "is one JSON array; write one object a line, such as with `jq -c '.[]'`",
     b"//": "starts with a comment; remove it, so that the first line is a header or an object",
@@ -159,12 +162,23 @@ def container(source: Source) -> str:
     if head.startswith(b"PAR1"):
         return "parquet"
     start = head.removeprefix(_BOM).lstrip()
+    if start.startswith((b"{", b"[")) and re.match(rb'[\s\[{]*(?:"id"[^,]*,\s*)?"conversations"\s*:', start):
+        raise source.error(
+            "holds the texts of conversations (ShareGPT), not token counts; count them with the model's tokenizer "
+            "and write a row of prompt and output tokens for each request"
+        )
+    if re.match(rb"(?:HTTP/[0-9.]+ )?[45][0-9][0-9][: ][A-Za-z :]{3,80}\s*$", start[:120]):
+        raise source.error(
+            "is the text of an HTTP error, not a trace; download it again and look at the address"
+        )
     for magic, sentence in _NOT_TRACES.items():
         if head.startswith(magic) or start.startswith(magic):
             raise source.error(sentence)
     if head[257:262] == b"ustar":
         raise source.error("is a tar archive; unpack it and name the file in it")
     if b"\0" in head:
+        if head.endswith(b"PAR1"):
+            raise source.error("is the end of a Parquet file without its start; download it again")
         half = head.count(0) > len(head) // 3
         raise source.error(
             "is UTF-16 text; save it as UTF-8"
