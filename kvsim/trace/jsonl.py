@@ -210,7 +210,11 @@ def _check_repeated(source: Source, line: int, data: bytes, key: bytes) -> None:
         if sum(k == name for k, _ in pairs) > 1:
             raise source.error(f"{name} is there twice; keep one of them", line)
 
-    json.loads(data, object_pairs_hook=look, parse_int=str, parse_float=str)
+    text = data.decode("utf-8", "surrogateescape")  # msgspec does not look into keys that it skips
+    try:
+        json.loads(text, object_pairs_hook=look, parse_int=str, parse_float=str, strict=False)
+    except (ValueError, RecursionError) as error:
+        raise broken(source, line, data, error) from None
 
 
 def _objects(source: Source) -> Iterator[tuple[int, bytes]]:
