@@ -83,7 +83,7 @@ def _add_make(verbs) -> None:
     add("--spec", metavar="FILE.toml", help="classes, profile, bursts, shared prefixes and turns; see "
         "docs/trace-formats.md; --rate, --duration and --seed override it")  # fmt: skip
     add("--class", action="append", dest="classes", metavar="'KEY=VALUE ...'", help="a class, once for each: "
-        "'name=chat share=0.7 prompt=lognormal:300,0.8 turns=geometric:3 think=lognormal:8000,0.5 shared_prefix=640'")  # fmt: skip
+        "'name=chat share=0.7 prompt=lognormal:300,0.8 turns=geometric:3 think=lognormal:8000,0.5'")  # fmt: skip
     add("--profile", metavar="R,R,...[@SECONDS]", help="relative rates in equal steps of a period, repeated")
     add(
         "--bursts",

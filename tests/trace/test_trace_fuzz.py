@@ -148,6 +148,18 @@ TOKENS = [
 ]  # fmt: skip
 
 
+OPTIONS = [
+    *[{}] * 8,
+    {"failed": "skip", "zero_output": "skip", "zero_prompt": "skip"},
+    {"backward": "error"},
+    {"time_unit": "s"},
+    {"time_unit": "ns", "failed": "skip"},
+    {"prefix_unit": 16},
+    {"columns": "class=model"},
+    {"columns": "arrival=timestamp,prompt=input_length,output=output_length", "time_unit": "us"},
+]
+
+
 def havoc(rng: random.Random, data: bytes, other: bytes) -> bytes:
     """One of the usual mutations of bytes: flip, insert, delete, repeat, splice, swap numbers."""
     for _ in range(rng.choice((1, 1, 1, 2, 3, 8))):
@@ -194,7 +206,7 @@ def test_fuzz_every_schema(name, tmp_path):
         path.write_bytes(data)
         started = time.monotonic()
         try:
-            trace = load_trace(path)
+            trace = load_trace([path, path] if rng.random() < 0.1 else path, **rng.choice(OPTIONS))
         except UserError as error:
             assert "\n" not in str(error), data
         except Exception:
