@@ -86,7 +86,7 @@ class Trace:
         return self._rows(slice(*ends))
 
     def scale_rate(self, x: float) -> Trace:
-        """x times the request rate: arrivals become rint(arrival / x). Lengths stay."""
+        """x times the request rate: arrivals become rint(arrival / x). Lengths and delays of turns stay."""
         self._need_arrivals("a rate scale")
         _positive("rate scale", x)
         with np.errstate(over="ignore"):
@@ -144,7 +144,8 @@ class Trace:
         if len(rows) == len(self):
             return self
         note = f"a sample of {share:g} kept {len(rows):,} of {len(self):,} requests, seed {seed}"
-        return replace(self._rows(rows), notes=(*self.notes, note))
+        picked = self._rows(rows)
+        return replace(picked, notes=(*picked.notes, note))
 
     @staticmethod
     def concatenated(traces: Sequence[Trace], starts_ns: Sequence[int], fresh_ids: Sequence[bool]) -> Trace:

@@ -119,6 +119,10 @@ def hints(about: dict) -> list[str]:
             f"{about['tied_arrivals'] / about['rows']:.0%} of the requests share the arrival time of the one "
             "before: the clock is coarse, so 1 s burstiness describes the log, not the traffic"
         )
+    if about["rate"] and about["rate"] > 1000:
+        said.append(
+            f"{about['rate']:,.0f} requests/s is a lot: if the times are in another unit, --time-unit says which"
+        )
     if not about["has_arrivals"]:
         said.append("there are no arrival times: give a rate (--rate R), and try several")
     for part, cause in (("prompts", "empty_prompt"), ("outputs", "no_output_requested")):

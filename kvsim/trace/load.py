@@ -220,6 +220,8 @@ def _in_order(
     if not len(rows.prompt):
         raise file.error("holds a header but no requests; download or export it again")
     told = [*notes, *rows.notes]
+    if rows.session is not None and rows.arrival is not None:
+        rows = rows._replace(arrival=sessions.with_own_times(file, schema, rows, told))
     rows, index = _counted(file, schema, rows, policies, told)
     n = len(index)
     if not n:
@@ -238,8 +240,6 @@ def _in_order(
         rows = rows._replace(arrival=None)
     arrival = rows.arrival
     if arrival is not None:
-        if rows.session is not None:
-            arrival = sessions.with_own_times(file, schema, rows, where, told)
         if int(arrival.max()) - int(arrival.min()) > MAX_NS:
             raise file.error(f"its {schema.arrival} values span more than 292 years; correct them")
         earlier = np.flatnonzero(arrival[1:] < arrival[:-1])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from kvsim.trace.columns import MAX_NS
@@ -17,9 +15,7 @@ NOTE = (
 )
 
 
-def with_own_times(
-    file: Source, schema: Schema, rows: Rows, where: Callable[[int], str], told: list[str]
-) -> np.ndarray:
+def with_own_times(file: Source, schema: Schema, rows: Rows, told: list[str]) -> np.ndarray:
     """int64[n] arrivals in which turns without a time of their own come `delay` after the one before them.
 
     UserError for a row that has neither a time nor an earlier turn of its session with one.
@@ -33,18 +29,18 @@ def with_own_times(
         if arrival[row] == MISSING:
             if session is None or session not in last:
                 raise file.error(
-                    f"{where(row)}: {schema.arrival} is missing and so is an earlier turn of its "
+                    f"{rows.where(row)}: {schema.arrival} is missing and so is an earlier turn of its "
                     f"{schema.session}; add one of them or remove the row"
                 )
             think = 0 if rows.delay is None else max(int(rows.delay[row]), 0)
             at = int(arrival[last[session]]) + think
             if at > MAX_NS:
-                raise file.error(f"{where(row)}: the delays of its {schema.session} add up to 292 years")
+                raise file.error(f"{rows.where(row)}: the delays of its {schema.session} add up to 292 years")
             arrival[row] = at
         if session is not None:
             last[session] = row
     told.append(
-        f"{file.shown}: {where(int(without[0]))}: {schema.arrival} is missing, in {len(without):,} of "
+        f"{file.shown}: {rows.where(int(without[0]))}: {schema.arrival} is missing, in {len(without):,} of "
         f"{len(arrival):,} requests of which this is the first; they count as arriving {schema.delay} after "
         "the turn before them arrived"
     )

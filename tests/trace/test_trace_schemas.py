@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -42,6 +43,11 @@ WITH_A_FAILED_ONE = {
 
 def test_there_is_a_sample_of_every_schema():
     assert {format for format, _ in SAMPLES.values()} | {"timed_trace"} == set(NAMES)
+
+
+def test_the_documentation_lists_every_schema():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "trace-formats.md").read_text()
+    assert [name for name in NAMES if f"`{name}`" not in text] == []
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -360,6 +366,9 @@ def test_sessions_of_mooncake(save):
     notes = " ".join(trace.notes)
     assert "line 3: timestamp is missing, in 2 of 6" in notes
     assert "3 of 6 requests are follow-up turns; in a run they arrive at their own times" in notes
+    # A turn that is skipped still says when the next one comes.
+    first_gone = load_trace(save(lines(rows[0] | {"output_length": 0}, *rows[1:])), zero_output="skip")
+    assert first_gone.prompt_tokens.tolist() == [2, 5, 6, 3, 4] and first_gone.arrival_ns[3] == 499_000_000
     with pytest.raises(UserError, match="line 1: timestamp is missing and so is an earlier turn"):
         load_trace(save(lines(rows[0] | {"timestamp": None}, *rows[1:])))
 
