@@ -75,18 +75,22 @@ def make_mix(spec: Mapping) -> Trace:
         _known(c, _CLASS, f"class {k + 1}")
         _number(share, f"class {k + 1}: share", 0)
     edges, work = _rate_integral(spec, seed, float(duration))
-    parts, next_id = [], 0
+    made, next_id = [], 0
     for k, c in enumerate(classes):
-        part, next_id = _one_class(c, k, rate * shares[k] / sum(shares), seed, edges, work, next_id)
-        if part is not None:
-            parts.append(part)
-    if not parts:
+        trace, start_ns, next_id = _one_class(
+            c, k, rate * shares[k] / sum(shares), seed, edges, work, next_id
+        )
+        if trace is not None:
+            made.append((trace, start_ns))
+    if not made:
         raise UserError(f"rate {rate} for {duration} s makes no request; raise one")
-    shares_prefixes = any(p.prefix_unit for p in parts)
-    if not all(p.prefix_unit for p in parts) and shares_prefixes:
-        parts = [p if p.prefix_unit else _without_sharing(p) for p in parts]
-    starts = [part.notes[0] for part in parts]  # ns of the first arrival, see _one_class
-    trace = Trace.concatenated(parts, [int(s) - min(map(int, starts)) for s in starts], [False] * len(parts))
+    shares_prefixes = any(trace.prefix_unit for trace, _ in made)
+    parts = [
+        _without_sharing(trace, k) if shares_prefixes and not trace.prefix_unit else trace
+        for k, (trace, _) in enumerate(made)
+    ]
+    first_ns = min(start_ns for _, start_ns in made)
+    trace = Trace.concatenated(parts, [start_ns - first_ns for _, start_ns in made], [False] * len(parts))
     if len(classes) == 1 and "name" not in classes[0]:
         trace = replace(trace, request_class=None)
     return _finished(trace, str(spec.get("name", "mix")), f"make_mix({dict(spec)!r})", seed, shares_prefixes)
@@ -193,8 +197,8 @@ def _rate_integral(spec: Mapping, seed: int, duration: float) -> tuple[np.ndarra
 
 def _one_class(
     c: Mapping, k: int, rate: float, seed: int, edges: np.ndarray, work: np.ndarray, next_id: int
-) -> tuple[Trace | None, int]:
-    """(requests of one class with the time of the first as its only note, next free prefix id)."""
+) -> tuple[Trace | None, int, int]:
+    """(requests of one class, ns at which the first arrives, next free prefix id); None when there is none."""
     what = f"class {c.get('name', k + 1)}"
     stream = (k + 1) * _STREAMS_A_CLASS
     prompts = parse_lengths(c["prompt"]) if "prompt" in c else PROMPT
@@ -213,7 +217,7 @@ def _one_class(
     done = done[done < work[-1]]
     n = len(done)
     if not n:
-        return None, next_id
+        return None, 0, next_id
     first_ns = np.rint(np.interp(done, work, edges) * NS_PER_S).astype(np.int64)
     turns = np.ones(n, np.int64)
     if turns_of:
@@ -258,8 +262,7 @@ def _one_class(
     )
     if shared_blocks or turns_of:
         trace, next_id = _with_ids(trace, session, turn, has, which, shared_blocks, int(many), next_id)
-    trace = replace(trace, notes=(str(int(arrival.min())),))
-    return trace.sorted_by_arrival(), next_id
+    return trace.sorted_by_arrival(), int(arrival.min()), next_id
 
 
 def _with_ids(trace, session, turn, has, which, shared_blocks, many, next_id):
@@ -284,20 +287,12 @@ def _with_ids(trace, session, turn, has, which, shared_blocks, many, next_id):
     return trace, int(last) + len(partial)
 
 
-def _without_sharing(trace: Trace) -> Trace:
-    """Ids of which no two are equal (negative, which others never are)."""
+def _without_sharing(trace: Trace, k: int) -> Trace:
+    """Ids of which no two are equal: negative, which others never are, apart for each part k."""
     blocks = -(-trace.prompt_tokens.astype(np.int64) // UNIT)
     offsets = np.concatenate([[0], np.cumsum(blocks)]).astype(np.int64)
-    name = hash_of(trace.request_class[0])
-    ids = -1 - (np.arange(offsets[-1]) + name * 2**40)
+    ids = -1 - np.arange(offsets[-1]) - k * 2**40
     return replace(trace, prefix_offsets=offsets, prefix_ids=ids, prefix_unit=UNIT)
-
-
-def hash_of(text: str) -> int:
-    """A small number of a class's name."""
-    import zlib
-
-    return zlib.crc32(text.encode()) % 2**20
 
 
 def _finished(trace: Trace, name: str, source: str, seed: int, shares_prefixes: bool) -> Trace:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -245,7 +246,12 @@ def broken(source: Source, line: int, data: bytes, error: Exception):
     elif line == 1 and data.strip() in (b"{", b"{}"):
         reason = "the file is not one object a line; write it so, such as with `jq -c .`"
     else:
-        reason = str(error)
+        reason = str(error).replace(" - at `$[...]`", "")
+        at = re.search(r"\(byte (\d+)\)", reason)
+        key = re.search(rb'"([^"\\]{1,60})"\s*:\s*[-+]?$', data[: int(at[1])]) if at else None
+        key = key or ("out of range" in reason and re.search(rb'"([^"\\]{1,60})"\s*:\s*-?[0-9]{19}', data))
+        if key:
+            reason += f", in the value of {key[1].decode('utf-8', 'replace')}"
         if b"NaN" in data or b"Infinity" in data:
             reason += "; JSON has no NaN or Infinity"
     return source.error(

@@ -365,6 +365,8 @@ def with_columns(
     with these columns put in."""
     if container == "json":
         raise source.error("is a JSON document of a known form; leave --columns out")
+    if container == "csv" and "prefix" in roles:
+        raise source.error("is CSV, which holds no lists of prefix ids; write JSON lines or Parquet")
     if format is None and {"prompt", "output"} <= set(roles):
         schema = Schema(
             "columns",

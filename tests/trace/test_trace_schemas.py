@@ -252,6 +252,30 @@ def test_columns_by_name(save, assert_same_rows):
     assert not lengths.has_arrivals and lengths.prompt_tokens.tolist() == [100, 30]
 
 
+def test_every_role_in_every_container(save, assert_same_rows):
+    rows = [
+        {"t": 0, "i": 20, "o": 1, "c": "a", "k": "r1", "p": 3, "h": [1, 2], "s": "x", "d": None},
+        {"t": 5, "i": 40, "o": 2, "c": None, "k": "r2", "p": -1, "h": [1, 2, 3], "s": "x", "d": 1.5},
+    ]
+    text = "arrival=t,prompt=i,output=o,class=c,id=k,priority=p,session=s,delay=d"
+    ref = load_trace(save(lines(*rows)), columns=text + ",prefix=h", time_unit="ms", prefix_unit=16)
+    ref.check_integrity()
+    assert ref.parent.tolist() == [-1, 0] and ref.delay_ns.tolist() == [0, 1_500_000]
+    assert ref.prefix_ids.tolist() == [1, 2, 1, 2, 3] and ref.priority.tolist() == [3, -1]
+    table = samples.parquet_of(**{key: [row[key] for row in rows] for key in rows[0]})
+    options = {"columns": text + ",prefix=h", "time_unit": "ms", "prefix_unit": 16}
+    assert_same_rows(load_trace(save(table), **options), ref)
+    bare = load_trace(save(lines(*rows)), columns=text, time_unit="ms")
+    csv = "t,i,o,c,k,p,s,d\n0,20,1,a,r1,3,x,\n5,40,2,,r2,-1,x,1.5\n"
+    assert_same_rows(load_trace(save(csv), columns=text, time_unit="ms"), bare)
+    with pytest.raises(UserError, match="no lists of prefix ids"):
+        load_trace(save(csv), **options)
+    with pytest.raises(UserError, match="how many tokens one of its h stands for"):
+        load_trace(save(lines(*rows)), columns=text + ",prefix=h", time_unit="ms")
+    with pytest.raises(UserError, match="JSON document of a known form"):
+        load_trace(save(SAMPLES["otel"][1]), columns="class=model")
+
+
 def test_columns_with_dates_need_no_unit(save):
     text = "at,i,o\n2026-01-01T00:00:00Z,100,7\n2026-01-01T00:00:00.5Z,30,2\n"
     assert requests(load_trace(save(text), columns="arrival=at,prompt=i,output=o")) == TWO
