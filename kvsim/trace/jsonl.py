@@ -118,7 +118,19 @@ def _paths(source: Source, schema: Schema, names: Sequence[str]) -> dict[str, Pa
     if "session" in paths and find_column(names, schema.session) < 0:
         del paths["session"]  # rare, and looking for it in every row is not free
         paths.pop("delay", None)
+    _check_apart(source, paths)
     return paths
+
+
+def _check_apart(source: Source, paths: dict[str, Path]) -> None:
+    """UserError where `--columns` asks for an object and for what is inside it, or for ids as something else."""
+    for role, path in paths.items():
+        for other, longer in paths.items():
+            inside = len(longer) > len(path) and longer[: len(path)] == path
+            if inside or (role != other and "prefix" in (role, other) and path == longer):
+                raise source.error(
+                    f"{'.'.join(path)} cannot be read as {role} and {'.'.join(longer)} as {other}; choose one of them"
+                )
 
 
 def _decoder(paths: dict[str, Path]) -> tuple[Callable, dict[str, Callable]]:
@@ -129,17 +141,12 @@ def _decoder(paths: dict[str, Path]) -> tuple[Callable, dict[str, Callable]]:
         node = tree
         for key in path[:-1]:
             node = node.setdefault(key, {})
-            if not isinstance(node, dict):
-                break
-        else:
-            if not isinstance(node.get(path[-1]), dict):
-                node.setdefault(path[-1], role)
+        node.setdefault(path[-1], role)
     get: dict[str, Callable] = {}
     row = _struct(tree, (), get)
-    for role, path in paths.items():  # two roles may read one key, or a key and one inside it
+    for role, path in paths.items():  # two roles may read one key
         if role not in get:
-            same = next((r for r, p in paths.items() if p == path and r in get), None)
-            get[role] = get[same] if same else lambda row: msgspec.UNSET
+            get[role] = next(get[r] for r, p in paths.items() if p == path and r in get)
     return msgspec.json.Decoder(row, float_hook=decimal).decode, get
 
 

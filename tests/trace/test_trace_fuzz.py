@@ -1,7 +1,7 @@
 """Any bytes are a Trace or one sentence, never a traceback; and the two CSV readers agree.
 
 `pytest -m heavy tests/trace/test_trace_fuzz.py` fuzzes every schema for KVSIM_FUZZ_SECONDS altogether (default
-30); a nightly run sets 600 for each: KVSIM_FUZZ_SECONDS=$((600 * number of schemas)).
+30); `make fuzz` takes ten minutes for each sample.
 """
 
 from __future__ import annotations
