@@ -426,3 +426,62 @@ def test_small_files_cut_anywhere_are_read_or_refused(save, name):
         else:
             trace.check_integrity()
             assert np.all(trace.prompt_tokens <= 1000)
+
+
+# Parquet of other schemas.
+
+
+def test_parquet_tables_of_other_schemas(save):
+    lengths = {"num_prefill_tokens": [100, 30], "num_decode_tokens": [7, 2]}
+    for arrived in (
+        pa.array([1, 2], pa.int32()),
+        pa.array([1.0, 2.0], pa.float32()),
+        pa.array(["1.0", "2.0"]).cast(pa.decimal128(9, 3)),
+    ):
+        trace = load_trace(save(samples.parquet_of(arrived_at=arrived, **lengths)))
+        assert requests(trace) == [(0, 100, 7), (10**9, 30, 2)]
+    tokens = {"ContextTokens": [100, 30], "GeneratedTokens": [7, 2]}
+    texts = ["2024-05-12 00:00:00.25", "2024-05-12 00:00:00.75"]
+    assert requests(load_trace(save(samples.parquet_of(TIMESTAMP=texts, **tokens)))) == TWO
+    assert not load_trace(save(samples.parquet_of(TIMESTAMP=["XXX", "XXX"], **tokens))).has_arrivals
+    naive = pa.array([250, 750], pa.timestamp("ms"))
+    assert requests(load_trace(save(samples.parquet_of(TIMESTAMP=naive, **tokens)))) == TWO
+    log = samples.parquet_of(
+        startTime=pa.array([250, 750, 900], pa.timestamp("ms", tz="UTC")),
+        prompt_tokens=[100, 30, None],
+        completion_tokens=[7, 2, None],
+        team_id=pa.array(["red", None, "red"]).dictionary_encode(),
+        status=["success", "success", "failure"],
+        request_id=[1, 2, 3],
+    )
+    trace = load_trace(save(log), failed="skip")
+    assert requests(trace) == TWO and trace.request_class.tolist() == ["red", None]
+    assert trace.request_id.tolist() == ["1", "2"] and len(load_trace(save(log))) == 3
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"arrived_at": [0.0, float("nan")]}, "row 2: arrived_at is nan, not a time in s"),
+        ({"arrived_at": [0.0, -1.0]}, "row 2: arrived_at is -1.0"),
+        ({"arrived_at": [0, 2**40]}, "row 2: arrived_at is 1099511627776"),
+        ({"arrived_at": [0.0, None]}, "row 2: arrived_at is empty"),
+        ({"arrived_at": [True, False]}, "arrived_at is bool"),
+    ],
+)
+def test_bad_times_in_parquet(save, columns, words):
+    table = samples.parquet_of(**columns, num_prefill_tokens=[1, 2], num_decode_tokens=[1, 2])
+    with pytest.raises(UserError, match=words):
+        load_trace(save(table))
+
+
+def test_bad_dates_in_parquet(save):
+    tokens = {"ContextTokens": [100, 30], "GeneratedTokens": [7, 2]}
+    for times, words in (
+        (["2024-05-12 00:00:00", "soon"], "row 2: TIMESTAMP is 'soon'"),
+        (["2024-05-12 00:00:00", None], "row 2: TIMESTAMP is empty"),
+        ([1, 2], "TIMESTAMP is int64; write it as a date"),
+        (pa.array([0, 2**62], pa.timestamp("ms")), "outside the years"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_trace(save(samples.parquet_of(TIMESTAMP=times, **tokens)))
