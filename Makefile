@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all fuzz lint bench clean
 
 demo: .venv/run.done
 	$(BIN)/kvsim run -o demo-run
@@ -13,6 +13,10 @@ test: .venv/test.done
 
 test-all: .venv/test-all.done
 	$(PYTEST) -m "not gpu" -n 2
+
+# Ten minutes for each of the 32 sample files of tests/trace/samples.py; for nightly runs.
+fuzz: .venv/test.done
+	KVSIM_FUZZ_SECONDS=$${KVSIM_FUZZ_SECONDS:-19200} $(PYTEST) -m heavy tests/trace/test_trace_fuzz.py -n 2
 
 lint: .venv/test-all.done
 	$(BIN)/ruff check .

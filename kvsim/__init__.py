@@ -18,6 +18,7 @@ _PUBLIC = {
     "Trace": "kvsim.trace",
     "make_trace": "kvsim.workload",
     "azure_like": "kvsim.workload",
+    "make_mix": "kvsim.mix",
     "lognormal": "kvsim.workload",
     "geometric": "kvsim.workload",
     "uniform": "kvsim.workload",

@@ -142,6 +142,8 @@ def simulate(
         cost=st.Cost(cost.linear_s, cost.sampled_s, cost.context_s, cost.pair_s),
         bin_width_ns=_ns(bin_s, "bin") if bin_s is not None else _nice_width(span // 1000),
         keys=keys,
+        parent=trace.parent,
+        delay_ns=trace.delay_ns,
     )
     load_engine()
     engine_started = time.perf_counter()

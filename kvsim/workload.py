@@ -207,7 +207,7 @@ def make_trace(
 
     n = int(requests if requests is not None else rate * duration_s + 6 * math.sqrt(rate * duration_s) + 10)
     while True:
-        seconds = _renewal(arrivals, burstiness, uniforms(seed, _ARRIVALS, n - 1)) / rate
+        seconds = renewal(arrivals, burstiness, uniforms(seed, _ARRIVALS, n - 1)) / rate
         if requests is not None or seconds[-1] >= duration_s:
             break
         n *= 2  # an unlucky draw; its start stays the same
@@ -346,7 +346,7 @@ def _generated(name: str, source: str, seed: int, **columns) -> Trace:
     return replace(trace, sha256=columns_sha256(trace))
 
 
-def _renewal(arrivals: str, burstiness: float, u: np.ndarray) -> np.ndarray:
+def renewal(arrivals: str, burstiness: float, u: np.ndarray) -> np.ndarray:
     """float64[n + 1] arrivals at mean gap 1 from u float64[n], the first at 0."""
     if arrivals == "poisson":
         gaps = -np.log1p(-u)

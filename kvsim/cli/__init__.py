@@ -19,7 +19,7 @@ VERBS = {
     "why": "what happened to this request?",
     "show": "a finished run again, as text",
     "plot": "a finished run as a picture",
-    "trace": "make traffic to order",
+    "trace": "what is in this trace? make, describe, convert",
     "models": "what is known about a model?",
     "gpus": "what is known about a GPU?",
     "warm": "compile the engine now",

@@ -10,7 +10,6 @@ import sys
 import time
 
 from kvsim.errors import UserError
-from kvsim.units import parse_count
 
 DEFAULT_TRACE = "azure-conv-like"
 DEFAULT_MODEL = "llama-3.1-8b"
@@ -30,12 +29,16 @@ or the input; 130 interrupted. An option may be left out: what GPU memory then d
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `kvsim run`."""
+    from kvsim.cli.traffic import add_reading_arguments, add_traffic_arguments, count
     from kvsim.specs import add_engine_arguments
 
     parser.epilog = _EPILOG
-    parser.usage = "kvsim run [TRACE] [--model M] [--gpu G] [options] [-- vllm serve M ...]"
+    parser.usage = "kvsim run [TRACE ...] [--model M] [--gpu G] [options] [-- vllm serve M ...]"
     parser.add_argument(
-        "trace", nargs="?", metavar="TRACE", help=f"file or bundled name (default: {DEFAULT_TRACE})"
+        "trace",
+        nargs="*",
+        metavar="TRACE",
+        help=f"file, several in order, - or a bundled name (default: {DEFAULT_TRACE})",
     )
     parser.add_argument(
         "--model",
@@ -58,27 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--step-log", metavar="FILE", help="every schedule() call as a JSON line (.jsonl or .jsonl.gz)"
     )
 
-    traffic = parser.add_argument_group("traffic")
-    traffic.add_argument("--rate-scale", type=float, metavar="X", help="arrivals X times as fast")
-    traffic.add_argument(
-        "--rate", type=float, metavar="R", help="Poisson arrivals, R a second, for tables without any"
+    add_traffic_arguments(parser)
+    parser.add_argument(
+        "--max-concurrency", type=count, metavar="N", help="closed loop: N requests in flight at most"
     )
-    traffic.add_argument("--seed", type=int, default=0, help="of --rate (default: 0)")
-    traffic.add_argument("--limit", type=_count, metavar="N", help="the first N requests")
-    traffic.add_argument(
-        "--from", type=float, dest="from_s", metavar="SECONDS", help="leave out what comes earlier"
-    )
-    traffic.add_argument(
-        "--to", type=float, dest="to_s", metavar="SECONDS", help="leave out what comes at or after"
-    )
-    traffic.add_argument("--clip-prompt", type=_count, metavar="N", help="cut longer prompts to N tokens")
-    traffic.add_argument(
-        "--max-concurrency", type=_count, metavar="N", help="closed loop: N requests in flight at most"
-    )
-
-    reading = parser.add_argument_group("reading the trace")
-    reading.add_argument("--format", help="schema, where it is not to be found out")
-    reading.add_argument("--time-unit", metavar="UNIT", help="s, ms, us or ns, where the schema's is wrong")
+    add_reading_arguments(parser)
 
     clock = parser.add_argument_group("clock and outcomes")
     clock.add_argument("--step-time", metavar="A0,A1,A2", help="a step of n tokens over ctx context tokens takes "
@@ -194,37 +181,11 @@ def _deployment(args):
 
 
 def _trace(args):
-    from kvsim.trace import load_trace
+    from kvsim.cli.traffic import load
 
-    if args.trace == "":
+    if "" in args.trace:
         raise UserError(f"TRACE is empty; name a file, or leave it out for {DEFAULT_TRACE}")
-    trace = load_trace(
-        args.trace or DEFAULT_TRACE,
-        format=args.format,
-        time_unit=args.time_unit,
-        prefix_unit=getattr(args, "prefix_unit", None),
-    )
-    if args.limit is not None:
-        trace = trace.limit(args.limit)
-    if args.rate is not None:
-        trace = trace.with_poisson_rate(args.rate, args.seed)
-    if args.rate_scale is not None:
-        trace = trace.scale_rate(args.rate_scale)
-    if args.from_s is not None or args.to_s is not None:
-        trace = trace.between(args.from_s, args.to_s)
-    if args.clip_prompt is not None:
-        trace = trace.clip_prompt(args.clip_prompt)
-    return trace
-
-
-def _count(text: str) -> int:
-    try:
-        value = parse_count(text)
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return value
+    return load(args.trace or DEFAULT_TRACE, args)
 
 
 def _step_time(text: str | None) -> tuple[float, float, float] | None:

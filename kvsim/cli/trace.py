@@ -1,32 +1,95 @@
-"""`kvsim trace make`: traffic to order, always with its seed."""
+"""`kvsim trace make|info|convert`: traffic to order, always with its seed; what is in a trace; other formats."""
 
 from __future__ import annotations
 
 import argparse
 import json
 
+from kvsim.cli import traffic
 from kvsim.errors import UserError
 from kvsim.units import parse_count
 
-_EXAMPLE = """examples:
+_MAKE_EXAMPLE = """examples:
   kvsim trace make --rate 20 --requests 50k --prompt lognormal:512,1.1 --output geometric:200 --seed 1 -o
   t.parquet kvsim trace make --rate 5 --duration 600 --arrivals gamma --burstiness 0.5 -o bursty.jsonl.gz
   kvsim trace make --like azure-conv --seed 7 -o conv.csv
+  kvsim trace make --like last_week.csv.gz --seed 7 -o another_week.parquet
+  kvsim trace make --spec traffic.toml -o traffic.parquet
+  kvsim trace make --rate 20 --duration 3600 --profile 0.5,1,2,1 --class 'name=chat share=0.7 turns=geometric:3
+  think=lognormal:8000,0.5' --class 'name=batch share=0.3 prompt=constant:4000' -o mix.parquet
+"""
+
+
+_INFO_EXAMPLE = """examples:
+  kvsim trace info azure.csv.gz
+  kvsim trace info usage.csv --columns arrival=ts,prompt=in_tok,output=out_tok,class=team --time-unit ms
+  kvsim trace info spans.json --plot spans.png
+  zcat log.gz | kvsim trace info - --json
+"""
+_CONVERT_EXAMPLE = """examples:
+  kvsim trace convert azure.csv.gz azure.parquet
+  kvsim trace convert spend_logs.csv mooncake.jsonl.gz --from 3600 --to 7200
+  kvsim trace convert big.parquet small.csv --as vidur --sample 0.01 --seed 7
+  kvsim trace convert day1.csv day2.csv both.parquet
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `make` and its flags to the parser of `kvsim trace`."""
-    verbs = parser.add_subparsers(dest="action", metavar="make", required=True)
+    """Add `make`, `info` and `convert` and their flags to the parser of `kvsim trace`."""
+    verbs = parser.add_subparsers(dest="action", metavar="make|info|convert", required=True)
+    _add_make(verbs)
+    info = verbs.add_parser(
+        "info",
+        help="what is in a trace?",
+        epilog=_INFO_EXAMPLE,
+        description="Rows, rate, burstiness, lengths, classes and sharing of a trace, and what to plan on.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    info.add_argument("files", nargs="+", metavar="TRACE", help="file, several in order, - or a bundled name")
+    info.add_argument("--json", action="store_true", help="the same as JSON, unrounded")
+    info.add_argument("--plot", metavar="FILE", help="arrivals per second and lengths as .png, .svg or .pdf")
+    convert = verbs.add_parser(
+        "convert",
+        help="write a trace in another format",
+        epilog=_CONVERT_EXAMPLE,
+        description="Write a trace as Parquet (holds everything), Mooncake, Azure or vidur; says what the "
+        "format cannot hold.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    convert.add_argument(
+        "files", nargs="+", metavar="IN ... OUT", help="traces in order, and the file to write"
+    )
+    convert.add_argument("--as", dest="written", metavar="NAME", help="kvsim (Parquet), mooncake, azure or vidur, "
+                         "whatever the name says")  # fmt: skip
+    for verb in (info, convert):
+        traffic.add_reading_arguments(verb)
+        verb.add_argument(
+            "--prefix-unit", type=traffic.count, metavar="N", help="tokens that a prefix id stands for"
+        )
+        traffic.add_traffic_arguments(verb, sample=True)
+
+
+def _add_make(verbs) -> None:
     make = verbs.add_parser(
         "make",
         help="make a trace from distributions or like a known one",
-        epilog=_EXAMPLE,
+        epilog=_MAKE_EXAMPLE,
         description="Make a trace. Without --out it only says what the trace would be.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = make.add_argument
-    add("--like", choices=("azure-conv", "azure-code", "chat-small"), help="like this one instead")
+    add("--like", metavar="NAME|FILE", help="like azure-conv, azure-code or chat-small, or like a trace file: "
+        "its lengths, its requests per minute and its gaps inside a minute")  # fmt: skip
+    add("--spec", metavar="FILE.toml", help="classes, profile, bursts, shared prefixes and turns; see "
+        "docs/trace-formats.md; --rate, --duration and --seed override it")  # fmt: skip
+    add("--class", action="append", dest="classes", metavar="'KEY=VALUE ...'", help="a class, once for each: "
+        "'name=chat share=0.7 prompt=lognormal:300,0.8 turns=geometric:3 think=lognormal:8000,0.5'")  # fmt: skip
+    add("--profile", metavar="R,R,...[@SECONDS]", help="relative rates in equal steps of a period, repeated")
+    add(
+        "--bursts",
+        metavar="ON,OFF[,RATE]",
+        help="mean seconds ON and OFF, and OFF's rate relative to ON (default 0)",
+    )
     add(
         "--arrivals",
         choices=("poisson", "gamma", "constant"),
@@ -43,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default lognormal:512,1.1)",
     )
     add("--output", metavar="DIST", help="likewise (default geometric:200)")
-    add("--seed", type=int, default=0, metavar="N", help="default 0, never the clock")
+    add("--seed", type=int, metavar="N", help="default 0, never the clock")
     add(
         "-o",
         "--out",
@@ -55,10 +118,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Make, write if asked, and say what was made. 0, or UserError."""
+    """Make, describe or convert. 0, or UserError."""
+    return {"make": _make, "info": _info, "convert": _convert}[args.action](args)
+
+
+def _info(args: argparse.Namespace) -> int:
+    from kvsim.trace.describe import describe
+
+    trace = traffic.load(args.files, args)
+    about = describe(trace)
+    if args.plot:
+        from kvsim.report.trace_plot import plot_trace
+
+        plot_trace(trace, args.plot)
+    if args.json:
+        print(json.dumps(about, indent=1))
+        return 0
+    from kvsim.report.trace_table import trace_lines
+
+    for line in trace_lines(about):
+        print(line)
+    if args.plot:
+        print(f"wrote {args.plot}")
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
     from kvsim.trace import write_trace
 
-    trace = _made(args)
+    *sources, out = args.files
+    if not sources:
+        raise UserError("trace convert needs a trace to read and a file to write, such as in.csv out.parquet")
+    trace = traffic.load(sources, args)
+    lost = write_trace(trace, out, args.written)
+    for note in (*trace.notes, *lost):
+        print(note)
+    print(f"wrote {len(trace):,} requests to {out}")
+    return 0
+
+
+def _make(args: argparse.Namespace) -> int:
+    seed_given, args.seed = args.seed is not None, args.seed or 0
+    from kvsim.trace import write_trace
+
+    trace = _made(args, seed_given)
     notes = write_trace(trace, args.out, args.format) if args.out else ()
     about = trace.describe()
     if args.json:
@@ -91,9 +194,11 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _made(args: argparse.Namespace):
+def _made(args: argparse.Namespace, seed_given: bool):
     from kvsim import workload
 
+    if args.spec or args.classes or args.profile or args.bursts:
+        return _mixed(args, seed_given)
     requests = parse_count(args.requests) if args.requests is not None else None
     if args.like:
         fixed = ["arrivals", "burstiness", "duration", "prompt", "output"]
@@ -101,6 +206,10 @@ def _made(args: argparse.Namespace):
         given = [f"--{name}" for name in fixed if getattr(args, name) is not None]
         if given:
             raise UserError(f"--like {args.like} decides what {', '.join(given)} would; leave one out")
+        if args.like not in ("chat-small", "azure-conv", "azure-code"):
+            from kvsim.mix import like
+
+            return like(args.like, requests=requests, rate=args.rate, seed=args.seed)
         if args.like == "chat-small":
             return workload.chat_small(seed=args.seed)
         kind = args.like.removeprefix("azure-")
@@ -120,3 +229,49 @@ def _made(args: argparse.Namespace):
         burstiness=burstiness,
         seed=args.seed,
     )
+
+
+def _mixed(args: argparse.Namespace, seed_given: bool):
+    """Classes, profile and bursts from --spec and flags."""
+    from kvsim.mix import make_mix, read_spec
+
+    given = [f"--{n}" for n in ("like", "requests", "arrivals", "burstiness") if getattr(args, n) is not None]
+    if given:
+        raise UserError(f"{', '.join(given)} does not go with classes, --profile or --bursts; leave one out")
+    spec = read_spec(args.spec) if args.spec else {}
+    spec |= {key: getattr(args, key) for key in ("rate", "duration") if getattr(args, key) is not None}
+    if seed_given:
+        spec["seed"] = args.seed
+    args.seed = spec.get("seed", 0)
+    if args.classes:
+        spec["class"] = [_pairs(text) for text in args.classes]
+    elif args.prompt or args.output:
+        spec["class"] = [{k: v for k, v in (("prompt", args.prompt), ("output", args.output)) if v}]
+    if args.profile:
+        rates, _, period = args.profile.partition("@")
+        spec["profile"] = [_value(rate) for rate in rates.split(",")]
+        spec |= {"period": _value(period)} if period else {}
+    if args.bursts:
+        spec["bursts"] = dict(
+            zip(("on", "off", "off_rate"), map(_value, args.bursts.split(",")), strict=False)
+        )
+    return make_mix(spec)
+
+
+def _pairs(text: str) -> dict:
+    pairs = {}
+    for word in text.split():
+        key, _, value = word.partition("=")
+        if not value or key in pairs:
+            raise UserError(f"--class {text!r}: {word!r} is no KEY=VALUE of its own; write such as share=0.7")
+        pairs[key] = (
+            value if key in ("name", "prompt", "output", "arrivals", "turns", "think") else _value(value)
+        )
+    return pairs
+
+
+def _value(text: str) -> float | int | str:
+    try:
+        return int(text) if text.strip().isdigit() else float(text)
+    except ValueError:
+        return text  # what wants a number says so

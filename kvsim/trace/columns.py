@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,9 +14,17 @@ from kvsim.units import NS_PER_S
 
 MAX_TOKENS = 2**31 - 1  # what an int32 column holds
 MAX_NS = 2**63 - 1
-COLUMNS = ("arrival_ns", "prompt_tokens", "output_tokens", "priority", "request_class", "request_id")
+COLUMNS = (
+    "arrival_ns",
+    "prompt_tokens",
+    "output_tokens",
+    "priority",
+    "request_class",
+    "request_id",
+    "delay_ns",
+)
 
-_ARRIVALS = 1  # Philox stream of with_poisson_rate
+_ARRIVALS, _SAMPLE = 1, 2  # Philox streams of with_poisson_rate and sample
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -32,6 +41,8 @@ class Trace:
     priority: np.ndarray | None = None  # int32[n]; lower goes first, as in vLLM
     request_class: np.ndarray | None = None  # object[n] of str or None
     request_id: np.ndarray | None = None  # object[n] of str or None
+    parent: np.ndarray | None = None  # int64[n]; row of the turn before, always an earlier one; -1: none
+    delay_ns: np.ndarray | None = None  # int64[n] >= 0; from the parent's end to this turn, 0 without parent
     prefix_offsets: np.ndarray | None = None  # int64[n + 1]; row i owns prefix_ids[offsets[i]:offsets[i + 1]]
     prefix_ids: np.ndarray | None = None  # int64[m]; equal ids = equal prompt up to and with that block
     prefix_unit: int = 0  # tokens an id stands for (the last of a row may stand for fewer); 0: no ids
@@ -58,7 +69,8 @@ class Trace:
     def between(self, from_s: float | None = None, to_s: float | None = None) -> Trace:
         """Requests with from_s <= arrival < to_s, seconds on this trace's clock; None leaves an end open.
 
-        The first kept request then arrives at 0. UserError when nothing is left or there are no arrivals.
+        The first kept request then arrives at 0; turns whose parent is cut away become first turns, which
+        notes say. UserError when nothing is left or there are no arrivals.
         """
         self._need_arrivals("a time range")
         ends = [
@@ -74,7 +86,7 @@ class Trace:
         return self._rows(slice(*ends))
 
     def scale_rate(self, x: float) -> Trace:
-        """x times the request rate: arrivals become rint(arrival / x). Lengths stay."""
+        """x times the request rate: arrivals become rint(arrival / x). Lengths and delays of turns stay."""
         self._need_arrivals("a rate scale")
         _positive("rate scale", x)
         with np.errstate(over="ignore"):
@@ -115,9 +127,63 @@ class Trace:
         )
         if self.prefix_unit:
             keep = np.minimum(np.diff(self.prefix_offsets), -(-n // self.prefix_unit))
-            offsets, ids = _gather(self.prefix_offsets[:-1], keep, self.prefix_ids)
+            offsets, ids = gather(self.prefix_offsets[:-1], keep, self.prefix_ids)
             clipped = replace(clipped, prefix_offsets=offsets, prefix_ids=ids)
         return clipped
+
+    def sample(self, share: float, seed: int = 0) -> Trace:
+        """Each request with probability `share`, at its own time; the same seed keeps a longer trace's start.
+
+        A smaller share keeps a part of what a larger one does. UserError when nothing is left.
+        """
+        if not 0 < share <= 1:
+            raise UserError(f"sample is {share}; give a share of the requests above 0 and at most 1")
+        rows = np.flatnonzero(uniforms(seed, _SAMPLE, len(self)) < share)
+        if not len(rows):
+            raise UserError(f"a sample of {share:g} leaves none of {len(self):,} requests; raise it")
+        if len(rows) == len(self):
+            return self
+        note = f"a sample of {share:g} kept {len(rows):,} of {len(self):,} requests, seed {seed}"
+        picked = self._rows(rows)
+        return replace(picked, notes=(*picked.notes, note))
+
+    @staticmethod
+    def concatenated(traces: Sequence[Trace], starts_ns: Sequence[int], fresh_ids: Sequence[bool]) -> Trace:
+        """All requests of `traces` by arrival, trace k from starts_ns[k] on; ties stay in the order given.
+
+        Where fresh_ids[k], prefix ids are renumbered so that trace k shares nothing with those before it.
+        A column that some traces lack is filled with None or 0. Wants equal prefix units and has_arrivals.
+        """
+        first = traces[0]
+        sizes = [len(t) for t in traces]
+        columns: dict = {}
+        for name in (*COLUMNS, "parent"):
+            if all(getattr(t, name) is None for t in traces):
+                continue
+            empty = -1 if name == "parent" else None if name.startswith("request") else 0
+            dtype = next(getattr(t, name).dtype for t in traces if getattr(t, name) is not None)
+            parts = [
+                np.full(n, empty, dtype) if getattr(t, name) is None else getattr(t, name)
+                for t, n in zip(traces, sizes, strict=True)
+            ]
+            if name == "arrival_ns" and first.has_arrivals:
+                parts = [part + start for part, start in zip(parts, starts_ns, strict=True)]
+            if name == "parent":
+                bases = np.cumsum([0, *sizes[:-1]])
+                parts = [np.where(p >= 0, p + b, -1) for p, b in zip(parts, bases, strict=True)]
+            columns[name] = np.concatenate(parts)
+        if first.prefix_unit:
+            ids, top = [], 0
+            for trace, is_fresh in zip(traces, fresh_ids, strict=True):
+                mine = trace.prefix_ids
+                if is_fresh:
+                    mine = np.unique(mine, return_inverse=True)[1].astype(np.int64) + top
+                ids.append(mine)
+                top = max(top, int(mine.max(initial=-1)) + 1)
+            counts = np.concatenate([np.diff(t.prefix_offsets) for t in traces])
+            columns["prefix_ids"] = np.concatenate(ids)
+            columns["prefix_offsets"] = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        return replace(first, **columns).sorted_by_arrival()
 
     def describe(self) -> dict:
         """For people: rows, span_s, rate (rows / span, None without arrivals), and mean, p50 and p99 of
@@ -147,6 +213,12 @@ class Trace:
         assert self.priority is None or (self.priority.dtype == np.int32 and self.priority.shape == (n,))
         for text in (self.request_class, self.request_id):
             assert text is None or (text.dtype == object and text.shape == (n,))
+        assert (self.parent is None) == (self.delay_ns is None)
+        if self.parent is not None:
+            assert self.parent.dtype == np.int64 and self.parent.shape == (n,)
+            assert np.all(self.parent >= -1) and np.all(self.parent < np.arange(n))
+            assert self.delay_ns.dtype == np.int64 and self.delay_ns.shape == (n,)
+            assert np.all(self.delay_ns >= 0) and np.all(self.delay_ns[self.parent < 0] == 0)
         assert (self.prefix_unit > 0) == (self.prefix_ids is not None) == (self.prefix_offsets is not None)
         if self.prefix_unit:
             assert self.prefix_offsets.dtype == np.int64 and self.prefix_ids.dtype == np.int64
@@ -158,9 +230,19 @@ class Trace:
         picked = {name: getattr(self, name)[rows] for name in COLUMNS if getattr(self, name) is not None}
         picked["arrival_ns"] = picked["arrival_ns"] - picked["arrival_ns"][0]
         if self.prefix_unit:
-            picked["prefix_offsets"], picked["prefix_ids"] = _gather(
+            picked["prefix_offsets"], picked["prefix_ids"] = gather(
                 self.prefix_offsets[:-1][rows], np.diff(self.prefix_offsets)[rows], self.prefix_ids
             )
+        if self.parent is None:
+            return replace(self, **picked)
+        place = np.full(len(self) + 1, -1, np.int64)  # where each row went; the last stands for "no parent"
+        place[:-1][rows] = np.arange(len(picked["arrival_ns"]))
+        picked["parent"] = place[self.parent[rows]]
+        picked["delay_ns"] = np.where(picked["parent"] >= 0, picked["delay_ns"], 0)
+        lost = np.count_nonzero(picked["parent"] < 0) - np.count_nonzero(self.parent[rows] < 0)
+        if lost:
+            note = f"{lost:,} follow-up turns lost the turn before them and count as first turns"
+            picked["notes"] = (*self.notes, note)
         return replace(self, **picked)
 
     def _need_arrivals(self, what: str) -> None:
@@ -171,7 +253,7 @@ class Trace:
 def columns_sha256(trace: Trace) -> str:
     """sha256 of the columns, for traces that no file holds: the same rows give the same text."""
     digest = hashlib.sha256()
-    for name in (*COLUMNS, "prefix_offsets", "prefix_ids"):
+    for name in (*COLUMNS, "parent", "prefix_offsets", "prefix_ids"):
         column = getattr(trace, name)
         if column is not None:
             data = repr(column.tolist()).encode() if column.dtype == object else np.ascontiguousarray(column)
@@ -181,7 +263,7 @@ def columns_sha256(trace: Trace) -> str:
     return digest.hexdigest()
 
 
-def _gather(starts: np.ndarray, lengths: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def gather(starts: np.ndarray, lengths: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(offsets int64[k + 1], ids int64[m]) of k runs ids[start:start + length], in the order given."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     return offsets, ids[np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])]

@@ -14,7 +14,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from kvsim.trace.rows import Rows, converters, frozen, growing, objects, positions, shown
+from kvsim.errors import UserError
+from kvsim.trace.columns import MAX_TOKENS
+from kvsim.trace.rows import TEXTS, Rows, converters, frozen, growing, positions, shown
 from kvsim.trace.schemas import Schema
 from kvsim.trace.source import MAX_LINE, Source, numbered_lines
 from kvsim.trace.values import DECIMALS, stamp_ns
@@ -22,9 +24,14 @@ from kvsim.trace.values import DECIMALS, stamp_ns
 _BLOCK = 8 * 2**20
 
 
-def header(source: Source) -> list[str]:
-    """Column names: the first line that is not blank."""
-    return next((fields for _, fields in records(source) if not _blank(fields)), [])
+def header(source: Source) -> tuple[list[str], dict[str, object]]:
+    """(column names: the first line that is not blank; the values of the first row, by name)."""
+    filled = (fields for _, fields in records(source) if not _blank(fields))
+    names = next(filled, [])
+    try:
+        return names, dict(zip(names, next(filled, []), strict=False))
+    except UserError:
+        return names, {}  # the reader will say it
 
 
 def read(source: Source, schema: Schema, names: Sequence[str]) -> Rows:
@@ -54,8 +61,10 @@ def read_slow(source: Source, schema: Schema, names: Sequence[str]) -> Rows:
         for role, index in at.items():
             try:
                 columns[role].append(convert[role](fields[index]))
-            except ValueError as reason:
-                column, value = names[index].strip(), shown(fields[index])
+            except ValueError as error:
+                column, value, reason = names[index].strip(), shown(fields[index]), str(error)
+                if [f.strip() for f in fields] == [n.strip() for n in names]:
+                    reason = "the header once more; remove the line"
                 raise source.error(f"{column} is {value}, {reason}", line) from None
     notes = [f"{source.shown}: line {first_empty}: the first of {empty:,} rows of empty cells, all skipped"]
     return Rows(
@@ -67,6 +76,12 @@ def read_slow(source: Source, schema: Schema, names: Sequence[str]) -> Rows:
 
 def read_fast(source: Source, schema: Schema, names: Sequence[str]) -> Rows | None:
     """The same by pyarrow, in blocks; None when it or a check is not content, whatever the reason."""
+    whole = _read_fast(source, schema, names, counts_as_text=False)
+    return _read_fast(source, schema, names, counts_as_text=True) if whole is None else whole
+
+
+def _read_fast(source: Source, schema: Schema, names: Sequence[str], counts_as_text: bool) -> Rows | None:
+    """counts_as_text reads the "374.0" that data frames write, more slowly."""
     import pyarrow as pa
     from pyarrow import csv as arrow_csv
 
@@ -75,7 +90,8 @@ def read_fast(source: Source, schema: Schema, names: Sequence[str]) -> Rows | No
         return None  # pyarrow is told to skip one line, so the header must be exactly that
     at = positions(schema, names)
     try:
-        types = _arrow_types(schema, at, top[1][1])
+        types = _arrow_types(schema, at, top[1][1], counts_as_text)
+        convert = converters(schema)
         chunks: dict[str, list[np.ndarray]] = {role: [] for role in at}
         with (
             source.open() as file,
@@ -94,8 +110,9 @@ def read_fast(source: Source, schema: Schema, names: Sequence[str]) -> Rows | No
         ):
             for batch in batches:
                 for role, column in zip(at, batch.columns, strict=True):
-                    chunks[role].append(_to_numpy(role, column, schema))
+                    chunks[role].append(_to_numpy(role, column, schema, convert[role]))
         columns = {role: np.concatenate(parts) for role, parts in chunks.items()}
+        columns.pop("batch", None)
     except (pa.ArrowException, ValueError, OSError, EOFError, zlib.error, IndexError):
         return None
     return Rows(**{"arrival": None, **columns}, where=lambda row: f"line {_line_of(source, row)}")
@@ -132,31 +149,61 @@ def _blank(fields: list[str]) -> bool:
     return not any(field.strip() for field in fields)
 
 
-def _arrow_types(schema: Schema, at: dict[str, int], first_row: list[str]) -> dict:
+def _arrow_types(schema: Schema, at: dict[str, int], first_row: list[str], counts_as_text: bool) -> dict:
     import pyarrow as pa
 
-    types = {"prompt": pa.int32(), "output": pa.int32(), "priority": pa.int32()}
-    types = {role: types.get(role, pa.string()) for role in at}  # numbers of seconds stay text: see _to_numpy
+    counts = {} if counts_as_text else dict.fromkeys(_COUNTS, pa.int32())
+    types = {
+        role: counts.get(role, pa.string()) for role in at
+    }  # numbers of seconds stay text: see _to_numpy
     if "arrival" in at and schema.time == "stamp":
         _, zoned = stamp_ns(first_row[at["arrival"]])
         types["arrival"] = pa.timestamp("ns", tz="UTC" if zoned else None)
     return types
 
 
-def _to_numpy(role: str, column, schema: Schema) -> np.ndarray:
+def _to_numpy(role: str, column, schema: Schema, convert) -> np.ndarray:
     """One block of one column, checked; ValueError or an Arrow error when a value is out of bounds."""
     import pyarrow as pa
+    from pyarrow import compute
 
-    if role in ("request_class", "request_id"):
-        return objects([text or None for text in column.to_pylist()])
+    if role in TEXTS:
+        coded = column.dictionary_encode()
+        different = [convert(text) for text in coded.dictionary.to_pylist()]
+        kind = bool if role in ("failed", "kept") else object
+        return np.array(different, kind)[coded.indices.to_numpy(zero_copy_only=False)]
     if role == "arrival" and schema.time == "stamp":
         return column.cast(pa.int64()).to_numpy(zero_copy_only=False)
-    if role == "arrival":
-        return _decimal_ns(column, DECIMALS[schema.time])
-    numbers = column.to_numpy(zero_copy_only=False)
-    if role != "priority" and numbers.min(initial=0) < 0:
+    if role == "arrival" and schema.time == "none":
+        if not compute.all(compute.equal(compute.utf8_trim(column, " \t"), "XXX")).as_py():
+            raise ValueError(role)
+        return np.zeros(len(column), np.int64)
+    if role in ("arrival", "delay"):
+        return _decimal_ns(column, DECIMALS[schema.time if role == "arrival" else schema.delay_unit])
+    if column.type == pa.string():
+        numbers = _decimal_counts(column)
+    else:
+        numbers = column.to_numpy(zero_copy_only=False)
+    if role not in ("priority", "parent_row") and numbers.min(initial=0) < 0:
         raise ValueError(role)
-    return numbers
+    if role == "parent_row" and numbers.min(initial=0) < -1:
+        raise ValueError(role)
+    if role == "batch" and not np.all(numbers == 1):
+        raise ValueError(role)
+    return numbers.astype(np.int64) if role == "parent_row" else numbers
+
+
+_COUNTS = ("prompt", "output", "priority", "images", "batch", "parent_row")
+
+
+def _decimal_counts(texts) -> np.ndarray:
+    """int32[n] from decimal text, exact; ValueError or an Arrow error unless all are whole and within int32."""
+    import pyarrow as pa
+
+    about = texts.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    if not np.all(np.abs(about) <= MAX_TOKENS):
+        raise ValueError("count")
+    return texts.cast(pa.decimal128(38, 18)).cast(pa.decimal128(38, 0)).cast(pa.int32()).to_numpy()
 
 
 def _decimal_ns(texts, places: int) -> np.ndarray:

@@ -83,6 +83,13 @@ def stamp_ns(value: object) -> tuple[int, bool]:
     return ns, zone is not None
 
 
+def placeholder(value: object) -> int:
+    """0 for the XXX that stands for a time in tables of lengths; ValueError when there is one after all."""
+    if isinstance(value, str) and value.strip() == "XXX":
+        return 0
+    raise ValueError("although the first row holds 'XXX' for a time; give every row a time or none")
+
+
 def text_or_none(value: object) -> str | None:
     """Names of classes and requests: text as it is, a whole number as its digits, nothing as None."""
     if value is None or value == "":
@@ -92,7 +99,7 @@ def text_or_none(value: object) -> str | None:
             raise ValueError("not UTF-8 text; save the file as UTF-8")
         return value
     if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
+        return str(value) if abs(value) < 10**40 else f"{value:#x}"[:80]
     raise ValueError(f"neither text nor a whole number{_FIX}")
 
 
@@ -112,12 +119,11 @@ def _exact(value: object) -> Decimal:
         if _HEX.fullmatch(text):
             return Decimal(int(text, 16))
         if len(text) > _LONGEST or not _NUMBER.fullmatch(text):
-            separators = re.fullmatch(r"[+-]?\d{1,3}([,.' \u202f\u00a0]\d{3})+", text) is not None
-            raise ValueError(
-                "not a plain number; write it without thousands separators"
-                if separators
-                else f"not a number{_FIX}"
-            )
+            if re.fullmatch(r"[+-]?\d{1,3}([,.' \u202f\u00a0]\d{3})+", text):
+                raise ValueError("not a plain number; write it without thousands separators")
+            if re.fullmatch(r"[+-]?\d{1,20},\d{1,20}", text):
+                raise ValueError("not a number with a decimal point; export it without decimal commas")
+            raise ValueError(f"not a number{_FIX}")
         number = decimal(text)
     elif isinstance(value, Decimal):
         number = value

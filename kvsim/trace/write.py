@@ -49,12 +49,14 @@ def write_trace(trace: Trace, path: str | os.PathLike, format: str | None = None
             file.write(data)
         data = packed.getvalue()
     _replace(path, data)
-    held = {"kvsim": ("priority", "request_class", "request_id", "prefix_ids"), "mooncake": ("prefix_ids",)}
-    lost = [
-        name
-        for name in ("priority", "request_class", "request_id", "prefix_ids")
-        if getattr(trace, name) is not None and name not in held.get(format, ())
-    ]
+    optional = ("priority", "request_class", "request_id", "prefix_ids", "parent")
+    held = {
+        "kvsim": optional,
+        "mooncake": ("prefix_ids",) + (("parent",) if _sessions(trace) is not None else ()),
+    }
+    lost = [n for n in optional if getattr(trace, n) is not None and n not in held.get(format, ())]
+    if "parent" in lost and not np.any(trace.parent >= 0):
+        lost.remove("parent")
     notes = [f"{path}: {format} has no place for {', '.join(lost)}: left out"] if lost else []
     if format == "mooncake" and trace.prefix_unit not in (0, 512):
         notes.append(
@@ -96,12 +98,38 @@ def _vidur(trace: Trace) -> Iterator[str]:
 
 def _mooncake(trace: Trace) -> Iterator[str]:
     offsets = trace.prefix_offsets
+    sessions = _sessions(trace)
     for row, (ns, prompt, output) in enumerate(_rows(trace)):
         ids = ""
         if trace.prefix_unit:
             ids = f', "hash_ids": {trace.prefix_ids[offsets[row] : offsets[row + 1]].tolist()}'
-        at = str(ns // 10**6) if ns % 10**6 == 0 else _decimal(ns, 6)
-        yield f'{{"timestamp": {at}, "input_length": {prompt}, "output_length": {output}{ids}}}\n'
+        turn = ""
+        if sessions is not None:
+            turn = f', "session_id": {sessions[row]}'
+            if trace.delay_ns[row]:
+                turn += f', "delay": {_milliseconds(int(trace.delay_ns[row]))}'
+        yield (
+            f'{{"timestamp": {_milliseconds(ns)}, "input_length": {prompt}, "output_length": {output}{turn}{ids}}}\n'
+        )
+
+
+def _milliseconds(ns: int) -> str:
+    """Whole where it can be: a first timestamp of 0 without a point also says that these are no seconds."""
+    return str(ns // 10**6) if ns % 10**6 == 0 else _decimal(ns, 6)
+
+
+def _sessions(trace: Trace) -> list[int] | None:
+    """Session of each row, numbered by first turn; None without turns, or where two turns follow the same one,
+    which a list of turns in order cannot say."""
+    if trace.parent is None:
+        return None
+    parents = trace.parent[trace.parent >= 0]
+    if not len(parents) or len(np.unique(parents)) != len(parents):
+        return None
+    sessions: list[int] = []
+    for row, parent in enumerate(trace.parent.tolist()):
+        sessions.append(row if parent < 0 else sessions[parent])
+    return sessions
 
 
 def _parquet(trace: Trace) -> bytes:
@@ -110,7 +138,11 @@ def _parquet(trace: Trace) -> bytes:
 
     columns = {"arrival_ns": trace.arrival_ns} if trace.has_arrivals else {}
     columns |= {"prompt_tokens": trace.prompt_tokens, "output_tokens": trace.output_tokens}
-    columns |= {name: getattr(trace, name) for name in ("priority",) if getattr(trace, name) is not None}
+    columns |= {
+        name: getattr(trace, name)
+        for name in ("priority", "parent", "delay_ns")
+        if getattr(trace, name) is not None
+    }
     columns |= {
         name: pa.array(getattr(trace, name), pa.string())
         for name in ("request_class", "request_id")

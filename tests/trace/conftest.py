@@ -40,7 +40,7 @@ def assert_same_rows():
 
     def check(got, ref):
         assert (got.has_arrivals, got.prefix_unit) == (ref.has_arrivals, ref.prefix_unit)
-        for name in (*COLUMNS, "prefix_offsets", "prefix_ids"):
+        for name in (*COLUMNS, "parent", "prefix_offsets", "prefix_ids"):
             a, b = getattr(got, name), getattr(ref, name)
             assert (a is None) == (b is None), name
             if a is not None:

@@ -60,6 +60,64 @@ def test_between_keeps_from_inclusive_to_exclusive_and_starts_again_at_zero():
             small().between(*bad)
 
 
+def turns(**changes) -> Trace:
+    """0 <- 1 <- 3 and 2 <- 4."""
+    links = {"parent": np.array([-1, 0, -1, 1, 2]), "delay_ns": np.array([0, 7, 0, 8, 9])}
+    return small(**links | changes)
+
+
+def test_turns_follow_cuts_samples_and_sorting():
+    for trace, parent, delay in (
+        (turns().limit(4), [-1, 0, -1, 1], [0, 7, 0, 8]),
+        (turns().between(1.0), [-1, -1, 0, 1], [0, 0, 8, 9]),
+        (turns().between(2.0), [-1, -1], [0, 0]),
+        (turns().clip_prompt(5).scale_rate(2), [-1, 0, -1, 1, 2], [0, 7, 0, 8, 9]),
+    ):
+        trace.check_integrity()
+        assert (trace.parent.tolist(), trace.delay_ns.tolist()) == (parent, delay)
+    assert turns().limit(4).notes == ()
+    assert turns().between(2.0).notes == (
+        "2 follow-up turns lost the turn before them and count as first turns",
+    )
+    tied = turns(arrival_ns=np.array([5, 6, 0, 7, 1])).sorted_by_arrival()
+    tied.check_integrity()
+    assert tied.parent.tolist() == [-1, 0, -1, 2, 3] and tied.delay_ns.tolist() == [0, 9, 0, 7, 8]
+    assert columns_sha256(turns()) != columns_sha256(small())
+
+
+def test_sample_is_nested_seeded_and_counted():
+    n = 2000
+    trace = Trace(
+        arrival_ns=np.arange(n) * 10**6,
+        prompt_tokens=np.arange(n, dtype=np.int32),
+        output_tokens=np.ones(n, np.int32),
+        parent=np.arange(-1, n - 1),
+        delay_ns=np.where(np.arange(n) > 0, 3, 0),
+    )
+    some, fewer = trace.sample(0.3, seed=4), trace.sample(0.1, seed=4)
+    some.check_integrity()
+    assert set(fewer.prompt_tokens.tolist()) < set(some.prompt_tokens.tolist())
+    assert 0.27 * n < len(some) < 0.33 * n and "kept" in some.notes[1] and "lost the turn" in some.notes[0]
+    assert trace.sample(1.0) is trace
+    assert trace.limit(1000).sample(0.3, seed=4).prompt_tokens.tolist() == [
+        p for p in some.prompt_tokens.tolist() if p < 1000
+    ]
+    for share in (0, -1, 1.1, float("nan")):
+        with pytest.raises(UserError):
+            trace.sample(share)
+    with pytest.raises(UserError, match="leaves none"):
+        trace.limit(3).sample(1e-9)
+
+
+def test_concatenated_fills_what_some_lack():
+    bare = small(priority=None, request_class=None)
+    both = Trace.concatenated([turns(), bare], [0, 10**9], [False, True])
+    both.check_integrity()
+    assert len(both) == 10 and both.arrival_ns[-1] == 5 * 10**9
+    assert sorted(both.prefix_ids.tolist()) == list(range(26))
+    assert both.parent.tolist().count(-1) == 7 and both.request_class.tolist().count(None) == 6
+
+
 def test_scale_rate():
     trace = small(arrival_ns=np.array([0, 3, 5, 7, 10**15 + 1])).scale_rate(2)
     assert trace.arrival_ns.tolist() == [0, 2, 2, 4, 500_000_000_000_000]  # ties go to even

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvsim.errors import UserError
 from kvsim.trace import Trace, load_trace, write_trace
 
 DAY = 86_400 * 10**9
+fewer = settings(max_examples=settings().max_examples // 3)  # each writes and reads files
 
 
 @st.composite
@@ -23,7 +24,9 @@ def traces(draw, tick=1, longest=400 * 365 * DAY // 2):
     column = lambda values: draw(st.lists(values, min_size=n, max_size=n))  # noqa: E731
     arrival = np.sort(np.array(column(st.integers(0, longest // tick)), np.int64) * tick)
     prompt = np.array(column(st.integers(0, 2_000) | st.integers(0, 2**31 - 1)), np.int32)
-    has = {name: draw(st.booleans()) for name in ("priority", "request_class", "request_id", "prefix")}
+    has = {
+        name: draw(st.booleans()) for name in ("priority", "request_class", "request_id", "prefix", "turns")
+    }
     extra = {}
     if has["priority"]:
         extra["priority"] = np.array(column(st.integers(-(2**31), 2**31 - 1)), np.int32)
@@ -31,6 +34,10 @@ def traces(draw, tick=1, longest=400 * 365 * DAY // 2):
         if has[name]:
             text = st.text(st.characters(codec="utf-8"), min_size=1, max_size=5)
             extra[name] = np.array([*column(st.none() | text), None], object)[:n]
+    if has["turns"]:
+        parent = np.array([draw(st.integers(-1, row - 1)) for row in range(n)], np.int64)
+        extra["parent"] = parent
+        extra["delay_ns"] = np.where(parent >= 0, column(st.integers(0, 10**12)), 0)
     if has["prefix"]:
         prompt %= 2_001
         unit = draw(st.sampled_from([1, 16, 512]))
@@ -49,8 +56,10 @@ def traces(draw, tick=1, longest=400 * 365 * DAY // 2):
     )
 
 
-def bare(trace: Trace, keep_ids: bool = False) -> Trace:
+def bare(trace: Trace, keep_ids: bool = False, keep_turns: bool = False) -> Trace:
     ids = {} if keep_ids else {"prefix_unit": 0, "prefix_ids": None, "prefix_offsets": None}
+    if not keep_turns:
+        ids |= {"parent": None, "delay_ns": None}
     return replace(trace, priority=None, request_class=None, request_id=None, **ids)
 
 
@@ -66,6 +75,7 @@ def again(trace: Trace, name: str, **options) -> Trace:
     return got
 
 
+@fewer
 @given(traces(), st.booleans())
 def test_parquet_holds_everything(assert_same_rows, trace, has_arrivals):
     if not has_arrivals:
@@ -73,19 +83,25 @@ def test_parquet_holds_everything(assert_same_rows, trace, has_arrivals):
     assert_same_rows(again(trace, "t.parquet"), trace)
 
 
+@fewer
 @given(traces())
 def test_mooncake_holds_ids(assert_same_rows, trace):
     unit = {"prefix_unit": trace.prefix_unit} if trace.prefix_unit else {}
     if trace.prefix_unit and not len(trace.prefix_ids):
         trace = bare(trace, keep_ids=True)
-    assert_same_rows(again(trace, "t.jsonl.gz", **unit), bare(trace, keep_ids=True))
+    followed = [] if trace.parent is None else trace.parent[trace.parent >= 0].tolist()
+    is_chain = bool(followed) and len(set(followed)) == len(followed)
+    ref = bare(trace, keep_ids=True, keep_turns=is_chain)
+    assert_same_rows(again(trace, "t.jsonl.gz", **unit), ref)
 
 
+@fewer
 @given(traces(tick=100) | traces())
 def test_azure_holds_times_and_lengths(assert_same_rows, trace):
     assert_same_rows(again(trace, "t.csv.gz"), bare(trace))
 
 
+@fewer
 @given(traces())
 def test_vidur_holds_times_and_lengths(assert_same_rows, trace):
     with tempfile.TemporaryDirectory() as folder:
