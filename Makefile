@@ -16,7 +16,8 @@ test-all: .venv/test-all.done
 
 # Ten minutes for each of the 32 sample files of tests/trace/samples.py; for nightly runs.
 fuzz: .venv/test.done
-	KVSIM_FUZZ_SECONDS=$${KVSIM_FUZZ_SECONDS:-19200} $(PYTEST) -m heavy tests/trace/test_trace_fuzz.py -n 2
+	KVSIM_FUZZ_SECONDS=$${KVSIM_FUZZ_SECONDS:-600} KVSIM_FUZZ_SEED=$${KVSIM_FUZZ_SEED:-$$(date +%s)} \
+	  $(PYTEST) -m heavy tests/trace/test_trace_fuzz.py -n 2
 
 lint: .venv/test-all.done
 	$(BIN)/ruff check .

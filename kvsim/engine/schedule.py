@@ -64,6 +64,7 @@ def open_step(s):
     now.num_scheduled = now.num_victims = now.num_dropped = now.sampled = 0
     now.prefill_tokens = now.decode_tokens = now.ctx = now.prefill_ctx = now.prefill_pairs = 0
     now.saw_prefill = now.livelock = 0
+    now.looked_up = -1
     eligible = now.num_running + num_waiting(now)
     now.threshold = cfg.long_prefill_token_threshold if eligible > 1 else 0
     if cfg.long_prefill_token_threshold_adaptive and now.threshold > 0:
@@ -331,10 +332,15 @@ def admit_waiting(s):
 
 @inline_njit
 def find_hits(s, r):
-    """Leading blocks of `r` in the prefix cache, and how many of them are free."""
-    if s.settings.enable_prefix_caching:
-        return look_up(s, r, known_tokens(s.requests[r]))
-    return 0, 0
+    """Leading blocks of `r` in the prefix cache, and how many of them are free. A head that was not admitted is
+    asked about twice in a step, between which nothing changes."""
+    now = s.now[0]
+    if not s.settings.enable_prefix_caching:
+        return 0, 0
+    if now.looked_up != r:
+        now.looked_up = r
+        now.num_hits, now.free_hits = look_up(s, r, known_tokens(s.requests[r]))
+    return now.num_hits, now.free_hits
 
 
 @inline_njit
@@ -387,6 +393,7 @@ def admit(s, r, n, num_hits):
     Needs its look-up to be the last one."""
     now, row, entry = s.now[0], s.requests[r], s.step[s.now[0].num_scheduled]
     pop_head(s)
+    now.looked_up = -1
     s.queues.running[now.num_running] = r
     now.num_running += 1
     is_first = row.scheduled_at < 0
@@ -436,19 +443,24 @@ def note_wait(s):
         now.wait_request = -1
         return
     r = queue_head(s)
-    num_hits, free_hits = find_hits(s, r)
-    n = first_chunk(s, r, num_hits)
     needed = 0
     if now.num_victims > 0:
         cause = PREEMPTION_IN_STEP
-    elif is_beyond_budget(s, n):
+    elif now.budget == 0:
         cause = TOKEN_BUDGET
-    elif now.num_running >= cfg.max_num_seqs:
+    elif now.num_running >= cfg.max_num_seqs and cfg.enable_chunked_prefill:
         cause = MAX_NUM_SEQS
-    elif is_deferred(s, r, num_hits):
-        cause = PREFILL_INTERVAL
     else:
-        cause, needed = pool_obstacle(s, r, min(n, now.budget), num_hits, free_hits)
+        num_hits, free_hits = find_hits(s, r)
+        n = first_chunk(s, r, num_hits)
+        if is_beyond_budget(s, n):
+            cause = TOKEN_BUDGET
+        elif now.num_running >= cfg.max_num_seqs:
+            cause = MAX_NUM_SEQS
+        elif is_deferred(s, r, num_hits):
+            cause = PREFILL_INTERVAL
+        else:
+            cause, needed = pool_obstacle(s, r, min(n, now.budget), num_hits, free_hits)
     if r != now.wait_request or cause != now.wait_cause:
         now.wait_request, now.wait_cause = r, cause
         record(s, now.t, now.num_steps, EVENT_WAIT, r, cause, now.free_blocks, needed, 0, -1)

@@ -270,7 +270,7 @@ NOW = np.dtype(
             # the step being scheduled
             "budget", "threshold", "defer", "cap_bound", "last_prefill", "num_scheduled", "num_victims",
             "num_dropped", "sampled", "prefill_tokens", "decode_tokens", "ctx", "prefill_ctx",
-            "prefill_pairs", "received_in_step", "saw_prefill",
+            "prefill_pairs", "received_in_step", "saw_prefill", "looked_up", "num_hits", "free_hits",
             # rows of the step log
             "log_running", "log_waiting", "log_free", "log_running_after", "log_waiting_after", "log_free_after",
             # last `wait` event
