@@ -20,18 +20,25 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
     Raises UserError when the place cannot be written to.
     """
     path = Path(path)
-    if path.is_symlink():
-        path = path.resolve()
-    if path.exists() and not path.is_file():
-        kind = "a folder" if path.is_dir() else "no regular file"
-        raise UserError(f"cannot write {path}: it is {kind}; choose another place")
+    try:
+        if "\0" in str(path):
+            raise ValueError("a name cannot hold a NUL character")
+        if path.is_symlink():
+            path = path.resolve()
+        if path.exists() and not path.is_file():
+            kind = "a folder" if path.is_dir() else "no regular file"
+            raise UserError(f"{path} cannot be written: it is {kind}; choose another place")
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links
+        raise UserError(f"{path} cannot be written ({error}); choose another place") from None
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     _unfinished.add(temporary)
     try:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another place") from None
+        raise UserError(
+            f"{path} cannot be written ({error.strerror or error}); choose another place"
+        ) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

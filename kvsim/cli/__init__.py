@@ -36,6 +36,7 @@ _EXAMPLES = """examples:
 Each verb has its own --help.
 """
 _SECONDS_TO_UNWIND = 0.3
+_interrupts: list[int] = []  # signals that came; only the `kvsim` command notes them
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,8 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"kvsim: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("kvsim: interrupted; what was already written is complete", file=sys.stderr)
-        return 130
+        return _interrupted()
     except BrokenPipeError:  # the reader of our output has gone, as in `kvsim show DIR | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -70,6 +70,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"kvsim: error: cannot write the output: {error.strerror}", file=sys.stderr)
         sys.stdout = _nowhere()
         return 2
+    except Exception:
+        if _interrupts:  # numba makes a compiler error of an interrupt while it compiles
+            return _interrupted()
+        raise
+
+
+def _interrupted() -> int:
+    print("kvsim: interrupted; what was already written is complete", file=sys.stderr)
+    return 130
 
 
 def entry() -> None:
@@ -148,6 +157,11 @@ def _end_soon_after_interrupt() -> None:
     import signal
     import threading
 
+    def note(number, frame):
+        _interrupts.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, note)
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)

@@ -258,7 +258,7 @@ def broken(source: Source, line: int, data: bytes, error: Exception):
         key = re.search(rb'"([^"\\]{1,60})"\s*:\s*[-+]?$', data[: int(at[1])]) if at else None
         key = key or ("out of range" in reason and re.search(rb'"([^"\\]{1,60})"\s*:\s*-?[0-9]{19}', data))
         if key:
-            reason += f", in the value of {key[1].decode('utf-8', 'replace')}"
+            reason += f", in the value of {' '.join(key[1].decode('utf-8', 'replace').split())}"
         if b"NaN" in data or b"Infinity" in data:
             reason += "; JSON has no NaN or Infinity"
     return source.error(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import io
 import os
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kvsim import files
 from kvsim.errors import UserError, did_you_mean
 from kvsim.trace.columns import Trace
 from kvsim.trace.parquet import PREFIX_UNIT
@@ -48,7 +48,8 @@ def write_trace(trace: Trace, path: str | os.PathLike, format: str | None = None
         with gzip.GzipFile(filename="", mode="wb", fileobj=packed, mtime=0) as file:
             file.write(data)
         data = packed.getvalue()
-    _replace(path, data)
+    with files.atomic(path) as temporary:
+        temporary.write_bytes(data)
     optional = ("priority", "request_class", "request_id", "prefix_ids", "parent")
     held = {
         "kvsim": optional,
@@ -184,19 +185,3 @@ def _decimal(ns: int, places: int) -> str:
     """ns in units of 10**places ns, written out exactly, at least one digit after the point: "4.314579"."""
     whole, fraction = divmod(ns, 10**places)
     return f"{whole}.{f'{fraction:0{places}d}'.rstrip('0') or '0'}"
-
-
-def _replace(path: Path, data: bytes) -> None:
-    try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path}: is there and is no regular file; choose another name")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be written ({reason}); check the folder") from None

@@ -1,7 +1,6 @@
 """What must hold whatever happens: of every request, of every block, of the order of events."""
 
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,13 +11,11 @@ from kvsim import run
 from kvsim.engine import state as st
 from kvsim.engine.loop import advance
 from tests.engine.workloads import (
-    columns_of,
-    cost_columns,
     counters,
     duration,
     event_rows,
     free_list,
-    keys_of,
+    packed,
     request_rows,
     run_compiled,
     workloads,
@@ -98,7 +95,7 @@ def test_of_the_order_of_events(workload):
 
 def test_a_broken_pool_is_noticed():
     settings = naive.Settings(num_gpu_blocks=20, max_model_len=64)
-    state = packed([(0, 20, 30), (5, 40, 10)], settings, check=True)
+    state = packed([(0, 20, 30), (5, 40, 10)], settings, identities=True)
     assert advance(state, 5, -1) == st.REACHED
     state.now[0].free_blocks -= 1
     with pytest.raises(AssertionError, match="broke invariant 1"):
@@ -110,7 +107,7 @@ def test_stopping_and_going_on_changes_nothing(workload, pauses):
     """`advance` to any moment, and on again, is the same run."""
     rows, settings = workload
     whole, _ = run_compiled(rows, settings, identities=True)
-    state = packed(rows, settings)
+    state = packed(rows, settings, identities=True, check=False)
     moment = 0
     unit = 1 if settings.lockstep else 1_000_000
     for pause in pauses:
@@ -138,27 +135,6 @@ def test_the_timeline_adds_up(workload):
     assert bins.preemptions.sum() == now.total_preemptions
     assert bins.rejections.sum() == now.total_rejected
     assert got.state.gap_counts.sum() == now.gap_count
-
-
-def packed(rows, settings, check=False):
-    return st.pack(
-        **columns_of(rows),
-        keys=keys_of(rows, settings),
-        settings=run.pack_settings(
-            SimpleNamespace(**vars(settings)),
-            settings.num_gpu_blocks,
-            frontend=settings.frontend,
-            deadline_ns=settings.deadline_ns,
-            until_ns=settings.until_ns,
-            max_concurrency=settings.max_concurrency,
-            strict=settings.strict,
-            lockstep=settings.lockstep,
-            identities=True,
-            check=check,
-        ),
-        cost=cost_columns(settings.max_num_batched_tokens, settings.max_num_seqs),
-        bin_width_ns=1 if settings.lockstep else 1_000_000,
-    )
 
 
 @pytest.mark.whole_trace

@@ -8,6 +8,7 @@ from hypothesis import strategies as some
 from kvsim import run
 from kvsim.engine import state as st
 from kvsim.engine.keys import intern_keys
+from kvsim.steplog import StepLog
 from tests.naive import engine as naive
 
 STEP_COST = {"a0": 0.004, "a1": 2e-5, "a2": 1e-8, "sampled": 3e-6, "pair": 2e-8}
@@ -110,36 +111,35 @@ def keys_of(rows, settings):
     return intern_keys(most, settings.block_size, offsets, flat, settings.prefix_unit)
 
 
-def run_compiled(
-    rows, settings, *, identities, log_steps=False, check=True, event_capacity=4096, num_bins=64
-):
-    """-> (EngineRun, step rows) of the compiled engine under the settings of the naive one."""
-    from kvsim.steplog import StepLog
-
-    packed = run.pack_settings(
-        SimpleNamespace(**vars(settings)),
-        settings.num_gpu_blocks,
-        frontend=settings.frontend,
-        deadline_ns=settings.deadline_ns,
-        until_ns=settings.until_ns,
-        max_concurrency=settings.max_concurrency,
-        strict=settings.strict,
-        lockstep=settings.lockstep,
-        check=check,
-        identities=identities,
-    )
-    state = st.pack(
+def packed(rows, settings, *, identities, check=True, event_capacity=4096, num_bins=64):
+    """The compiled engine's state for a workload of the naive one."""
+    return st.pack(
         **columns_of(rows),
         keys=keys_of(rows, settings),
-        settings=packed,
+        settings=run.pack_settings(
+            SimpleNamespace(**vars(settings)),
+            settings.num_gpu_blocks,
+            frontend=settings.frontend,
+            deadline_ns=settings.deadline_ns,
+            until_ns=settings.until_ns,
+            max_concurrency=settings.max_concurrency,
+            strict=settings.strict,
+            lockstep=settings.lockstep,
+            check=check,
+            identities=identities,
+        ),
         cost=cost_columns(settings.max_num_batched_tokens, settings.max_num_seqs),
         bin_width_ns=1 if settings.lockstep else 1_000_000,
         num_bins=num_bins,
         event_capacity=event_capacity,
     )
+
+
+def run_compiled(rows, settings, *, identities, log_steps=False, **options):
+    """-> (EngineRun, step rows) of the compiled engine under the settings of the naive one."""
     steps = []
     log = StepLog(steps.append) if log_steps else None
-    return run.drive(state, on_step=log), steps
+    return run.drive(packed(rows, settings, identities=identities, **options), on_step=log), steps
 
 
 def event_rows(events):
