@@ -28,6 +28,9 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
         if path.exists() and not path.is_file():
             kind = "a folder" if path.is_dir() else "no regular file"
             raise UserError(f"{path} cannot be written: it is {kind}; choose another place")
+        # Renaming would replace what its owner write-protected; for root even the system would not object.
+        if path.exists() and not path.stat().st_mode & 0o222:
+            raise UserError(f"{path} cannot be written: it is read-only; choose another place")
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links
         raise UserError(f"{path} cannot be written ({error}); choose another place") from None
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

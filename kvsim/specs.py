@@ -242,7 +242,8 @@ def _read_config(path: Path) -> ModelSpec:
         raise UserError(f"{path}: is not valid JSON ({error})") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: holds no JSON object, so it is no model config.json")
-    name = config.get("_name_or_path") or (path.parent.name if path.name == "config.json" else path.stem)
+    folder = path.absolute().parent.name
+    name = config.get("_name_or_path") or (folder if path.name == "config.json" else path.stem)
     notes = []
     if isinstance(config.get("text_config"), dict) or config.get("vision_config") is not None:
         notes.append("only text_config is counted; a vision or audio tower comes on top")

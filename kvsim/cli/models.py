@@ -18,7 +18,7 @@ _EPILOG = """examples:
   kvsim models --params 7B,13B,70B                   nominal weight table
   kvsim models --layers 32 --kv-heads 8 --head-dim 128 --tokens 8192
 
---params and --layers ... answer for sizes and shapes without a name; `kvsim fit` is to take them too.
+--params and --layers ... answer for sizes and shapes without a name.
 Capitals are binary (8K is 8,192 tokens), small letters decimal (8k is 8,000).
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 
 from kvsim.cli import traffic
 from kvsim.errors import UserError
@@ -149,6 +150,9 @@ def _convert(args: argparse.Namespace) -> int:
     *sources, out = args.files
     if not sources:
         raise UserError("trace convert needs a trace to read and a file to write, such as in.csv out.parquet")
+    for source in sources:
+        if os.path.exists(source) and os.path.exists(out) and os.path.samefile(source, out):
+            raise UserError(f"{out} is also what is read; give another file to write")
     trace = traffic.load(sources, args)
     lost = write_trace(trace, out, args.written)
     for note in (*trace.notes, *lost):

@@ -162,6 +162,8 @@ def _figures(row: dict, latencies: dict) -> str:
     parts = [f"{names[key]} {words.span(ns)}" for key, ns in latencies.items() if ns is not None]
     if row["peak_blocks"]:
         parts.append(f"at most {words.count(row['peak_blocks'], 'block')}")
+    if row["prefix_hit_tokens"]:
+        parts.append(f"{words.count(row['prefix_hit_tokens'], 'token')} found in the prefix cache")
     if row["num_preemptions"]:
         times = words.count(row["num_preemptions"], "time")
         parts.append(f"preempted {times}, {words.count(row['recomputed_tokens'], 'token')} computed again")
@@ -278,7 +280,7 @@ def _tell_admit(result, row, event):
 
 def _tell_resume(result, row, event):
     return (
-        f"resumed with {words.count(event['blocks_needed'], 'block')}, its tokens to be computed again;"
+        f"resumed with {words.count(event['blocks_needed'], 'block')}, to compute again what is no longer cached;"
         f" {event['blocks_free_after']:,} left free"
     )
 

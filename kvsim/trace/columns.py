@@ -79,8 +79,9 @@ class Trace:
         ]
         if ends[0] >= ends[1]:
             span = self.arrival_ns[-1] / NS_PER_S if len(self) else 0.0
+            begin, end = from_s or 0, "the end" if to_s is None else f"{to_s:g} s"
             raise UserError(
-                f"no request of {self.name} arrives from {from_s} to {to_s} s; "
+                f"no request of {self.name} arrives from {begin:g} s to {end}; "
                 f"its arrivals span 0 to {span:.3f} s"
             )
         return self._rows(slice(*ends))

@@ -200,7 +200,8 @@ def _plain(attributes: Sequence[_Attribute]) -> dict[str, object]:
         value = attribute.value
         if attribute.key.startswith("gen_ai.") and value is not None:
             given = (value.int_value, value.string_value, value.double_value)
-            plain[attribute.key] = next((v for v in given if v is not None), None)
+            first = next((v for v in given if v is not None), None)
+            plain[attribute.key] = repr(first) if isinstance(first, float) else first  # 100.0 is a count, too
     return plain
 
 

@@ -80,7 +80,14 @@ def load_trace(
     sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
     if not sources:
         raise UserError("no trace is named; give at least one file")
-    parts = [_read(find(s), format, roles, time_unit, prefix_unit, policies) for s in sources]
+    parts = []
+    for name in sources:
+        file = find(name)
+        try:
+            parts.append(_read(file, format, roles, time_unit, prefix_unit, policies))
+        finally:
+            if file.is_temporary:
+                file.path.unlink(missing_ok=True)
     return _joined(parts) if len(parts) > 1 else parts[0].trace
 
 
@@ -126,9 +133,6 @@ def _read(
                 f"the zstd stream is truncated or corrupt ({reason}); download it again"
             ) from None
         raise file.error(f"cannot be read ({error.strerror or error}); check disk and permissions") from None
-    finally:
-        if file.is_temporary:
-            file.path.unlink(missing_ok=True)
     if prefix_unit is not None and rows.prefix_ids is None:
         raise file.error("has no prefix ids, so prefix_unit means nothing; leave it out")
     return _in_order(file, schema, rows, sha256, notes, policies)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 
 import pytest
@@ -138,3 +139,37 @@ def test_run_takes_columns_policies_and_several_files(kvsim, tmp_path):
     words = ["--columns", columns, "--time-unit", "ms", "--zero-output", "skip", "--json"]
     code, out, _ = kvsim("run", tmp_path / "log.csv.gz", tmp_path / "log.csv.gz", *words)
     assert code == 0 and json.loads(out)["num_requests"] == 4
+
+
+CSV = "arrived_at,num_prefill_tokens,num_decode_tokens\n0,10,5\n2,20,5\n1,30,0\n"
+
+
+def test_convert_does_not_write_over_what_it_reads(tmp_path, capsys):
+    path, other = tmp_path / "a.csv", tmp_path / "b.csv"
+    path.write_text(CSV)
+    other.write_text(CSV)
+    for words in ([path, path], [path, other, path], [other, tmp_path / "." / "b.csv"]):
+        assert main(["trace", "convert", *map(str, words), "--limit", "1"]) == 2
+        assert "also what is read" in capsys.readouterr().err
+    assert path.read_text() == other.read_text() == CSV
+
+
+def test_a_read_only_file_is_not_replaced(tmp_path, capsys):
+    path, kept = tmp_path / "a.csv", tmp_path / "kept.csv"
+    path.write_text(CSV)
+    kept.write_text("mine")
+    kept.chmod(0o444)
+    assert main(["trace", "convert", str(path), str(kept)]) == 2
+    assert "read-only" in capsys.readouterr().err and kept.read_text() == "mine"
+
+
+def test_notes_about_standard_input_name_its_lines(monkeypatch, capsys):
+    class Stdin(io.StringIO):
+        buffer = io.BytesIO(CSV.encode())
+
+        def isatty(self):
+            return False
+
+    monkeypatch.setattr("sys.stdin", Stdin())
+    assert main(["trace", "info", "-"]) == 0
+    assert "line 4" in capsys.readouterr().out
