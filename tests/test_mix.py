@@ -224,3 +224,12 @@ def test_a_toml_file_and_flags_say_the_same(tmp_path, capsys):
     code, (out, _) = made("--like", tmp_path / "a.parquet", "--requests", 50)
     assert code == 0 and json.loads(out)["rows"] == 50
     assert all(a <= b for a, b in pairwise(load_trace(tmp_path / "a.parquet").arrival_ns.tolist()))
+
+
+def test_the_command_states_the_reuse(tmp_path, capsys):
+    from kvsim.cli import main
+
+    spec = tmp_path / "mix.toml"
+    spec.write_text('rate = 10.0\nduration = 20\n[[class]]\nname = "chat"\nturns = "geometric:3"\n')
+    assert main(["trace", "make", "--spec", str(spec)]) == 0
+    assert "of the prompt tokens repeat an earlier prefix" in capsys.readouterr().out

@@ -166,7 +166,8 @@ def _make(args: argparse.Namespace) -> int:
     from kvsim.trace import write_trace
 
     trace = _made(args, seed_given)
-    notes = write_trace(trace, args.out, args.format) if args.out else ()
+    made = [note for note in trace.notes if "with seed" not in note]  # the seed has a line of its own
+    notes = [*made, *(write_trace(trace, args.out, args.format) if args.out else ())]
     about = trace.describe()
     if args.json:
         print(
@@ -177,7 +178,7 @@ def _make(args: argparse.Namespace) -> int:
                     "made_by": trace.source,
                     "sha256": trace.sha256,
                     "out": args.out,
-                    "notes": list(notes),
+                    "notes": notes,
                 }
             )
         )

@@ -173,10 +173,12 @@ def _stage_budget(dep: Deployment, stage: int) -> Budget:
     fixed = weights_bytes + non_torch + activation + budgeted_graphs
     if s.kv_cache_memory_bytes is None:
         if requested > free_at_start:
+            share = math.floor(100 * free_at_start / dep.gpu.total_bytes) / 100
+            advice = f"lower it to {share:g}" if share > 0 else "stop what else runs on it"
             raise UserError(
                 f"gpu_memory_utilization {s.gpu_memory_utilization:g} asks for {format_gib(requested)}, but"
-                f" only {format_gib(free_at_start)} of {dep.gpu.name} are free once CUDA has started"
-                f"{_used(dep)}; lower it to {math.floor(100 * free_at_start / dep.gpu.total_bytes) / 100:g}"
+                f" only {format_gib(max(0, free_at_start))} of {dep.gpu.name} are free once CUDA has started"
+                f"{_used(dep)}; {advice}"
             )
         kv_bytes = requested - fixed
     else:
