@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,7 +38,6 @@ class EngineRun:
     state: st.State
     events: np.recarray  # state.EVENT
     ended: str  # "done", "stalled" or "horizon"
-    num_calls: int = 0
 
 
 @dataclass
@@ -48,7 +47,6 @@ class Progress:
     num_ended: int
     num_requests: int
     time_ns: int
-    extra: dict = field(default_factory=dict)
 
 
 def simulate(
@@ -244,10 +242,8 @@ def drive(
     from kvsim.engine.loop import advance
 
     chunks: list[np.recarray] = []
-    num_calls = 0
     while True:
         status = advance(state, st.NEVER, 1 if on_step else -1)
-        num_calls += 1
         now = state.now[0]
         if status == st.EVENTS_FULL:
             state = _empty_events(state, chunks)
@@ -261,7 +257,7 @@ def drive(
             on_step(state)
         elif status != st.PAUSED:
             chunks.append(state.events[: now.num_events])
-            return EngineRun(state, np.concatenate(chunks), st.STATUSES[status], num_calls)
+            return EngineRun(state, np.concatenate(chunks), st.STATUSES[status])
         if progress is not None:
             progress(Progress(int(now.num_ended), len(state.requests), int(now.t)))
 
