@@ -19,8 +19,9 @@ def cost_columns(max_tokens, max_seqs):
     return st.Cost(
         linear_s=np.array([STEP_COST["a0"] + STEP_COST["a1"] * n for n in range(max_tokens + 1)]),
         sampled_s=np.array([STEP_COST["sampled"] * n for n in range(max_seqs + 1)]),
-        context_s=STEP_COST["a2"],
-        pair_s=STEP_COST["pair"],
+        context_s=np.array([STEP_COST["a2"]]),
+        pair_s=np.array([STEP_COST["pair"]]),
+        windows=np.zeros(1),
     )
 
 
@@ -111,7 +112,7 @@ def keys_of(rows, settings):
     return intern_keys(most, settings.block_size, offsets, flat, settings.prefix_unit)
 
 
-def packed(rows, settings, *, identities, check=True, event_capacity=4096, num_bins=64):
+def packed(rows, settings, *, identities, log_steps=False, check=True, event_capacity=4096, num_bins=64):
     """The compiled engine's state for a workload of the naive one."""
     return st.pack(
         **columns_of(rows),
@@ -127,6 +128,7 @@ def packed(rows, settings, *, identities, check=True, event_capacity=4096, num_b
             lockstep=settings.lockstep,
             check=check,
             identities=identities,
+            log_steps=log_steps,
         ),
         cost=cost_columns(settings.max_num_batched_tokens, settings.max_num_seqs),
         bin_width_ns=1 if settings.lockstep else 1_000_000,
@@ -139,7 +141,8 @@ def run_compiled(rows, settings, *, identities, log_steps=False, **options):
     """-> (EngineRun, step rows) of the compiled engine under the settings of the naive one."""
     steps = []
     log = StepLog(steps.append) if log_steps else None
-    return run.drive(packed(rows, settings, identities=identities, **options), on_step=log), steps
+    state = packed(rows, settings, identities=identities, log_steps=log_steps, **options)
+    return run.drive(state, on_step=log), steps
 
 
 def event_rows(events):
