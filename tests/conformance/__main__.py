@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 from kvsim import run
 from kvsim.errors import UserError
 from tests.conformance import coverage, space
-from tests.conformance.compare import difference, max_steps
+from tests.conformance.compare import difference, log_of, max_steps
 from tests.conformance.reference import Reference
 from tests.conformance.shrink import shrink
 
@@ -96,24 +96,26 @@ def examine(case, reference, compare=True) -> tuple[dict, str | None]:
 
 
 def keep(case, ref, found, folder, reference) -> str:
-    """Write a case that differs, both logs' difference and a smaller case that still differs; returns its path."""
+    """Write a case that differs, both logs, and a smaller case that still differs; returns the latter's path."""
     place = folder / case["name"]
     place.mkdir(parents=True, exist_ok=True)
-    (place / "difference.txt").write_text(found + "\n")
-    (place / "reference.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ref["rows"]))
-    write_case(place / "drawn.case.json", case)
+    write_case(place / "drawn", case, found, ref)
     small = shrink(case, lambda smaller: examine(smaller, reference)[1] is not None)
-    write_case(place / "small.case.json", small)
-    (place / "small.txt").write_text(f"{examine(small, reference)[1]}\n")
-    print(
-        f"kept as {place}, shrunk to {Counter(requests=len(small['requests']))['requests']} requests",
-        flush=True,
-    )
+    ref, found = examine(small, reference)
+    write_case(place / "small", small, found, ref)
+    print(f"kept in {place}, shrunk to {len(small['requests'])} requests: {found[:500]}", flush=True)
     return str(place / "small.case.json")
 
 
-def write_case(path, case):
-    path.write_text(json.dumps(case) + "\n")
+def write_case(path, case, found, ref):
+    """PATH.case.json, what differs, and the logs of both sides."""
+    path.with_suffix(".case.json").write_text(json.dumps(case) + "\n")
+    path.with_suffix(".txt").write_text(found + "\n")
+    ours = []
+    with contextlib.suppress(Exception):  # what kvsim raised is in `found`
+        ours, _ = log_of(case, len(ref["rows"]))
+    for name, rows in (("reference", ref["rows"]), ("kvsim", ours)):
+        path.with_suffix(f".{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

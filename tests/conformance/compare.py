@@ -37,23 +37,37 @@ def difference(case: dict, ref: dict) -> str | None:
 
 
 def _first_difference(case, ref):
-    num_steps = sum("s" in row for row in ref["rows"])
-    steps, logged = stepwise(case, num_steps)
-    is_whole = not ref["is_cut"]
-    rows = [verb.header(case["name"], case, case["config"]), *steps]
-    if is_whole:
-        if logged is None:
-            return f"kvsim has more than {num_steps} steps"
-        rows += [*verb.request_rows(logged, case["requests"]), verb.end_row(logged)]
-    elif logged is not None and logged.ended != "stalled":
-        return f"kvsim is {logged.ended} after {len(steps)} steps, where the reference goes on"
-    found = differing_row(as_json(rows), ref["rows"], is_whole)
-    if found or not is_whole:
+    # A livelock that kvsim has noticed is a stall for it, which the reference never ends.
+    ref_rows = ref["rows"]
+    num_steps = sum("s" in row for row in ref_rows)
+    rows, logged = log_of(case, num_steps)
+    if ref["is_cut"]:  # what comes after the last step says where
+        rows, ref_rows = rows[: 1 + num_steps], ref_rows[: 1 + num_steps]
+    found = differing_row(as_json(rows), ref_rows)
+    if found:
         return found
+    if ref["is_cut"]:
+        if logged is not None and logged.ended != "stalled":
+            return f"kvsim is {logged.ended} where the reference goes on"
+        return None
+    if logged is None:
+        return f"kvsim has more than {num_steps} steps"
+    if len(rows) != len(ref_rows):
+        return f"kvsim has {len(rows)} rows, the reference {len(ref_rows)}"
     for what, ours in (("free_list", free_list(logged.state)), ("prefix_map", prefix_map(logged.state))):
         if ours != ref[what]:
             return f"{what}: kvsim {ours}, reference {ref[what]}"
     return differing_run(case, logged)
+
+
+def log_of(case, num_steps) -> tuple[list[dict], run.EngineRun | None]:
+    """kvsim's log of a case, and its run, or None when it goes on beyond `num_steps` steps: then the log ends
+    there."""
+    rows, logged = stepwise(case, num_steps)
+    rows = [verb.header(case["name"], case, case["config"]), *rows]
+    if logged is not None:
+        rows += [*verb.request_rows(logged, case["requests"]), verb.end_row(logged)]
+    return rows, logged
 
 
 def stepwise(case, num_steps) -> tuple[list[dict], run.EngineRun | None]:
@@ -76,18 +90,18 @@ def as_json(rows):
     return json.loads(json.dumps(rows))
 
 
-def differing_row(ours, ref, is_whole) -> str | None:
+def differing_row(ours, ref) -> str | None:
+    """The first row that differs, as far as both go on. Where one has its steps behind it and the other has not,
+    there is nothing to compare any more."""
     for key in HEADER:
         if ours[0][key] != ref[0][key]:
             return f"header {key}: kvsim {ours[0][key]}, reference {ref[0][key]}"
     for number, (one, other) in enumerate(zip(ours[1:], ref[1:], strict=False)):
-        if "s" not in other and not is_whole:
-            break  # the rows after the last step say where the reference was cut
+        if ("s" in one) != ("s" in other):
+            break
         if one != other:
             keys = sorted(k for k in one.keys() | other.keys() if one.get(k) != other.get(k))
             return f"row {number}: {', '.join(keys)}: kvsim {one}, reference {other}"
-    if is_whole and len(ours) != len(ref):
-        return f"kvsim has {len(ours)} rows, the reference {len(ref)}"
     return None
 
 
