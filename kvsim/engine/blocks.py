@@ -281,7 +281,7 @@ def release(s, row):
     and its slot is free."""
     now, pool = s.now[0], s.pool
     if not s.settings.identities:
-        now.free_blocks += row.num_blocks
+        now.free_blocks += row.held_blocks
     elif row.slot >= 0:
         for group in range(len(s.groups)):
             start = table_start(s, row, group)

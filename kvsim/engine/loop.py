@@ -98,7 +98,7 @@ def advance(s, until_ns, max_steps):
                 return MAX_STEPS
             if work > WORK_PER_CALL:
                 return PAUSED
-        if now.is_settled and (now.idle >= idle_limit or now.livelock):
+        if now.is_settled and (now.idle >= idle_limit or now.is_stuck):
             change = min(next_send(s), next_expiry(s))
             if change == NEVER:
                 return STALLED
@@ -107,7 +107,7 @@ def advance(s, until_ns, max_steps):
                     return REACHED
                 now.t = max(now.step_end, change)
                 now.idle = 0
-            now.livelock = 0
+            now.is_stuck = 0
         if now.t > until_ns:
             return REACHED
         if not has_bins(s, now.t):
@@ -162,6 +162,7 @@ def launch(s):
     flight = s.flights[now.num_steps % len(s.flights)]
     flight.end = now.step_end
     flight.num_entries = now.num_scheduled
+    flight.is_livelock = now.livelock
     now.idle = 0 if now.num_scheduled + now.num_victims + now.num_dropped > 0 else now.idle + 1
     now.num_steps += 1
     now.steps_in_flight += 1
@@ -370,6 +371,7 @@ def finish_step(s, flight):
     now.steps_in_flight -= 1
     now.awaiting = 0
     now.is_settled = 1
+    now.is_stuck = flight.is_livelock
     now.finished_entry = first
     now.num_finished_entries = num_entries
     now.log_running_after = now.num_running

@@ -182,7 +182,7 @@ STEP = np.dtype(
 
 
 # A step in flight, or the last one finished. Step k is in row k % depth, its entries from there times max_num_seqs.
-FLIGHT = np.dtype([("end", np.int64), ("num_entries", np.int64)])
+FLIGHT = np.dtype([("end", np.int64), ("num_entries", np.int64), ("is_livelock", np.int64)])
 
 # A KV group: layers that share block tables. All groups draw from one pool.
 GROUP = np.dtype(
@@ -303,7 +303,7 @@ NOW = np.dtype(
         (name, np.int64)
         for name in (
             # clock; `num_steps` counts calls of schedule()
-            "t", "steps_in_flight", "awaiting", "is_settled", "idle", "device_free", "step_start",
+            "t", "steps_in_flight", "awaiting", "is_settled", "is_stuck", "idle", "device_free", "step_start",
             "step_end", "accounted",
             "num_steps", "executed", "bin_width",
             # arrivals
