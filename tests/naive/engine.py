@@ -863,15 +863,15 @@ class Engine:
         if request.generated_tokens == 1:
             request.first_token_ns = now
             self.record(now, "first_token", request, step=step.index)
+        if not is_stale and request.num_placeholders > 0:
+            request.num_placeholders -= 1
+            if self.settings.async_scheduling and self.settings.enable_prefix_caching:
+                # Tokens that were not known yet when they were scheduled; before a stop frees their blocks.
+                self.label(request, request.num_computed_tokens - request.num_in_flight_tokens)
         if request.generated_tokens == request.output_tokens:
             self.stop(step, request, now, *COMPLETE)
         elif request.num_tokens >= self.settings.max_model_len:
             self.stop(step, request, now, *CAPPED)
-        elif not is_stale and request.num_placeholders > 0:
-            request.num_placeholders -= 1
-            if self.settings.async_scheduling and self.settings.enable_prefix_caching:
-                # It was not known yet when it was scheduled.
-                self.label(request, request.num_computed_tokens - request.num_in_flight_tokens)
 
     def stop(self, step, request, now, kind, outcome, cause):
         """End `request`, which may be waiting by now."""
@@ -920,27 +920,26 @@ class Engine:
     def check_integrity(self):
         """Assert that the pool and the queues are consistent. Changes nothing; safe at any time."""
         pool = self.pool
-        free = set(pool.free)
-        owners = Counter(
-            block for r in self.requests for table in r.tables for block in table if block != NULL
+        assert not any(any(r.tables) for r in self.requests if r.status != "running"), (
+            "blocks without running"
         )
+        free = set(pool.free)
+        held = {r: [block for table in r.tables for block in table if block != NULL] for r in self.running}
+        owners = Counter(block for blocks in held.values() for block in blocks)
         assert len(free) == len(pool.free), "a block is twice in the free list"
         assert free.isdisjoint(owners), "a block is both free and owned"
         assert free.union(owners) == set(range(1, pool.num_usable + 1)), "a block is lost"
         assert {block: n for block, n in enumerate(pool.num_owners) if n} == owners, "owners miscounted"
-        assert all(
-            r.num_blocks == len({b for table in r.tables for b in table if b != NULL}) for r in self.requests
-        ), "a request holds a block twice"
+        assert all(len(set(blocks)) == len(blocks) for blocks in held.values()), (
+            "a request holds a block twice"
+        )
         assert all(block in pool.key_of for block, n in owners.items() if n > 1), "shared without content"
         listed = [(block, key) for key, blocks in pool.blocks_with.items() for block in blocks]
         assert len(listed) == len(pool.key_of) and dict(listed) == pool.key_of, "keys and map disagree"
         assert all(pool.blocks_with.values()), "a key without blocks"
-        for r in self.requests:
+        for r in self.running:
             for g, table in enumerate(r.tables):
                 self.check_keys(r, g, table)
-        assert not any(any(r.tables) for r in self.requests if r.status != "running"), (
-            "blocks without running"
-        )
         running, waiting = {r.index for r in self.running}, {r.index for r in self.waiting}
         assert len(running) == len(self.running) and len(waiting) == len(self.waiting), "queued twice"
         assert running.isdisjoint(waiting), "both running and waiting"

@@ -124,11 +124,14 @@ class Sliding:
         return -(-min(self.window - 1 + max_in_flight_tokens, max_model_len) // self.block_size) + 1
 
     def is_kept(self, k, prompt_tokens, junction):
-        """Sparse: what the last token of the prompt sees, or the token after the junction."""
+        """Sparse: what the last token of the prompt sees, or the token after the junction. A window of the token
+        alone needs nothing, and keeps nothing."""
+        if not self.is_sparse:
+            return self.num_seen > 0
         ends = [(prompt_tokens - 1) // self.block_size]
         if junction is not None:
             ends.append(junction // self.block_size)
-        return not self.is_sparse or any(end - self.num_seen <= k < end for end in ends)
+        return any(end - self.num_seen <= k < end for end in ends)
 
     def longest_hit(self, limit, is_present):
         """The last place that has all it sees; else what there is from the start."""

@@ -12,6 +12,7 @@ from .engine import Settings, run
 CASES = Path(__file__).resolve().parents[2].parent / "shared" / "oracle" / "cases"
 pytestmark = pytest.mark.skipif(not CASES.is_dir(), reason="no stored oracle logs in ../shared/oracle")
 
+
 def load_case(name):
     """-> the case, and the log's header, step rows, request rows, end row."""
     with gzip.open(CASES / f"{name}.case.json.gz", "rt") as file:
