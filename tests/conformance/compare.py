@@ -160,7 +160,7 @@ def free_list(state) -> list[int]:
 
 def prefix_map(state) -> list:
     """The blocks of each content, oldest first, as [group, block]; contents in order of their blocks."""
-    num_keys = len(state.keys.oldest) // max(1, num_groups(state))
+    num_keys = len(state.keys.oldest) // len(state.groups)
     newer = state.pool.blocks["newer"]
     contents = {}
     for key in np.flatnonzero(state.keys.oldest):
@@ -170,10 +170,6 @@ def prefix_map(state) -> list:
             contents.setdefault(content, []).append([group, b])
             b = int(newer[b])
     return sorted(contents.values())
-
-
-def num_groups(state) -> int:
-    return getattr(state.settings, "num_groups", 1)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ having it. `python -m tests.conformance.golden` draws and asks again."""
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -32,7 +33,7 @@ def kind(case: dict, answer: dict) -> tuple:
         tail["preemptions"] > 0,
         answer["evictions"] > 0,
         tail["hit_tokens"] > 0,
-        any("pre" in row and "hit" in later for row, later in zip(rows, rows[1:], strict=False)),
+        any("pre" in row and "hit" in later for row, later in itertools.pairwise(rows)),
     )
     return (config["policy"], config["async_scheduling"], bool(config["groups"]), happened)
 

@@ -158,12 +158,9 @@ def first_failure(mutation: Mutation | None) -> str | None:
 
 def check_baseline():
     """Raise UserError unless the tests import the copy, and pass on it as it is."""
-    broken = Mutation(
-        "cannot be imported", "", BLOCKS, "from __future__", "raise SystemError\nfrom __future__"
-    )
     with tempfile.TemporaryDirectory() as name:
         copy_project(Path(name))
-        (Path(name) / "kvsim" / broken.path).write_text("raise ImportError('the copy')\n")
+        (Path(name) / "kvsim" / BLOCKS).write_text("raise ImportError('the copy')\n")
         code = "import kvsim.engine.blocks"
         done = subprocess.run([sys.executable, "-c", code], cwd=name, capture_output=True, text=True)
         if "the copy" not in done.stderr:

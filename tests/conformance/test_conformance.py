@@ -10,7 +10,7 @@ from tests.conformance import compare, coverage, space
 from tests.conformance.__main__ import settings_of
 from tests.conformance.shrink import shrink
 
-BUILT = {"policy": "fcfs", "async_scheduling": False, "groups": None}
+
 CASES = range(60)
 
 
@@ -30,7 +30,7 @@ def answer_of(case):
 def busy():
     """A case with preemptions, hits and cached blocks left at its end, and its answer."""
     for index in range(1000):
-        case = space.draw(1, index, {**BUILT, "enable_prefix_caching": True})
+        case = space.draw(1, index, {"enable_prefix_caching": True})
         answer = answer_of(case)
         tail = answer["rows"][-1]
         if tail["preemptions"] and tail["hit_tokens"] and answer["prefix_map"] and not tail["stalled"]:
