@@ -468,22 +468,21 @@ def _refuse_not_built(s: EngineSettings) -> None:
 
 
 def check_supported(model: ModelSpec) -> None:
-    """Raise UserError naming the model and the kind of layer that is not supported yet."""
+    """Raise UserError for a model that cannot be sized, naming it and what is missing."""
     for group in model.layer_groups:
         if group.dsa_index_elems_per_token_per_layer:
             kind = "sparse-attention index"
-        elif group.kind in ("full", "mla"):
+        elif group.kind in _SIZED_KINDS:
             continue
         else:
-            names = {"linear_state": f"{group.variant} state", "no_cache": "cache-free"}
-            kind = names.get(group.kind, group.kind)
+            kind = group.kind
         why = f" ({group.note})" if group.note else ""
-        raise UserError(
-            f"{model.name} has {group.layers} {kind} layers{why}, which are not supported yet; full attention"
-            " and MLA are"
-        )
+        raise UserError(f"{model.name} has {group.layers} {kind} layers{why}, which are not supported yet")
     if not model.parts:
         raise UserError(f"{model.name}: there is no weight formula for model_type {model.model_type!r} yet")
+
+
+_SIZED_KINDS = ("full", "mla", "sliding", "chunked", "linear_state", "no_cache")
 
 
 def check_simulated(dep: Deployment) -> None:
@@ -679,7 +678,11 @@ ENGINE_FLAGS = (
     Flag("kv_cache_memory_bytes", "bytes", "size of the KV pool a GPU, instead of what is left over"),
     Flag("num_gpu_blocks_override", "count", "blocks in the pool, the null block included"),
     Flag("block_size", "count", "tokens a block"),
-    Flag("max_model_len", "count", "longest sequence, prompt and output; -1: the longest that fits (default: the model's)"),
+    Flag(
+        "max_model_len",
+        "count",
+        "longest prompt and output; -1: the longest that fits (default: the model's)",
+    ),
     Flag("max_num_seqs", "count", "sequences that run at once (default: by GPU memory)"),
     Flag("max_num_batched_tokens", "count", "tokens a step (default: by GPU memory)"),
     Flag("long_prefill_token_threshold", "count", "cap on a prefill's tokens a step; 0 is off"),
