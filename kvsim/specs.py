@@ -83,8 +83,8 @@ class GpuSpec(msgspec.Struct, frozen=True, kw_only=True):
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Engine settings under vLLM's names, with the defaults of vLLM's API server.
 
-    None means: the engine decides (in a `Deployment` the first three below are always numbers).
-    async_scheduling is on in vLLM; it is off here until it is simulated.
+    None means: the engine decides. In a `Deployment` max_model_len, max_num_seqs and max_num_batched_tokens
+    are always numbers.
     """
 
     tensor_parallel_size: int = 1
@@ -105,7 +105,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     long_prefill_token_threshold_adaptive: bool = False
     enable_chunked_prefill: bool = True
     enable_prefix_caching: bool = True
-    async_scheduling: bool = False
+    async_scheduling: bool = True
     scheduling_policy: str = "fcfs"
     watermark: float = 0.0
     scheduler_reserve_full_isl: bool = True
@@ -141,6 +141,12 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     def num_gpus(self) -> int:
         s = self.settings
         return s.tensor_parallel_size * s.pipeline_parallel_size * s.data_parallel_size
+
+    @property
+    def is_max_model_len_auto(self) -> bool:
+        """Whether max_model_len is to be cut to the longest that fits; `settings` has the model's own till
+        then (`memory.with_fitted_length`)."""
+        return self.asked.get("max_model_len") in (AUTO, "-1", "auto")
 
     @property
     def dtype(self) -> str:
@@ -380,7 +386,6 @@ def deployment(model: str | Path | ModelSpec, *, gpu: str | GpuSpec, **settings)
     notes = [*_format_notes(model, gpu, given), *_file_notes(model, gpu, given)]
     resolved, more = _resolve_sizes(model, gpu, given)
     notes += more
-    notes.append("asynchronous scheduling is off: vLLM turns it on, kvsim does not simulate it yet")
     return Deployment(model=model, gpu=gpu, settings=resolved, asked=asked, notes=tuple(notes))
 
 
@@ -392,7 +397,7 @@ def _read_settings(asked: dict) -> EngineSettings:
             raise UserError(f"there is no engine setting {name!r}{did_you_mean(name, fields)}")
         wants = fields[name].type
         if isinstance(value, str) and int in getattr(wants, "__args__", (wants,)):
-            value = _bytes(value) if name == "kv_cache_memory_bytes" else parse_count(value)
+            value = _bytes(value) if name == "kv_cache_memory_bytes" else _count(value)
         elif isinstance(value, Path):
             value = str(value)
         elif hasattr(value, "item"):  # a NumPy number out of a sweep
@@ -404,6 +409,8 @@ def _read_settings(asked: dict) -> EngineSettings:
     return EngineSettings(**values)
 
 
+AUTO = -1  # max_model_len: the longest that fits
+
 _AT_LEAST_ONE = (
     "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "block_size", "max_model_len",
     "max_num_seqs", "max_num_batched_tokens", "prefill_schedule_interval", "max_num_active_seqs",
@@ -412,11 +419,10 @@ _AT_LEAST_ONE = (
 
 
 def _check_ranges(s: EngineSettings) -> None:
-    if s.max_model_len == -1:
-        raise UserError("max_model_len -1 (the longest that fits) is not built yet; give a number of tokens")
     for name in _AT_LEAST_ONE:
         value = getattr(s, name)
-        if value is not None and value < 1:
+        is_auto = name == "max_model_len" and value == AUTO
+        if value is not None and value < 1 and not is_auto:
             raise UserError(f"{name} is {value}; it must be at least 1")
     if s.num_gpu_blocks_override is not None and s.num_gpu_blocks_override < 2:
         raise UserError(
@@ -450,10 +456,6 @@ _CHOICES = {
 
 def _refuse_not_built(s: EngineSettings) -> None:
     """What vLLM can do and kvsim cannot yet; a wrong simulation would be worse than none."""
-    if s.async_scheduling:
-        raise UserError("asynchronous scheduling is not simulated yet; leave async_scheduling off")
-    if s.scheduling_policy != "fcfs":
-        raise UserError("the priority policy is not simulated yet; use scheduling_policy fcfs")
     if s.engine != "vllm":
         raise UserError(f"engine {s.engine} is not modelled yet; use engine vllm")
     if s.allocator != "paged":
@@ -466,22 +468,21 @@ def _refuse_not_built(s: EngineSettings) -> None:
 
 
 def check_supported(model: ModelSpec) -> None:
-    """Raise UserError naming the model and the kind of layer that is not supported yet."""
+    """Raise UserError for a model that cannot be sized, naming it and what is missing."""
     for group in model.layer_groups:
         if group.dsa_index_elems_per_token_per_layer:
             kind = "sparse-attention index"
-        elif group.kind in ("full", "mla"):
+        elif group.kind in _SIZED_KINDS:
             continue
         else:
-            names = {"linear_state": f"{group.variant} state", "no_cache": "cache-free"}
-            kind = names.get(group.kind, group.kind)
+            kind = group.kind
         why = f" ({group.note})" if group.note else ""
-        raise UserError(
-            f"{model.name} has {group.layers} {kind} layers{why}, which are not supported yet; full attention"
-            " and MLA are"
-        )
+        raise UserError(f"{model.name} has {group.layers} {kind} layers{why}, which are not supported yet")
     if not model.parts:
         raise UserError(f"{model.name}: there is no weight formula for model_type {model.model_type!r} yet")
+
+
+_SIZED_KINDS = ("full", "mla", "sliding", "chunked", "linear_state", "no_cache")
 
 
 def check_simulated(dep: Deployment) -> None:
@@ -594,6 +595,8 @@ def _format_notes(model: ModelSpec, gpu: GpuSpec, s: EngineSettings) -> list[str
 def _resolve_sizes(model: ModelSpec, gpu: GpuSpec, s: EngineSettings) -> tuple[EngineSettings, list[str]]:
     """max_model_len, max_num_seqs and max_num_batched_tokens (rules, Part 0, API-server column)."""
     max_len = s.max_model_len or model.max_position_embeddings
+    if max_len == AUTO:
+        max_len = model.max_position_embeddings
     if max_len > model.max_position_embeddings:
         raise UserError(
             f"max_model_len {max_len} exceeds the {model.max_position_embeddings} positions of {model.name};"
@@ -675,15 +678,19 @@ ENGINE_FLAGS = (
     Flag("kv_cache_memory_bytes", "bytes", "size of the KV pool a GPU, instead of what is left over"),
     Flag("num_gpu_blocks_override", "count", "blocks in the pool, the null block included"),
     Flag("block_size", "count", "tokens a block"),
-    Flag("max_model_len", "count", "longest sequence, prompt and output (default: the model's)"),
+    Flag(
+        "max_model_len",
+        "count",
+        "longest prompt and output; -1: the longest that fits (default: the model's)",
+    ),
     Flag("max_num_seqs", "count", "sequences that run at once (default: by GPU memory)"),
     Flag("max_num_batched_tokens", "count", "tokens a step (default: by GPU memory)"),
     Flag("long_prefill_token_threshold", "count", "cap on a prefill's tokens a step; 0 is off"),
     Flag("long_prefill_token_threshold_adaptive", "bool", "raise that cap to a fair share of the step"),
     Flag("enable_chunked_prefill", "bool", "split long prompts over steps"),
     Flag("enable_prefix_caching", "bool", "reuse blocks of equal prefixes"),
-    Flag("async_scheduling", "bool", "schedule a step ahead (not simulated yet)"),
-    Flag("scheduling_policy", "str", "fcfs or priority (not simulated yet)"),
+    Flag("async_scheduling", "bool", "schedule a step while the one before runs"),
+    Flag("scheduling_policy", "str", "fcfs or priority (smaller is earlier)"),
     Flag("watermark", "float", "fraction of blocks kept free at admission"),
     Flag("scheduler_reserve_full_isl", "bool", "admit only when the whole known sequence fits"),
     Flag("max_num_queued_reqs", "count", "refuse requests above this many unfinished ones"),
@@ -770,7 +777,7 @@ def _argument(parse):
 
 
 def _count(text: str) -> int:
-    return -1 if text in ("-1", "auto") else parse_count(text)
+    return AUTO if text in ("-1", "auto") else parse_count(text)
 
 
 def _bytes(text: str) -> int:

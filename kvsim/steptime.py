@@ -2,7 +2,7 @@
 
 A step schedules n tokens and samples from some of the sequences. Its duration is
 
-    linear(n) + sampled(number of sampled tokens) + attention(contexts, prefill pairs)
+    linear(n) + sampled(number of sampled tokens) + attention(contexts, prefill pairs; by attention class)
 
 *Linear layers.* Each matrix product (fused as engines fuse them) takes the soft maximum of its arithmetic
 and its memory traffic, `((F/(e_c*P))^4 + (B/(e_m*W))^4)^(1/4)`: F = 2*M*K*N operations at the dense peak P
@@ -10,9 +10,11 @@ of its format, B bytes of weights and activations at bandwidth W; arithmetic rea
 the peak with M rows. With E experts and k per token, M tokens touch `E*(1 - (1 - k/E)^M)` experts.
 *Tensor parallelism* divides the products and adds two all-reduces a layer, `latency + bytes/(e_n*link)`,
 with the 2*(p-1)/p of a ring. *Attention* reads the KV bytes of every context token at `e_a*W` and does the
-operations of every prefill query-key pair at `e_p*P`. Every layer adds a fixed overhead for its many small
-kernels. Source: shared spec steptime.md, whose shape and ranges these are; the efficiencies are in
-`Efficiencies`.
+operations of every prefill query-key pair at `e_p*P`; layers with a window see no more tokens than it, and
+chunked-local layers are taken for windows of their chunk. *Recurrent state* is read and written once for
+every sampled token (`e_a*W`) and takes four operations an element for every scheduled token (`e_p*P`). Every
+layer adds a fixed overhead for its many small kernels. Source: shared spec steptime.md, whose shape and
+ranges these are; the efficiencies are in `Efficiencies`.
 
 Steps measured on servers are 5-25 % slower than sums of kernels (sampling, input preparation, gaps).
 """
@@ -20,6 +22,7 @@ Steps measured on servers are 5-25 % slower than sums of kernels (sampling, inpu
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,28 +35,50 @@ from kvsim.specs import Deployment, check_simulated, check_supported
 class StepCost(NamedTuple):
     """A step-time model as tables and coefficients, all in seconds.
 
-    linear_s: float64[max_num_batched_tokens + 1] by scheduled tokens; sampled_s: float64[max_num_seqs + 1]
-    by sampled tokens; context_s per context token; pair_s per prefill query-key pair.
+    linear_s: float64[max_num_batched_tokens + 1] by scheduled tokens; sampled_s: float64[max_num_seqs + 1] by
+    sampled tokens. By attention class: context_s float64[C] per context token, pair_s float64[C] per prefill
+    query-key pair, windows int64[C]. Class 0 is full attention (windows[0] == 0; coefficients 0 without any),
+    then one for each window.
     """
 
     linear_s: np.ndarray
     sampled_s: np.ndarray
-    context_s: float
-    pair_s: float
+    context_s: np.ndarray
+    pair_s: np.ndarray
+    windows: np.ndarray
 
     def duration_ns(
-        self, tokens: int, sampled: int, context: int, prefill_context: int = 0, prefill_pairs: int = 0
+        self,
+        tokens: int,
+        sampled: int,
+        context: int | Sequence[int],
+        prefill_context: int | Sequence[int] = 0,
+        prefill_pairs: int | Sequence[int] = 0,
     ) -> int:
         """One step in integer nanoseconds: 0 if it is empty, else at least 1.
 
-        context sums the computed tokens of all scheduled requests, this step included; prefill_context those
-        of the prefilling ones; prefill_pairs sums n*c + n*(n+1)/2 over them, n new after c computed tokens.
+        One number a class, in the order of `windows`; a single number stands for class 0, with nothing in
+        the others. context sums min(computed, window) over all scheduled requests, this step included (window
+        0: computed), prefill_context the same over the prefilling ones; prefill_pairs sums, over those and
+        over their tokens i = c + 1 .. c + n (n new after c computed), min(i, window).
         """
         if tokens == 0:
             return 0
-        prefill = max(0.0, self.pair_s * prefill_pairs - self.context_s * prefill_context)
-        seconds = ((self.linear_s[tokens] + self.sampled_s[sampled]) + self.context_s * context) + prefill
-        return max(1, int(np.rint(1e9 * seconds)))
+        seconds, prefill = self.linear_s[tokens] + self.sampled_s[sampled], 0.0
+        for context_s, pair_s, all_ctx, prefill_ctx, pairs in zip(
+            self.context_s,
+            self.pair_s,
+            *(self._by_class(sums) for sums in (context, prefill_context, prefill_pairs)),
+            strict=True,
+        ):
+            seconds = seconds + context_s * all_ctx
+            prefill = prefill + (pair_s * pairs - context_s * prefill_ctx)
+        return max(1, int(np.rint(1e9 * (seconds + max(0.0, prefill)))))
+
+    def _by_class(self, sums: int | Sequence[int]) -> Sequence[int]:
+        if isinstance(sums, Sequence | np.ndarray):
+            return sums
+        return [sums, *[0] * (len(self.windows) - 1)]
 
 
 class Efficiencies(NamedTuple):
@@ -80,7 +105,13 @@ def constant_step(
 ) -> StepCost:
     """`--step-time a0,a1,a2`: n tokens over ctx context tokens take `(a0 + a1*n) + a2*ctx` seconds."""
     tokens = np.arange(max_num_batched_tokens + 1, dtype=np.float64)
-    return StepCost(a0 + a1 * tokens, np.zeros(max_num_seqs + 1), float(a2), 0.0)
+    return StepCost(
+        linear_s=a0 + a1 * tokens,
+        sampled_s=np.zeros(max_num_seqs + 1),
+        context_s=np.array([float(a2)]),
+        pair_s=np.zeros(1),
+        windows=np.zeros(1, np.int64),
+    )
 
 
 def roofline(dep: Deployment, efficiencies: Efficiencies = DEFAULT_EFFICIENCIES) -> StepCost:
@@ -102,9 +133,11 @@ def roofline(dep: Deployment, efficiencies: Efficiencies = DEFAULT_EFFICIENCIES)
         else:
             linear_s += model.layers_where(op[0].where) * _product_seconds(dep, op, tokens, e)
     linear_s += model.num_hidden_layers * (e.layer_overhead_s + _layer_allreduce_seconds(dep, tokens, e))
-    context_s, pair_s = _attention_seconds(dep, e)
+    state_s, token_s = _state_seconds(dep, e)
+    sampled_s += state_s * sampled
+    linear_s += token_s * tokens
     linear_s[0] = sampled_s[0] = 0.0
-    return StepCost(linear_s, sampled_s, context_s, pair_s)
+    return StepCost(linear_s, sampled_s, *_attention_seconds(dep, e))
 
 
 def _products(parts: tuple[Part, ...]) -> list[list[Part]]:
@@ -122,7 +155,7 @@ def _product_seconds(dep: Deployment, op: list[Part], tokens: np.ndarray, e: Eff
     stored = dep.weight_format if op[0].linear else weight_format(dep.dtype)
     activation_bytes = weight_format(dep.dtype).bits / 8
     tp, dealt_out = dep.settings.tensor_parallel_size, dep.settings.enable_expert_parallel
-    shapes = [p.rank_shape(tp, model.num_key_value_heads, dealt_out) for p in op]
+    shapes = [p.rank_shape(tp, model.kv_heads_of(p), dealt_out) for p in op]
     elements = sum(math.prod(shape) for shape in shapes)
     width = shapes[0][1] + sum(cols for _, _, cols in shapes)  # one input, one output a part
     weight_bytes = float(stored.bytes(elements))
@@ -153,21 +186,40 @@ def _layer_allreduce_seconds(dep: Deployment, tokens: np.ndarray, e: Efficiencie
     return 2.0 * (e.allreduce_latency_s + moved / (dep.gpu.link_gb_s * 1e9 * e.allreduce_bandwidth))
 
 
-def _attention_seconds(dep: Deployment, e: Efficiencies) -> tuple[float, float]:
-    """Seconds per context token and per prefill query-key pair, over all layers, on one rank."""
+def _attention_seconds(dep: Deployment, e: Efficiencies) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Seconds per context token and per prefill query-key pair over all layers of an attention class, on one
+    rank, and the windows of the classes."""
     model, tp = dep.model, dep.settings.tensor_parallel_size
     bandwidth = dep.gpu.mem_bandwidth_gb_s * 1e9 * e.attention_bandwidth
     peak = dep.gpu.tflops("fp16_bf16") * 1e12 * e.attention_compute
     heads = model.num_attention_heads / tp
-    context_s = pair_s = 0.0
-    for group in model.layer_groups:
-        read_s = dep.kv_format.bits / 8 * group.rank_elems_per_token(tp) / bandwidth
+    attention = [group for group in model.layer_groups if group.kind in ("full", "mla", "sliding", "chunked")]
+    windows = list(dict.fromkeys([0, *(group.window or 0 for group in attention)]))
+    context_s, pair_s = np.zeros(len(windows)), np.zeros(len(windows))
+    for group in attention:
+        read_s = dep.kv_format.bits / 8 * group.rank_stored_elems(tp) / bandwidth
         if group.kind == "mla":
             # decoding multiplies every head with the shared latent vector: rank + rope for the scores,
             # rank for the values; prefill works on ordinary heads
             decode_ops = 2.0 * heads * (2 * group.kv_lora_rank + group.qk_rope_head_dim)
+            dims = model.head_dim + model.value_head_dim
         else:
             decode_ops = 4.0 * heads * group.head_dim
-        context_s += group.layers * max(read_s, decode_ops / peak)
-        pair_s += group.layers * 2.0 * heads * (model.head_dim + model.value_head_dim) / peak
-    return context_s, pair_s
+            dims = 2 * group.head_dim
+        j = windows.index(group.window or 0)
+        context_s[j] += group.layers * max(read_s, decode_ops / peak)
+        pair_s[j] += group.layers * 2.0 * heads * dims / peak
+    return context_s, pair_s, np.array(windows, np.int64)
+
+
+def _state_seconds(dep: Deployment, e: Efficiencies) -> tuple[float, float]:
+    """Seconds of recurrent-state layers per sampled token, which moves a sequence's state there and back, and
+    per scheduled token, which is added to the state and multiplied with it."""
+    tp = dep.settings.tensor_parallel_size
+    bandwidth = dep.gpu.mem_bandwidth_gb_s * 1e9 * e.attention_bandwidth
+    peak = dep.gpu.tflops("fp16_bf16") * 1e12 * e.attention_compute
+    model, wide_bytes = dep.model, weight_format(dep.dtype).bits // 8
+    states = [group for group in model.layer_groups if group.kind == "linear_state"]
+    moved = sum(g.layers * model.rank_state_bytes(g, tp, wide_bytes) for g in states)
+    elements = sum(g.layers * g.state_elems_per_seq_per_layer for g in states)
+    return 2.0 * moved / bandwidth, 4.0 * elements / tp / peak

@@ -250,7 +250,18 @@ def test_a100_note_reads_as_documented():
         "max_num_seqs 256 and max_num_batched_tokens 2048: vLLM's server defaults for a100-80gb-sxm (A100)"
         in notes
     )
-    assert any("asynchronous scheduling is off" in n for n in notes)
+
+
+@pytest.mark.parametrize("value", [-1, "-1", "auto"])
+def test_the_longest_length_that_fits_starts_from_the_models_own(value):
+    dep = deployment("llama-3.1-8b", gpu="a100-80gb", max_model_len=value)
+    assert dep.settings.max_model_len == 131072 and dep.is_max_model_len_auto
+    assert not dep.replace(max_model_len=4096).is_max_model_len_auto
+
+
+def test_scheduling_defaults():
+    s = deployment("llama-3.1-8b", gpu="a100-80gb").settings
+    assert (s.async_scheduling, s.scheduling_policy, s.enable_prefix_caching) == (True, "fcfs", True)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +272,8 @@ def test_a100_note_reads_as_documented():
         ({"block_size": 1.5}, "block_size is 1.5: expected `int`"),
         ({"max_model_len": "long"}, "'long' is not a count"),
         ({"max_model_len": 131073}, "exceeds the 131072 positions"),
-        ({"max_model_len": -1}, "not built yet"),
+        ({"max_model_len": -2}, "max_model_len is -2"),
+        ({"max_num_seqs": -1}, "max_num_seqs is -1"),
         ({"gpu_memory_utilization": 1.2}, "above 0 and at most 1"),
         ({"watermark": 1.0}, "watermark is 1"),
         ({"num_gpu_blocks_override": 1}, "at least 2"),
@@ -275,8 +287,6 @@ def test_a100_note_reads_as_documented():
         ({"kv_cache_dtype": "fp9"}, "kv_cache_dtype 'fp9' is not modelled"),
         ({"dtype": "bf17"}, "did you mean 'bf16'"),
         ({"engine_version": "new"}, "write it like 0.33.0"),
-        ({"async_scheduling": True}, "not simulated yet; leave async_scheduling off"),
-        ({"scheduling_policy": "priority"}, "use scheduling_policy fcfs"),
         ({"scheduling_policy": "lifo"}, "one of fcfs, priority"),
         ({"allocator": "reserve_max"}, "use allocator paged"),
         ({"engine": "sglang"}, "use engine vllm"),

@@ -305,7 +305,11 @@ def from_config(
         moe_layers=moe_layers,
         layer_groups=groups,
         layer_sets=_layer_sets(model_type, listed, mixers),
-        state_dtype=c.text("mamba_ssm_cache_dtype") or c.text("mamba_ssm_dtype"),
+        layer_kinds=tuple("mla" if family.mla and kind == "full" else kind for kind in mixers),
+        state_dtype=_state_dtype(c),
+        kept_state_dtype=_kept_state_dtype(c, model_type) if state is not None else None,
+        conv_groups=state.conv_groups if state is not None else 0,
+        conv_elems_per_group=state.conv_elems_per_group if state is not None else 0,
         parts=parts,
         **values,
     )
@@ -497,6 +501,19 @@ def _layer_sets(model_type: str, listed: list[str] | None, mixers: list[str]) ->
         sets["full"] = tuple(i for i, kind in enumerate(mixers) if kind == "full")
         sets["dense"] = tuple(range(len(mixers)))  # beside the experts
     return sets
+
+
+def _state_dtype(c: _Config) -> str | None:
+    return c.text("mamba_ssm_cache_dtype") or c.text("mamba_ssm_dtype")
+
+
+def _kept_state_dtype(c: _Config, model_type: str) -> str | None:
+    """What vLLM keeps recurrent state in unless told: most models ignore what their config says."""
+    if model_type == "kimi_linear":
+        return "float32"
+    if model_type == "nemotron_h":
+        return _state_dtype(c) or "float32"
+    return _state_dtype(c) if model_type.startswith("qwen3_5") else None
 
 
 def _attention_name(groups: tuple[LayerGroup, ...], heads: int, kv_heads: int) -> str:

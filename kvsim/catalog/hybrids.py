@@ -102,12 +102,15 @@ def mixers(c, family, listed: list[str] | None, layers: int, context: int) -> li
 
 
 class State(NamedTuple):
-    """A state layer: elements of a sequence in it, and its weights."""
+    """A state layer: elements of a sequence in it, its weights, and the groups of B and C (Mamba-2) with their
+    elements in the convolution."""
 
     variant: str
     state_elems: int
     conv_elems: int
     parts: tuple[Part, ...]
+    conv_groups: int = 0
+    conv_elems_per_group: int = 0
 
 
 def _linear(name: str, rows: int, cols: int, split: str) -> Part:
@@ -163,7 +166,7 @@ def _mamba2(c, hidden: int, heads: int, head_dim: int) -> State:
         parts.append(_vector("conv1d.bias", conv, "none"))
     if c.get("mamba_proj_bias", c.get("use_bias", False)):
         parts.append(_vector("proj.bias", 2 * inner + both + heads + hidden, "none"))
-    return State("mamba2", inner * n, conv * (kernel - 1), tuple(parts))
+    return State("mamba2", inner * n, conv * (kernel - 1), tuple(parts), groups, 2 * n * (kernel - 1))
 
 
 def _mamba1(c, hidden: int, heads: int, head_dim: int) -> State:

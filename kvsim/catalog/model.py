@@ -80,6 +80,10 @@ class LayerGroup(msgspec.Struct, frozen=True, kw_only=True):
             return self.kv_lora_rank + self.qk_rope_head_dim
         return (1 if self.k_eq_v else 2) * max(1, self.kv_heads // tp) * self.head_dim
 
+    def rank_stored_elems(self, tp: int) -> int:
+        """The same as vLLM stores it: K and V both, also where they are equal (Gemma 4's global layers)."""
+        return (2 if self.k_eq_v else 1) * self.rank_elems_per_token(tp)
+
     def kept_tokens(self, tokens: int) -> int:
         """Of a sequence of `tokens`, how many this group keeps: no more than its window; none in state layers."""
         if self.kind in ("sliding", "chunked"):
@@ -115,8 +119,11 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     `parts` is empty for a model of the catalogue that has no formula here: it can be listed, not fitted.
     `weight_format` is the checkpoint's own quantisation ("fp8_block", ...), None if it is stored in `dtype`.
     `max_position_embeddings` is the context that an engine derives from the config. `layer_sets` names the
-    layers of a kind where a model has several ("attention", "state", ...). `state_dtype` is what the config
-    keeps recurrent state in, where it says so. `checkpoint`: what is stored, if the files were there.
+    layers of a kind where a model has several ("attention", "state", ...), `layer_kinds` the kind of each
+    layer's group, in the model's order. `state_dtype` is what the config keeps recurrent state in, where it
+    says so, `kept_state_dtype` what vLLM does, None for that of the activations. A Mamba-2 layer's convolution
+    covers `conv_groups` groups of B and C, `conv_elems_per_group` elements each. `checkpoint`: what is stored,
+    if the files were there.
     """
 
     name: str
@@ -148,7 +155,11 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     moe_layers: tuple[int, ...] = ()
     layer_groups: tuple[LayerGroup, ...] = ()
     layer_sets: dict[str, tuple[int, ...]] = {}
+    layer_kinds: tuple[str, ...] = ()
     state_dtype: str | None = None
+    kept_state_dtype: str | None = None
+    conv_groups: int = 0
+    conv_elems_per_group: int = 0
     parts: tuple[Part, ...] = ()
     num_params: int = 0
     num_active_params: int | None = 0
@@ -161,6 +172,21 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
             return sum(i in layers for i in self.layer_sets[where])
         moe = sum(i in layers for i in self.moe_layers)
         return {"every": len(layers), "moe": moe, "dense": len(layers) - moe}[where]
+
+    def kv_heads_of(self, part: Part) -> int:
+        """KV heads of the layers a part is in: Gemma 4's global layers have their own number."""
+        for group in self.layer_groups:
+            if part.where == group.kind and group.kv_heads:
+                return group.kv_heads
+        return self.num_key_value_heads
+
+    def rank_state_bytes(self, group: LayerGroup, tp: int, wide_bytes: int) -> int:
+        """Bytes of a sequence's state in one linear_state layer on one of `tp` ranks, activations taking
+        `wide_bytes`: its heads, and whole groups of B and C, at least one (5.3)."""
+        copied = tp - self.conv_groups if self.conv_groups % tp else 0
+        conv = (group.conv_elems_per_seq_per_layer + copied * self.conv_elems_per_group) // tp
+        state_bytes = 4 if self.kept_state_dtype == "float32" else wide_bytes
+        return conv * wide_bytes + group.state_elems_per_seq_per_layer // tp * state_bytes
 
     def params_by_component(self) -> dict[str, int]:
         """Parameters of each component (embedding, attention, state, mlp, experts, router, norms, head)."""

@@ -113,7 +113,7 @@ def _formula_bytes(dep: Deployment, stage: int) -> dict[str, int]:
         else:
             times = model.layers_where(part.where, layers)
         used = linear if part.linear else wide
-        shape = part.rank_shape(tp, model.num_key_value_heads, dep.settings.enable_expert_parallel)
+        shape = part.rank_shape(tp, model.kv_heads_of(part), dep.settings.enable_expert_parallel)
         size = times * used.bytes(math.prod(shape))
         out[part.component] = out.get(part.component, 0) + size
     return out

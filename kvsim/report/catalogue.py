@@ -9,7 +9,7 @@ import textwrap
 
 from kvsim import catalog
 from kvsim.catalog.architecture import from_entry
-from kvsim.catalog.model import LayerGroup, ModelSpec, Part
+from kvsim.catalog.model import LayerGroup, ModelSpec
 from kvsim.errors import UserError, did_you_mean
 from kvsim.formats import WEIGHT_FORMATS, Format, weight_format
 from kvsim.specs import EngineSettings, GpuSpec, check_parallel
@@ -276,19 +276,11 @@ def _rank_weight_bytes(model: ModelSpec, format: Format, tp: int) -> int:
     size = 0
     for part in model.parts:
         times = 1 if part.where in ("first", "last") else model.layers_where(part.where)
-        copies, rows, cols = part.rank_shape(tp, _kv_heads_of(model, part))
+        copies, rows, cols = part.rank_shape(tp, model.kv_heads_of(part))
         wide = part.component in ("embedding", "head") or not format.is_quantized
         used = WEIGHT_FORMATS["bf16"] if wide and format.is_quantized else format
         size += times * used.bytes(copies * rows * cols)
     return size
-
-
-def _kv_heads_of(model: ModelSpec, part: Part) -> int:
-    """KV heads of the layers a part is in: Gemma 4's global layers have their own number."""
-    for group in model.layer_groups:
-        if part.where == group.kind and group.kv_heads:
-            return group.kv_heads
-    return model.num_key_value_heads
 
 
 # ---------------------------------------------------------------- nominal sizes, ad-hoc shapes
