@@ -140,9 +140,7 @@ def simulate(
         prompt_tokens=trace.prompt_tokens,
         output_tokens=trace.output_tokens,
         settings=engine_settings,
-        cost=st.Cost(
-            cost.linear_s, cost.sampled_s, np.atleast_1d(cost.context_s), np.atleast_1d(cost.pair_s), np.zeros(1)
-        ),
+        cost=st.Cost(*cost),
         bin_width_ns=_ns(bin_s, "bin") if bin_s is not None else _nice_width(span // 1000),
         keys=keys,
         priority=trace.priority,

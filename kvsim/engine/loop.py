@@ -114,6 +114,7 @@ def advance(s, until_ns, max_steps):
             return TIMELINE_FULL
         if not receive(s, now.t):
             return EVENTS_FULL
+        now.received_in_step = 0
         account(s, now.t)
         if now.num_running + num_waiting(now) == 0:
             if now.steps_in_flight > 0:
@@ -166,7 +167,7 @@ def launch(s):
     now.idle = 0 if now.num_scheduled + now.num_victims + now.num_dropped > 0 else now.idle + 1
     now.num_steps += 1
     now.steps_in_flight += 1
-    now.received_in_step = now.is_settled = 0
+    now.is_settled = 0
 
 
 @inline_njit
