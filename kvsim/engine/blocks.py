@@ -7,7 +7,7 @@ either free or in exactly one table.
 from __future__ import annotations
 
 from kvsim._jit import inline_njit, inner_njit, njit
-from kvsim.engine.state import CHUNKED, FULL, GAP_BITS, GAP_SUBBUCKETS, SLIDING
+from kvsim.engine.state import CHUNKED, FULL, GAP_BITS, GAP_SUBBUCKETS, MAMBA, SLIDING, STATE
 
 
 @inline_njit
@@ -24,22 +24,38 @@ def table_start(s, row, group):
 
 @inline_njit
 def take(s, row, entry, count):
-    """Give `count` blocks of each group, from the front of the free list, to the request `row`, group by group,
-    and note in its step `entry` which. Needs as many free blocks and, with identities, an open slot."""
+    """Make the tables of the request `row` longer by `count` blocks from the front of the free list, group by
+    group, and note in its step `entry` which. Needs enough free blocks and, with identities, an open slot."""
     now, pool = s.now[0], s.pool
-    num_groups = len(s.groups)
     entry.new_from = row.num_blocks
     entry.num_new = count
-    if s.settings.identities:
-        for group in range(num_groups):
+    total = 0
+    for group in range(len(s.groups)):
+        taken = blocks_to_take(s.groups[group], row.num_blocks, count)
+        total += taken
+        if s.settings.identities:
             start = table_start(s, row, group) + row.num_blocks
-            for k in range(count):
+            for k in range(count - taken):  # a state is that of the last token, or the only one
+                pool.table[start + k + (s.groups[group].kind == STATE) * taken] = 0
+            start += (s.groups[group].kind != STATE) * (count - taken)
+            for k in range(taken):
                 pool.table[start + k] = take_front(s)
-    now.free_blocks -= count * num_groups
-    now.table_entries += count * num_groups
+    now.free_blocks -= total
+    now.table_entries += count * len(s.groups)
     row.num_blocks += count
-    row.held_blocks += count * num_groups
+    row.held_blocks += total
     row.peak_blocks = max(row.peak_blocks, row.held_blocks)
+
+
+@inline_njit
+def blocks_to_take(group, num_blocks, count):
+    """Blocks that a group needs for `count` more places in a table of `num_blocks`: recurrent layers hold one
+    state more (6.10), or one in all."""
+    if group.kind == MAMBA:
+        return min(count, 1)
+    if group.kind == STATE:
+        return 1 if num_blocks == 0 and count > 0 else 0
+    return count
 
 
 @inline_njit
@@ -102,6 +118,7 @@ def cache(s, row, r, num_full):
             key = group * now.num_keys + key_of(keys, r, k)
             last = keys.newest[key]
             pool.blocks[b].key = key
+            pool.blocks[b].cached_in = now.num_steps if now.is_scheduling else -1
             pool.blocks[b].older = last
             pool.blocks[b].newer = 0
             if last > 0:
@@ -114,9 +131,9 @@ def cache(s, row, r, num_full):
 
 @inline_njit
 def is_of_use(s, group, row, k):
-    """True when block `k` of a request is to be found later: in a sliding group only the blocks that a look-up
-    ending at its prompt's end or at its junction needs (6.7)."""
-    if s.groups[group].kind != SLIDING:
+    """True when block `k` of a request is to be found later: with a window or a state only the blocks that a
+    look-up ending at its prompt's end or at its junction needs (6.7, 6.10)."""
+    if s.groups[group].kind != SLIDING and s.groups[group].kind != MAMBA:
         return True
     run = s.groups[group].run_blocks
     if s.settings.cache_every_block:
@@ -140,6 +157,8 @@ def skipped_tokens(group, computed):
         return max(0, computed - group.window + 1)
     if group.kind == CHUNKED:
         return computed // group.window * group.window
+    if group.kind == MAMBA:
+        return max(0, computed - 1)
     return 0
 
 
@@ -166,7 +185,7 @@ def look_up(s, r, num_tokens):
             kind = s.groups[s.lookups[x]].kind
             if kind == FULL:
                 found = min(run, tokens // block_size)
-            elif kind == SLIDING:
+            elif kind != CHUNKED:
                 found = find_window(s, r, s.lookups[x], tokens // block_size)
             else:
                 found = find_chunk(s, r, s.lookups[x], tokens)
@@ -210,8 +229,8 @@ def find_run(s, r, like, most):
 
 @inline_njit
 def find_window(s, r, like, most):
-    """Sliding window: the end of the last run of as many blocks as a window needs, or of the run from the start.
-    What lies before the run is not needed."""
+    """Sliding window or state: the end of the last run of as many blocks as are needed, or of the run from the
+    start. What lies before the run is not needed."""
     needed = s.groups[like].run_blocks
     length = count = 0
     k = most
@@ -238,6 +257,19 @@ def find_chunk(s, r, like, tokens):
     while k < tokens // s.settings.block_size and find(s, r, like, k):
         k += 1
     return k
+
+
+@inner_njit
+def hits_fresh_state(s, num_hits):
+    """True when the last look-up hit a state that another request is to compute in this very step, so that it is
+    not there yet (6.10)."""
+    now = s.now[0]
+    for group in range(len(s.groups)):
+        if num_hits > 0 and s.groups[group].kind == MAMBA:
+            b = s.pool.hits[group * now.table_stride + num_hits - 1]
+            if s.pool.blocks[s.keys.newest[s.pool.blocks[b].key]].cached_in == now.num_steps:
+                return True
+    return False
 
 
 @inline_njit
@@ -294,6 +326,7 @@ def release(s, row):
     row.num_blocks = 0
     row.held_blocks = 0
     row.num_cached = 0
+    row.num_retired = 0
     row.computed = 0
 
 
@@ -327,11 +360,15 @@ def free_skipped(s, row):
         start = table_start(s, row, group)
         end = min(skipped_blocks(s, group, row.computed - row.in_flight), row.num_blocks)
         first = end
+        if s.groups[group].kind == MAMBA:  # between the states of chunks there are null blocks
+            first = min(row.num_retired, end)
         while first > 0 and s.pool.table[start + first - 1] > 0:
             first -= 1
         if first < end:
             free_entries(s, row, start + first, start + end)
             s.pool.table[start + first : start + end] = 0
+    if s.now[0].has_states:
+        row.num_retired = max(0, row.computed - row.in_flight - 1) // s.settings.block_size
 
 
 @inner_njit

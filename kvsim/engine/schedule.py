@@ -9,7 +9,9 @@ from kvsim._jit import inline_njit, inner_njit
 from kvsim.engine.blocks import (
     blocks_for,
     cache,
+    blocks_to_take,
     free_skipped,
+    hits_fresh_state,
     look_up,
     num_waiting,
     open_slot,
@@ -25,7 +27,6 @@ from kvsim.engine.state import (
     EVENT_RESUME,
     EVENT_UNSERVABLE,
     EVENT_WAIT,
-    FULL,
     MAX_NUM_SEQS,
     NEVER_FITS,
     NO_CAUSE,
@@ -65,6 +66,7 @@ def open_step(s):
     """Reset the step's sums; threshold (3.1) and deferral of prefills (3.2)."""
     now, cfg = s.now[0], s.settings
     now.budget = cfg.max_num_batched_tokens
+    now.is_scheduling = 1
     now.first_entry = now.num_steps % len(s.flights) * cfg.max_num_seqs
     now.num_scheduled = now.num_victims = now.num_dropped = now.num_prefills = now.livelock = 0
     now.looked_up = -1
@@ -85,7 +87,6 @@ def open_step(s):
 def run(s):
     """The running phase (3.3-3.9): every running request in order, until the budget or the pool is used up."""
     now, cfg, req, running, step = s.now[0], s.settings, s.requests, s.queues.running, s.step
-    has_windows = len(s.groups) > 1 or s.groups[0].kind != FULL
     now.cursor = 0
     while now.cursor < now.num_running and now.budget > 0:
         r = running[now.cursor]
@@ -97,12 +98,15 @@ def run(s):
             continue
         n = chunk(now, known_tokens(row) + row.placeholders - row.computed)
         n = min(n, cfg.max_model_len - row.computed - 1)  # 3.5
+        if now.has_states:
+            n = chunk_to_boundary(s, row, row.computed, n, row.junction)
         if n == 0:
             continue
-        if has_windows:
+        if now.has_windows:
             free_skipped(s, row)
         lacking = blocks_lacking(row, n, cfg)
-        if lacking * len(s.groups) > now.free_blocks and not make_room(s, r, lacking * len(s.groups)):
+        needed = blocks_beyond(s, row.num_blocks, row.num_blocks + lacking, False) if lacking > 0 else 0
+        if needed > now.free_blocks and not make_room(s, r, needed):
             if cfg.policy == PRIORITY:  # 3.8
                 continue
             break
@@ -465,7 +469,9 @@ def admit_waiting(s):
         n = first_chunk(s, r, num_hits)
         if is_deferred(s, r, num_hits) or is_beyond_budget(s, n):
             break
-        n = min(n, now.budget)
+        n = cut_chunk(s, r, n, num_hits)
+        if n == 0:
+            break
         obstacle, needed = pool_obstacle(s, r, n, num_hits, free_hits)
         if obstacle == NO_CAUSE:
             admit(s, r, n, num_hits)
@@ -479,17 +485,45 @@ def admit_waiting(s):
 def most_blocks(s, row):
     """Blocks of all groups that the known tokens of a request need at once, with nothing cached (2.3, 6.4)."""
     tokens = min(known_tokens(row), s.settings.max_model_len)
-    return blocks_beyond(s, blocks_for(tokens, s.settings.block_size), 0)
+    return blocks_beyond(s, 0, blocks_for(tokens, s.settings.block_size), True)
 
 
 @inline_njit
-def blocks_beyond(s, whole, num_hits):
-    """Blocks that an admission needs in all groups for a table of `whole` blocks, the first of them hits. A group
-    with a window never holds more than its most (6.4)."""
+def blocks_beyond(s, num_blocks, whole, is_gate):
+    """Blocks that all groups need together to make tables of `num_blocks` blocks `whole` ones long. The gate knows
+    that a group with a window never holds more than its most (6.4)."""
     needed = 0
     for group in range(len(s.groups)):
-        needed += max(min(whole, s.groups[group].most_blocks) - num_hits, 0)
+        length = min(whole, s.groups[group].most_blocks) if is_gate else whole
+        needed += blocks_to_take(s.groups[group], num_blocks, max(length - num_blocks, 0))
     return needed
+
+
+@inner_njit
+def chunk_to_boundary(s, row, start, n, junction):
+    """A chunk of `n` tokens after `start` ones, cut so that it ends where a recurrent state can be kept: prefills at
+    block boundaries, and in the block where the prompt ends or the look-up had its junction (6.10)."""
+    block_size = s.settings.block_size
+    prefill_end = max(row.prompt, known_tokens(row) - 1)
+    if start >= prefill_end:
+        return n
+    end = start + n
+    if end < prefill_end:
+        most = s.settings.max_num_batched_tokens
+        if s.settings.long_prefill_token_threshold > 0:
+            most = min(most, s.settings.long_prefill_token_threshold)
+        aligned = end // block_size * block_size
+        if aligned > start or block_size <= most:
+            end = aligned
+    first_stop = end
+    for stop in (
+        (start // block_size + 1) * block_size if start % block_size > 0 else 0,
+        (known_tokens(row) - 1) // block_size * block_size,
+        start + (junction * block_size - start) // block_size * block_size if junction * block_size < end else 0,
+    ):
+        if start < stop < first_stop:
+            first_stop = stop
+    return max(first_stop - start, 0)
 
 
 @inline_njit
@@ -514,6 +548,15 @@ def first_chunk(s, r, num_hits):
 
 
 @inline_njit
+def cut_chunk(s, r, n, num_hits):
+    """A first chunk of `n` tokens after the hits, cut to the budget and, for recurrent states, to a boundary."""
+    n = min(n, s.now[0].budget)
+    if s.now[0].has_states:
+        n = chunk_to_boundary(s, s.requests[r], num_hits * s.settings.block_size, n, s.now[0].junction)
+    return n
+
+
+@inline_njit
 def is_beyond_budget(s, n):
     """True when this step's budget cannot take a first chunk of `n` tokens; chunking can always cut it (3.13)."""
     now = s.now[0]
@@ -535,13 +578,17 @@ def pool_obstacle(s, r, n, num_hits, free_hits):
     watermark = cfg.watermark_blocks if now.num_running > 0 else 0
     if cfg.scheduler_reserve_full_isl:
         known = min(known_tokens(s.requests[r]), cfg.max_model_len)
-        needed = blocks_beyond(s, blocks_for(known, cfg.block_size), num_hits) + free_hits
+        needed = blocks_beyond(s, num_hits, blocks_for(known, cfg.block_size), True) + free_hits
+        if now.has_states and hits_fresh_state(s, num_hits):
+            needed = cfg.num_gpu_blocks + 1
         if needed > now.free_blocks:
             return POOL_FULL_GATE, needed
         if needed + watermark > now.free_blocks:
             return POOL_FULL_WATERMARK, needed
     tokens = min(num_hits * cfg.block_size + n, cfg.max_model_len)
-    needed = max(blocks_for(tokens, cfg.block_size) - num_hits, 0) * len(s.groups) + free_hits
+    needed = blocks_beyond(s, num_hits, blocks_for(tokens, cfg.block_size), False) + free_hits
+    if now.has_states and hits_fresh_state(s, num_hits):
+        needed = cfg.num_gpu_blocks + 1
     if needed > now.free_blocks:
         return POOL_FULL, needed
     if needed + watermark > now.free_blocks:
@@ -620,8 +667,10 @@ def note_wait(s):
             cause = MAX_NUM_SEQS
         elif is_deferred(s, r, num_hits):
             cause = PREFILL_INTERVAL
+        elif cut_chunk(s, r, n, num_hits) == 0:
+            cause = TOKEN_BUDGET
         else:
-            cause, needed = pool_obstacle(s, r, min(n, now.budget), num_hits, free_hits)
+            cause, needed = pool_obstacle(s, r, cut_chunk(s, r, n, num_hits), num_hits, free_hits)
     if r != now.wait_request or cause != now.wait_cause:
         now.wait_request, now.wait_cause = r, cause
         record(s, now.t, now.num_steps, EVENT_WAIT, r, cause, now.free_blocks, needed, 0, -1)
@@ -665,6 +714,7 @@ def close_step(s):
     now.log_running = now.num_running
     now.log_waiting = num_waiting(now)
     now.log_free = now.free_blocks
+    now.is_scheduling = 0
 
 
 @inline_njit

@@ -56,9 +56,10 @@ POLICIES = ("fcfs", "priority")
 FCFS, PRIORITY = range(2)
 
 # What the layers of a KV group keep of a sequence (6.4): everything, the last tokens, those since the last
-# multiple of a chunk, or one recurrent state.
-GROUP_KINDS = ("full", "sliding", "chunked", "mamba")
-FULL, SLIDING, CHUNKED, MAMBA = range(len(GROUP_KINDS))
+# multiple of a chunk, or a recurrent state: with prefix caching one for every block boundary that is of use (6.10),
+# without it ("state") one.
+GROUP_KINDS = ("full", "sliding", "chunked", "mamba", "state")
+FULL, SLIDING, CHUNKED, MAMBA, STATE = range(len(GROUP_KINDS))
 
 # Why `advance` returned.
 STATUSES = (
@@ -141,6 +142,7 @@ REQUEST = np.dtype(
         ("num_blocks", np.int32),  # entries in its block table of each group, null blocks included
         ("held_blocks", np.int32),  # blocks that it holds, over all groups
         ("num_cached", np.int32),  # leading blocks already considered for the prefix map
+        ("num_retired", np.int32),  # leading blocks whose recurrent states were given back
         ("junction", np.int32),  # block at which a look-up of its latest admission ended beyond the hit, 0: none (6.8)
         ("peak_blocks", np.int32),
         ("num_preemptions", np.int32),
@@ -189,7 +191,7 @@ GROUP = np.dtype(
     [
         ("kind", np.int64),
         ("window", np.int64),  # tokens; 0: none
-        ("run_blocks", np.int64),  # consecutive blocks that make a hit in a sliding group (6.8)
+        ("run_blocks", np.int64),  # consecutive blocks that make a hit with a window or a state (6.8, 6.10)
         ("most_blocks", np.int64),  # that a request can hold at once, as admission counts them (6.4)
     ]
 )
@@ -217,6 +219,7 @@ BLOCK = np.dtype(
         ("num_refs", np.int32),
         ("older", np.int32),  # neighbours among the blocks with the same key, 0: none
         ("newer", np.int32),
+        ("cached_in", np.int32),  # the step whose schedule() gave it its key, -1: an output did
     ],
     align=True,
 )
@@ -312,7 +315,7 @@ NOW = np.dtype(
             "num_running", "num_preempted", "received_head", "received_tail", "num_ranked", "queued_tokens", "cursor",
             # pool
             "free_blocks", "cached_blocks", "table_entries", "held_tokens", "num_free_slots", "table_stride",
-            "num_keys", "peak_used",
+            "num_keys", "has_windows", "has_states", "is_scheduling", "peak_used",
             # the step being scheduled
             "budget", "threshold", "defer", "cap_bound", "last_prefill", "num_scheduled", "num_victims",
             "first_entry", "num_dropped", "sampled", "prefill_tokens", "decode_tokens", "ctx",
@@ -395,6 +398,8 @@ def pack(
     now.num_free_slots = len(pool.free_slots)
     now.table_stride = stride
     now.num_keys = len(keys.oldest) // len(kv_groups)
+    now.has_windows = has_windows(kv_groups)
+    now.has_states = (kv_groups.kind == MAMBA).any()
     now.bin_width = bin_width_ns
     now.last_prefill = -settings.prefill_schedule_interval
     now.wait_request = -1
@@ -431,13 +436,16 @@ def _groups(groups, settings: Settings) -> tuple[np.recarray, np.ndarray]:
     in_flight = settings.max_num_batched_tokens * (2 if settings.async_scheduling else 1)  # 4.6
     for row, group in zip(out, groups, strict=True):
         row.kind = GROUP_KINDS.index(group["kind"])
-        row.window = group.get("window", 0) or 0
+        row.window = group.get("window") or 0
         row.most_blocks = -(-limit // block)
         if row.kind == SLIDING:
             row.run_blocks = -(-(row.window - 1) // block)
             row.most_blocks = -(-min(row.window - 1 + in_flight, limit) // block) + 1
         elif row.kind == CHUNKED:
             row.most_blocks = -(-min(row.window + in_flight, limit) // block)
+        elif row.kind == MAMBA:
+            row.kind = MAMBA if settings.enable_prefix_caching else STATE
+            row.run_blocks = 1
     is_first = [not any((out[:g] == row).tolist()) for g, row in enumerate(out)]
     return out, np.array(sorted(np.flatnonzero(is_first), key=lambda g: out[g].kind != FULL), np.int64)
 
