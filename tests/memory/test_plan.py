@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from kvsim.errors import UserError
-from kvsim.memory.plan import LayerSpec, group_layers, plan, plan_groups, stage_groups
+from kvsim.memory.planner import LayerSpec, group_layers, plan, plan_groups, stage_groups
 
 KINDS = {
     "FullAttentionSpec": "full",
