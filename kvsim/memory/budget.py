@@ -140,8 +140,23 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
             f"  {self.num_gpu_blocks:,} blocks of {self.block_size} tokens, {self.bytes_per_block:,} bytes,"
             f" on {self.binding_rank}"
         )
+        lines += [f"  KV groups: {self._groups_text()}"] if len(self.groups) > 1 else []
         lines += [f"  {line}" for line in self.log_lines] + [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+    def _groups_text(self) -> str:
+        """6 sliding (52 layers, window 1,024, blocks of 16), 1 full (10 layers, blocks of 16)"""
+        alike: dict[tuple, list[int]] = {}
+        for g in self.groups:
+            alike.setdefault((g.kind, g.window, g.block_size, g.kind == "mamba" and not g.align), []).append(
+                g.layers
+            )
+        texts = []
+        for (kind, window, size, whole), layers in alike.items():
+            of = "" if window is None else f", window {window:,}"
+            blocks = "one block a request" if whole else f"blocks of {size}"
+            texts.append(f"{len(layers)} {kind} ({sum(layers)} layers{of}, {blocks})")
+        return ", ".join(texts)
 
 
 def fit(dep: Deployment) -> Budget:

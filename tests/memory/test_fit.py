@@ -255,6 +255,14 @@ def test_groups_of_models(model, block_size, groups):
     assert bool(compared) == bool({"mamba", "chunked"} & set(kinds))
 
 
+def test_groups_are_printed():
+    shown = str(fit(deployment("gemma-3-27b", gpu="h200")))
+    assert "6 sliding (52 layers, window 1,024, blocks of 16), 1 full (10 layers, blocks of 16)\n" in shown
+    shown = str(fit(deployment("jamba-v0.1", gpu="h200", enable_prefix_caching=False)))
+    assert "7 mamba (28 layers, one block a request), 1 full (4 layers, blocks of 80)\n" in shown
+    assert "KV groups" not in str(fit(deployment("llama-3.1-8b", gpu="h200")))
+
+
 def test_unequal_blocks_are_sized_and_not_simulated():
     """Gemma 4's global layers have half the page of its sliding ones, so twice the tokens a block."""
     b = fit(deployment("gemma-4-26b-a4b", gpu="h100"))
