@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-all fuzz lint bench clean
+.PHONY: demo test test-all conformance mutations fuzz lint bench clean
 
 demo: .venv/run.done
 	$(BIN)/kvsim run -o demo-run
@@ -13,6 +13,15 @@ test: .venv/test.done
 
 test-all: .venv/test-all.done
 	$(PYTEST) -m "not gpu" -n 2
+
+# Random cases on the real scheduler and on kvsim, for MINUTES (default 1); docs/conformance.md. The first run makes
+# the real scheduler's environment (2.5 GB) in .oracle-venv, or in ORACLE_VENV.
+conformance: .venv/test.done
+	$(BIN)/python -m tests.conformance $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+# Wrong rules, one at a time, each of which a test must catch; docs/conformance.md.
+mutations: .venv/test.done
+	$(BIN)/python -m tests.conformance.mutations $(ARGS)
 
 # Ten minutes for each of the 32 sample files of tests/trace/samples.py; for nightly runs.
 fuzz: .venv/test.done
@@ -46,4 +55,4 @@ bench: .venv/test-all.done
 	touch $@
 
 clean:
-	rm -rf .venv demo-run build dist *.egg-info
+	rm -rf .venv .oracle-venv conformance-found demo-run build dist *.egg-info

@@ -30,10 +30,16 @@ def njit(function: Callable) -> Callable:
     return _compile(function)
 
 
+def inner_njit(function: Callable) -> Callable:
+    """`njit` for what only compiled code calls: without the way in from Python, which takes a third of the time
+    that it takes to compile."""
+    return _compile(function, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+
 def inline_njit(function: Callable) -> Callable:
-    """`njit` for the verbs of a hot loop: LLVM inlines every call, so that a state of many arrays is not passed
-    on the stack each time. For functions called from one or two places, or a few lines long."""
-    return _compile(function, forceinline=True)
+    """`inner_njit` for the verbs of a hot loop: LLVM inlines every call, so that a state of many arrays is not
+    passed on the stack each time. For functions called from one or two places, or a few lines long."""
+    return _compile(function, forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 def _compile(function: Callable, **options) -> Callable:

@@ -66,7 +66,7 @@ def simulate(
     command: str | None = None,
     load_s: float = 0.0,
     progress: Callable[[Progress], None] | None = None,
-    on_step: Callable[[st.State], None] | None = None,
+    on_step: Callable[[st.State, bool], None] | None = None,
 ) -> Result:
     """Replay `trace` on `deployment` and return a `Result`.
 
@@ -81,7 +81,8 @@ def simulate(
     check: verify the invariants of the pool at every event (slow).
     goodput: objectives in ms by "ttft", "tpot", "e2el"; `request_goodput` counts requests that meet them all.
     progress: called between two calls of the engine, at least every 50 ms; it may raise to stop the run.
-    on_step: called after every step with the engine's state (the step log).
+    on_step: called with the engine's state and False when a step has been scheduled, and with True when its output
+        is there (the step log).
 
     If the deployment cannot start, nothing is replayed: the result's verdict is `does_not_start` and its one
     event says which term breaks it. Raises UserError for a trace or an option that cannot be used.
@@ -121,6 +122,7 @@ def simulate(
     engine_settings = pack_settings(
         settings,
         budget.num_gpu_blocks,
+        policy=settings.scheduling_policy,
         frontend="openai",
         deadline_ns=_ns(deadline_s, "deadline"),
         until_ns=_ns(until_s, "until"),
@@ -128,6 +130,7 @@ def simulate(
         strict=strict,
         check=check,
         identities=check or on_step is not None,
+        log_steps=on_step is not None,
         record_events=record == "events",
     )
     keys = _content_keys(trace, settings) if settings.enable_prefix_caching else None
@@ -137,9 +140,10 @@ def simulate(
         prompt_tokens=trace.prompt_tokens,
         output_tokens=trace.output_tokens,
         settings=engine_settings,
-        cost=st.Cost(cost.linear_s, cost.sampled_s, cost.context_s, cost.pair_s),
+        cost=st.Cost(*cost),
         bin_width_ns=_ns(bin_s, "bin") if bin_s is not None else _nice_width(span // 1000),
         keys=keys,
+        priority=trace.priority,
         parent=trace.parent,
         delay_ns=trace.delay_ns,
     )
@@ -168,8 +172,10 @@ def load_engine() -> None:
     from kvsim import _jit
 
     none = np.zeros(0, np.int32)
-    settings = st.Settings(*([0] * len(st.Settings._fields)))._replace(num_gpu_blocks=2, until_ns=st.NEVER)
-    cost = st.Cost(np.zeros(1), np.zeros(1), 0.0, 0.0)
+    settings = st.Settings(*([0] * len(st.Settings._fields)))._replace(
+        block_size=1, num_gpu_blocks=2, until_ns=st.NEVER
+    )
+    cost = st.Cost(*(np.zeros(1) for _ in st.Cost._fields))
     drive(
         st.pack(
             arrival_ns=none,
@@ -188,6 +194,8 @@ def pack_settings(
     settings,
     num_gpu_blocks: int,
     *,
+    policy: str = "fcfs",
+    cache_every_block: bool = False,
     frontend: str = "engine",
     deadline_ns: int | None = None,
     until_ns: int | None = None,
@@ -196,6 +204,7 @@ def pack_settings(
     lockstep: bool = False,
     check: bool = False,
     identities: bool = False,
+    log_steps: bool = False,
     record_events: bool = True,
 ) -> st.Settings:
     """Engine settings as the integers of `state.Settings`. `settings` has vLLM's attribute names
@@ -212,6 +221,9 @@ def pack_settings(
         max_model_len=settings.max_model_len,
         enable_chunked_prefill=settings.enable_chunked_prefill,
         enable_prefix_caching=settings.enable_prefix_caching,
+        cache_every_block=cache_every_block,
+        policy=st.POLICIES.index(policy),
+        async_scheduling=settings.async_scheduling,
         long_prefill_token_threshold=settings.long_prefill_token_threshold,
         long_prefill_token_threshold_adaptive=settings.long_prefill_token_threshold_adaptive,
         scheduler_reserve_full_isl=settings.scheduler_reserve_full_isl,
@@ -226,6 +238,7 @@ def pack_settings(
         strict=strict,
         lockstep=lockstep,
         identities=identities or settings.enable_prefix_caching,
+        log_steps=log_steps,
         record_events=record_events,
         check=check,
     )
@@ -236,7 +249,7 @@ def drive(
     *,
     fixed_bins: bool = False,
     progress: Callable[[Progress], None] | None = None,
-    on_step: Callable[[st.State], None] | None = None,
+    on_step: Callable[[st.State, bool], None] | None = None,
 ) -> EngineRun:
     """Call `advance` until the run is over: empty the event buffer, widen or add bins, report in between."""
     from kvsim.engine.loop import advance
@@ -253,8 +266,8 @@ def drive(
             raise AssertionError(
                 f"the engine broke invariant {int(now.broken)} at step {int(now.num_steps)}; please report this run"
             )
-        elif status == st.MAX_STEPS:
-            on_step(state)
+        elif status in (st.SCHEDULED, st.MAX_STEPS):
+            on_step(state, status == st.MAX_STEPS)
         elif status != st.PAUSED:
             chunks.append(state.events[: now.num_events])
             return EngineRun(state, np.concatenate(chunks), st.STATUSES[status])

@@ -20,11 +20,14 @@ if TYPE_CHECKING:
 
 
 class StepLog:
-    """Called after every step with the engine's state; hands a row, a plain dict, to `write`.
+    """Called with the engine's state when a step has been scheduled, and again when its output is there; hands a
+    row, a plain dict, to `write` then. Needs `log_steps`.
 
-    Keys: `s` step, `t` its start, `sch` [request, tokens, ...] in scheduling order, `pre` preempted, `n` tokens,
-    `ctx` their contexts, `run wait free` after `schedule()`, `blk` {request: [new block ids]} where identities
-    are kept, `fin` finished by this step, `run2 wait2 free2` after it. `pre`, `blk`, `fin` only when not empty.
+    Keys: `s` step, `t` when it was scheduled, `sch` [request, tokens, ...] in scheduling order, `pre` preempted,
+    `hit` [request, tokens found in the prefix cache, ...], `n` tokens, `ctx` their contexts, `run wait free` after
+    `schedule()`, `blk` {request: [[new block ids of the first group], ...]} where identities are kept, with
+    asynchronous scheduling `g e` start and end on the device, `fin` finished by this step, `run2 wait2 free2` after
+    it. `pre`, `hit`, `blk`, `fin` only when not empty.
     """
 
     def __init__(
@@ -33,11 +36,18 @@ class StepLog:
         self.write = write
         self.blocks = blocks
         self.numbers = numbers  # row -> the request's number in the log; None: the row itself
+        self.in_flight: list[dict] = []
 
-    def __call__(self, s: State) -> None:
+    def __call__(self, s: State, is_finished: bool) -> None:
+        if is_finished:
+            self._finish(s)
+        else:
+            self.in_flight.append(self._scheduled(s))
+
+    def _scheduled(self, s: State) -> dict:
         now = s.now[0]
-        entries = s.step[: now.num_scheduled]
-        row = {"s": int(now.num_steps) - 1, "t": int(now.step_start)}
+        entries = s.step[now.first_entry : now.first_entry + now.num_scheduled]
+        row = {"s": int(now.num_steps) - 1, "t": int(now.t)}
         requests = self._numbers(entries.request)
         row["sch"] = [x for pair in zip(requests, entries.tokens.tolist(), strict=True) for x in pair]
         if now.num_victims:
@@ -51,12 +61,17 @@ class StepLog:
         row["run"], row["wait"], row["free"] = int(now.log_running), int(now.log_waiting), int(now.log_free)
         if self.blocks and s.settings.identities:
             taken = {
-                str(r): [s.pool.table[e.new_from : e.new_from + e.num_new].tolist()]
-                for r, e in zip(requests, entries, strict=True)
-                if e.num_new
+                str(r): new_blocks(s, e) for r, e in zip(requests, entries, strict=True) if e.num_new
             }
             if taken:
                 row["blk"] = taken
+        if s.settings.async_scheduling:
+            row["g"], row["e"] = int(now.step_start), int(now.step_end)
+        return row
+
+    def _finish(self, s: State) -> None:
+        now, row = s.now[0], self.in_flight.pop(0)
+        entries = s.step[now.finished_entry : now.finished_entry + now.num_finished_entries]
         if entries.ended.any():
             row["fin"] = self._numbers(entries.request[entries.ended == 1])
         row["run2"] = int(now.log_running_after)
@@ -66,6 +81,12 @@ class StepLog:
 
     def _numbers(self, rows: np.ndarray) -> list[int]:
         return (rows if self.numbers is None else self.numbers[rows]).tolist()
+
+
+def new_blocks(s: State, entry) -> list[list[int]]:
+    """Blocks that a scheduled request got, by group; the null block is 0."""
+    tables = s.pool.table.reshape(-1, len(s.groups), s.now[0].table_stride)[s.requests[entry.request].slot]
+    return tables[:, entry.new_from : entry.new_from + entry.num_new].tolist()
 
 
 class LogFile:

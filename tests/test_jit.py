@@ -50,8 +50,9 @@ def test_an_unwritable_cache_folder_is_no_obstacle(tmp_path):
 @needs_jit
 def test_out_of_range_is_caught_when_bounds_are_checked():
     code = (
-        "import numpy as np\nfrom kvsim.engine.loop import without\n"
-        "without(np.zeros(3, np.int64), np.int64(3), np.int64(7))"
+        "import numpy as np\nfrom kvsim.engine.keys import _fill_keys\n"
+        "none, one = np.zeros(0, np.int64), np.zeros(1, np.int64)\n"
+        "_fill_keys(np.zeros(2, np.int64), none, one, np.array([0, 1]), 1, 1, one)"
     )
     done = run_python(code, NUMBA_BOUNDSCHECK="1")
     assert "IndexError" in done.stderr

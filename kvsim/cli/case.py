@@ -42,7 +42,6 @@ def main(args: argparse.Namespace) -> int:
     """Replay `args.case`; write `args.step_log` if given; print the end row."""
     name, case = Path(args.case).name.split(".")[0], read_case(args.case)
     config = {**DEFAULTS, **case["config"]}
-    _refuse_not_built(args.case, config)
     rows = []
     run = replay(case, config, rows.append if args.step_log else None)
     tail = end_row(run)
@@ -85,12 +84,16 @@ def read_case(path: str) -> dict:
         raise UserError(f"{path}: config is not an object of settings")
     for key, value in config.items():
         _check_setting(path, key, value)
+    if config.get("groups"):
+        size = config.get("block_size", DEFAULTS["block_size"])
+        if any(group.get("block_size", size) != size for group in config["groups"]):
+            raise UserError(
+                f"{path}: a group has blocks of another size than block_size {size}, which kvsim does not simulate"
+            )
     mode = case.get("mode") or "lockstep"
     if mode not in ("lockstep", "timed"):
         raise UserError(f"{path}: mode {mode!r} is neither lockstep nor timed")
     case["mode"] = mode
-    if config.get("frontend", "engine") not in ("engine", "openai", "strict"):
-        raise UserError(f"{path}: frontend {config['frontend']!r} is not engine, openai or strict")
     if mode == "timed":
         case["timing"] = case.get("timing") or [0.004, 2e-5, 1e-8]
         if not _are_numbers(case["timing"], 3):
@@ -103,6 +106,8 @@ def read_case(path: str) -> dict:
 
 # Settings that may be null, and the least value of those that may not be 0.
 _OPTIONAL = ("max_num_active_seqs", "groups", "prefix_cache_retention_interval")
+_CHOICES = {"policy": ("fcfs", "priority"), "frontend": ("engine", "openai", "strict")}
+_WINDOWED = ("sliding", "chunked")
 _AT_LEAST = {
     "block_size": 1,
     "num_gpu_blocks": 2,
@@ -118,13 +123,31 @@ def _check_setting(path: str, key: str, value) -> None:
     """Raise UserError unless `value` is one that the setting `key` can have."""
     if key not in DEFAULTS:
         raise UserError(f"{path}: there is no setting {key!r}{did_you_mean(key, DEFAULTS)}")
-    if (value is None and key in _OPTIONAL) or key == "groups":
+    if value is None and key in _OPTIONAL:
         return
+    if key == "groups":
+        _check_groups(path, value)
+        return
+    if key in _CHOICES and value not in _CHOICES[key]:
+        raise UserError(f"{path}: {key} {value!r} is not {' or '.join(_CHOICES[key])}")
+    if key == "prefix_cache_retention_interval" and value:
+        raise UserError(f"{path}: {key} {value!r} is not simulated; give 0 (sparse) or null (every block)")
     default = DEFAULTS[key] if DEFAULTS[key] is not None else 0
     kind = (int, float) if isinstance(default, float) else type(default)
     is_wrong = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
     if is_wrong or (not isinstance(value, str) and not _AT_LEAST.get(key, 0) <= value < 2**31):
         raise UserError(f"{path}: {key} is {value!r}, which it cannot be; leave it out for {DEFAULTS[key]!r}")
+
+
+def _check_groups(path: str, groups) -> None:
+    """Raise UserError unless `groups` is a list of KV groups that can be simulated."""
+    if not isinstance(groups, list) or not groups or not all(isinstance(group, dict) for group in groups):
+        raise UserError(f'{path}: groups is not a list such as [{{"kind": "full"}}]')
+    for group in groups:
+        if group.get("kind") not in ("full", *_WINDOWED):
+            raise UserError(f"{path}: group kind {group.get('kind')!r} is not full, {' or '.join(_WINDOWED)}")
+        if group["kind"] in _WINDOWED and not (type(group.get("window")) is int and group["window"] >= 1):
+            raise UserError(f"{path}: a {group['kind']} group has the window {group.get('window')!r}; give tokens")
 
 
 def _are_numbers(values, count: int) -> bool:
@@ -151,17 +174,6 @@ def _request(path: str, i: int, row) -> list:
     return row
 
 
-def _refuse_not_built(path: str, config: dict) -> None:
-    needs = [
-        (config["policy"] != "fcfs", f"the {config['policy']} policy"),
-        (config["async_scheduling"], "asynchronous scheduling"),
-        (config["groups"] not in (None, [{"kind": "full"}]), "several KV groups"),
-    ]
-    missing = [what for needed, what in needs if needed]
-    if missing:
-        raise UserError(f"{path} needs {' and '.join(missing)}, which kvsim does not simulate yet")
-
-
 def replay(case: dict, config: dict, write_step=None):
     """Run a case through the compiled engine, its rows in the case's order. -> EngineRun"""
     import numpy as np
@@ -178,10 +190,13 @@ def replay(case: dict, config: dict, write_step=None):
     settings = run.pack_settings(
         SimpleNamespace(**config, max_num_queued_reqs=None, max_num_queued_tokens=None),
         config["num_gpu_blocks"],
+        policy=config["policy"],
+        cache_every_block=config["prefix_cache_retention_interval"] is None,
         frontend=config["frontend"],
         strict=True,
         lockstep=lockstep,
         identities=True,
+        log_steps=write_step is not None,
         record_events=False,
     )
     keys = None
@@ -206,9 +221,13 @@ def replay(case: dict, config: dict, write_step=None):
         prompt_tokens=np.array([r[1] for r in requests], np.int32)[order],
         output_tokens=np.array([r[2] for r in requests], np.int32)[order],
         settings=settings,
-        cost=st.Cost(a0 + a1 * tokens, np.zeros(config["max_num_seqs"] + 1), a2, 0.0),
+        cost=st.Cost(
+            a0 + a1 * tokens, np.zeros(config["max_num_seqs"] + 1), np.array([a2]), np.zeros(1), np.zeros(1)
+        ),
         bin_width_ns=1,
+        groups=config["groups"] or [{"kind": "full"}],
         keys=keys,
+        priority=np.array([r[3] for r in requests], np.int64)[order],
     )
     log = StepLog(write_step, blocks=bool(case.get("blocks")), numbers=order) if write_step else None
     done = run.drive(state, on_step=log)

@@ -6,8 +6,8 @@ either free or in exactly one table.
 
 from __future__ import annotations
 
-from kvsim._jit import inline_njit, njit
-from kvsim.engine.state import GAP_BITS, GAP_SUBBUCKETS
+from kvsim._jit import inline_njit, inner_njit, njit
+from kvsim.engine.state import CHUNKED, FULL, GAP_BITS, GAP_SUBBUCKETS, SLIDING
 
 
 @inline_njit
@@ -17,20 +17,29 @@ def blocks_for(tokens, block_size):
 
 
 @inline_njit
+def table_start(s, row, group):
+    """Where in `Pool.table` the table of a request in a group starts. Needs an open slot."""
+    return (row.slot * len(s.groups) + group) * s.now[0].table_stride
+
+
+@inline_njit
 def take(s, row, entry, count):
-    """Give `count` blocks from the front of the free list to the request `row`, and note in its step `entry`
-    which. Needs 0 < count <= free_blocks and, with identities, an open slot."""
+    """Give `count` blocks of each group, from the front of the free list, to the request `row`, group by group,
+    and note in its step `entry` which. Needs as many free blocks and, with identities, an open slot."""
     now, pool = s.now[0], s.pool
+    num_groups = len(s.groups)
+    entry.new_from = row.num_blocks
     entry.num_new = count
     if s.settings.identities:
-        start = row.slot * now.table_stride + row.num_blocks
-        entry.new_from = start
-        for k in range(count):
-            pool.table[start + k] = take_front(s)
-    now.free_blocks -= count
-    now.table_entries += count
+        for group in range(num_groups):
+            start = table_start(s, row, group) + row.num_blocks
+            for k in range(count):
+                pool.table[start + k] = take_front(s)
+    now.free_blocks -= count * num_groups
+    now.table_entries += count * num_groups
     row.num_blocks += count
-    row.peak_blocks = max(row.peak_blocks, row.num_blocks)
+    row.held_blocks += count * num_groups
+    row.peak_blocks = max(row.peak_blocks, row.held_blocks)
 
 
 @inline_njit
@@ -62,7 +71,7 @@ def link(blocks, b, before, after):
     blocks[after].prev = b
 
 
-@njit
+@inner_njit
 def evict(s, b):
     """Block `b`, no longer free, loses its key."""
     blocks, keys = s.pool.blocks, s.keys
@@ -79,104 +88,253 @@ def evict(s, b):
     s.now[0].cached_blocks -= 1
 
 
-@njit
+@inner_njit
 def cache(s, row, r, num_full):
-    """Put the blocks of request `r` up to its first `num_full` into the prefix map, those that are not yet in
-    it (2.6)."""
+    """Put the blocks of request `r` up to its first `num_full` into the prefix map of their group, those that are
+    not yet in it and can be of use (2.6, 6.7)."""
     now, pool, keys = s.now[0], s.pool, s.keys
-    start = row.slot * now.table_stride
-    for k in range(row.num_cached, num_full):
-        b = pool.table[start + k]
-        key = key_of(keys, r, k)
-        last = keys.newest[key]
-        pool.blocks[b].key = key
-        pool.blocks[b].older = last
-        pool.blocks[b].newer = 0
-        if last > 0:
-            pool.blocks[last].newer = b
-        else:
-            keys.oldest[key] = b
-        keys.newest[key] = b
+    for group in range(len(s.groups)):
+        start = table_start(s, row, group)
+        for k in range(row.num_cached, num_full):
+            b = pool.table[start + k]
+            if b == 0 or not is_of_use(s, group, row, k):
+                continue
+            key = group * now.num_keys + key_of(keys, r, k)
+            last = keys.newest[key]
+            pool.blocks[b].key = key
+            pool.blocks[b].older = last
+            pool.blocks[b].newer = 0
+            if last > 0:
+                pool.blocks[last].newer = b
+            else:
+                keys.oldest[key] = b
+            keys.newest[key] = b
     row.num_cached = num_full
 
 
 @inline_njit
+def is_of_use(s, group, row, k):
+    """True when block `k` of a request is to be found later: in a sliding group only the blocks that a look-up
+    ending at its prompt's end or at its junction needs (6.7)."""
+    if s.groups[group].kind != SLIDING:
+        return True
+    run = s.groups[group].run_blocks
+    if s.settings.cache_every_block:
+        return run > 0
+    end = (row.prompt - 1) // s.settings.block_size
+    return end - run <= k < end or row.junction - run <= k < row.junction
+
+
+@inline_njit
 def key_of(keys, r, k):
-    """The content key of block `k` of request `r`."""
+    """The content key of block `k` of request `r`, the same in every group."""
     at = keys.shared_from[r] + k
     end = keys.shared_from[r + 1]
     return keys.shared[at] if at < end else keys.own_from[r] + at - end
 
 
-@njit
+@inline_njit
+def skipped_tokens(group, computed):
+    """Leading tokens that a group does not need any more for the token after `computed` ones (6.4)."""
+    if group.kind == SLIDING:
+        return max(0, computed - group.window + 1)
+    if group.kind == CHUNKED:
+        return computed // group.window * group.window
+    return 0
+
+
+@inline_njit
+def skipped_blocks(s, group, computed):
+    """Leading blocks of a table in `group` that hold only tokens which are not needed any more."""
+    return skipped_tokens(s.groups[group], computed) // s.settings.block_size
+
+
+@inner_njit
 def look_up(s, r, num_tokens):
-    """The longest run of leading blocks of `r` in the prefix map, at least one of its `num_tokens` known tokens
-    left to compute (3.11). Leaves them in `pool.hits`; returns how many, and how many of them are free."""
-    pool, keys = s.pool, s.keys
-    found = free = 0
-    while found < (num_tokens - 1) // s.settings.block_size:
-        b = keys.oldest[key_of(keys, r, found)]
-        if b == 0:
+    """The longest prefix of `r` that every group finds in its map, at least one of its `num_tokens` known tokens
+    left to compute (3.11, 6.8). Leaves the blocks in `pool.hits`, and in `now` how many they are in each group, how
+    many of those that it would take are free, and the junction."""
+    now, block_size = s.now[0], s.settings.block_size
+    has_full = s.groups[s.lookups[0]].kind == FULL
+    is_one_round = len(s.lookups) == 1 or (has_full and len(s.lookups) == 2)
+    tokens = num_tokens - 1
+    run = find_run(s, r, s.lookups[0], tokens // block_size) if has_full else 0
+    longest = 0
+    while True:
+        before = tokens
+        for x in range(len(s.lookups)):
+            kind = s.groups[s.lookups[x]].kind
+            if kind == FULL:
+                found = min(run, tokens // block_size)
+            elif kind == SLIDING:
+                found = find_window(s, r, s.lookups[x], tokens // block_size)
+            else:
+                found = find_chunk(s, r, s.lookups[x], tokens)
+            longest = max(longest, found)
+            tokens = found * block_size
+        if is_one_round or tokens == before:
             break
-        pool.hits[found] = b
-        free += pool.blocks[b].num_refs == 0
-        found += 1
-    return found, free
+    now.num_hits = tokens // block_size
+    now.junction = longest if longest > now.num_hits else 0
+    now.free_hits = 0
+    for group in range(len(s.groups)):
+        start = group * now.table_stride
+        for k in range(skipped_blocks(s, group, tokens), now.num_hits):
+            b = s.pool.hits[start + k]
+            now.free_hits += b > 0 and s.pool.blocks[b].num_refs == 0
 
 
-@njit
+@inline_njit
+def find(s, r, like, k):
+    """True when block `k` of `r` is in the maps of all groups of the kind and window of group `like`; notes the
+    oldest one of each as a hit."""
+    now, groups = s.now[0], s.groups
+    key = key_of(s.keys, r, k)
+    for group in range(like, len(groups)):
+        if groups[group].kind == groups[like].kind and groups[group].window == groups[like].window:
+            b = s.keys.oldest[group * now.num_keys + key]
+            if b == 0:
+                return False
+            s.pool.hits[group * now.table_stride + k] = b
+    return True
+
+
+@inline_njit
+def find_run(s, r, like, most):
+    """Full attention: leading blocks in the map, up to `most`."""
+    k = 0
+    while k < most and find(s, r, like, k):
+        k += 1
+    return k
+
+
+@inline_njit
+def find_window(s, r, like, most):
+    """Sliding window: the end of the last run of as many blocks as a window needs, or of the run from the start.
+    What lies before the run is not needed."""
+    needed = s.groups[like].run_blocks
+    length = count = 0
+    k = most
+    while k > 0:
+        k -= 1
+        if not find(s, r, like, k):
+            count = 0
+            continue
+        if count == 0:
+            length = k + 1
+        count += 1
+        if count >= needed:
+            break
+    forget_hits(s, like, length - count)
+    return length if count > 0 else 0
+
+
+@inline_njit
+def find_chunk(s, r, like, tokens):
+    """Chunked-local attention: what lies before the chunk of the token after `tokens` ones is not needed, and
+    counts as found; then the blocks in the map."""
+    k = skipped_blocks(s, like, tokens)
+    forget_hits(s, like, k)
+    while k < tokens // s.settings.block_size and find(s, r, like, k):
+        k += 1
+    return k
+
+
+@inline_njit
+def forget_hits(s, like, count):
+    """The first `count` hits in the groups of the kind and window of `like` are null blocks."""
+    groups = s.groups
+    for group in range(like, len(groups)):
+        if groups[group].kind == groups[like].kind and groups[group].window == groups[like].window:
+            start = group * s.now[0].table_stride
+            s.pool.hits[start : start + count] = 0
+
+
+@inner_njit
 def touch_hits(s, row, num_hits):
-    """Make the blocks of the last look-up the beginning of the table of `row` (1.5, 2.5). Needs an open slot and
-    an empty table."""
+    """Make the blocks of the last look-up the beginning of the tables of `row`, null blocks where a group does not
+    need them any more (1.5, 2.5, 6.6). Needs an open slot and empty tables."""
     now, pool = s.now[0], s.pool
-    start = row.slot * now.table_stride
-    for k in range(num_hits):
-        b = pool.hits[k]
-        if pool.blocks[b].num_refs == 0:
-            unlink(pool.blocks, b)
-            now.free_blocks -= 1
-            now.cached_blocks -= 1
-        pool.blocks[b].num_refs += 1
-        pool.table[start + k] = b
-    now.table_entries += num_hits
+    for group in range(len(s.groups)):
+        start, hits = table_start(s, row, group), group * now.table_stride
+        skipped = skipped_blocks(s, group, num_hits * s.settings.block_size)
+        for k in range(num_hits):
+            b = pool.hits[hits + k] if k >= skipped else 0
+            pool.table[start + k] = b
+            if b == 0:
+                continue
+            if pool.blocks[b].num_refs == 0:
+                unlink(pool.blocks, b)
+                now.free_blocks -= 1
+                now.cached_blocks -= 1
+            pool.blocks[b].num_refs += 1
+            row.held_blocks += 1
+    now.table_entries += num_hits * len(s.groups)
     row.num_blocks = row.num_cached = num_hits
-    row.peak_blocks = max(row.peak_blocks, num_hits)
+    row.junction = now.junction
+    row.peak_blocks = max(row.peak_blocks, row.held_blocks)
 
 
-@njit
+@inner_njit
 def release(s, row):
-    """Free all blocks of the request `row`, last block first (1.7): of those that nobody else holds, the ones
-    without a key go to the front of the free list, so that the last block is the next one taken, the others to
-    its end (1.6). Its computed tokens are gone and its slot is free."""
+    """Free all blocks of the request `row`, group by group, last block first (1.7). Its computed tokens are gone
+    and its slot is free."""
     now, pool = s.now[0], s.pool
-    blocks = pool.blocks
     if not s.settings.identities:
-        now.free_blocks += row.num_blocks
+        now.free_blocks += row.held_blocks
     elif row.slot >= 0:
-        start = row.slot * now.table_stride
-        for k in range(row.num_blocks - 1, -1, -1):
-            b = pool.table[start + k]
-            blocks[b].num_refs -= 1
-            if blocks[b].num_refs == 0:
-                now.free_blocks += 1
-                if blocks[b].key >= 0:
-                    now.cached_blocks += 1
-                    link(blocks, b, blocks[0].prev, 0)
-        for k in range(row.num_blocks):
-            b = pool.table[start + k]
-            if blocks[b].key < 0:
-                link(blocks, b, 0, blocks[0].next)
+        for group in range(len(s.groups)):
+            start = table_start(s, row, group)
+            free_entries(s, row, start, start + row.num_blocks)
         pool.free_slots[now.num_free_slots] = row.slot
         now.num_free_slots += 1
         row.slot = -1
-    now.table_entries -= row.num_blocks
+    now.table_entries -= row.num_blocks * len(s.groups)
     now.held_tokens -= row.computed
     row.num_blocks = 0
+    row.held_blocks = 0
     row.num_cached = 0
     row.computed = 0
 
 
-@njit
+@inline_njit
+def free_entries(s, row, start, end):
+    """Free the blocks in a stretch of the table of `row`, last one first: of those that nobody else holds, the ones
+    without a key go to the front of the free list, so that the last block is the next one taken, the others to its
+    end (1.6)."""
+    now, pool, blocks = s.now[0], s.pool, s.pool.blocks
+    for at in range(end - 1, start - 1, -1):
+        b = pool.table[at]
+        if b == 0:
+            continue
+        row.held_blocks -= 1
+        blocks[b].num_refs -= 1
+        if blocks[b].num_refs == 0:
+            now.free_blocks += 1
+            if blocks[b].key >= 0:
+                now.cached_blocks += 1
+                link(blocks, b, blocks[0].prev, 0)
+    for at in range(start, end):
+        b = pool.table[at]
+        if b > 0 and blocks[b].key < 0:
+            link(blocks, b, 0, blocks[0].next)
+
+
+@inner_njit
+def free_skipped(s, row):
+    """Free the blocks of the request `row` that its windows have left behind (6.5)."""
+    for group in range(len(s.groups)):
+        start = table_start(s, row, group)
+        end = min(skipped_blocks(s, group, row.computed - row.in_flight), row.num_blocks)
+        first = end
+        while first > 0 and s.pool.table[start + first - 1] > 0:
+            first -= 1
+        if first < end:
+            free_entries(s, row, start + first, start + end)
+            s.pool.table[start + first : start + end] = 0
+
+
+@inner_njit
 def open_slot(s, row):
     """Give the request `row` a place in the block tables. Needs a running list that was not full."""
     now = s.now[0]
@@ -185,7 +343,7 @@ def open_slot(s, row):
         row.slot = s.pool.free_slots[now.num_free_slots]
 
 
-@njit
+@inner_njit
 def check_integrity(s):
     """0, or a code for the first broken invariant: 1 free + used is not the pool, 2 references and tables
     differ, 3 tokens held do not add up, 4 a block table is shorter than its tokens, 5 the free list is not
@@ -193,23 +351,24 @@ def check_integrity(s):
     event."""
     now, req = s.now[0], s.requests
     usable = s.settings.num_gpu_blocks - 1
-    entries = held_tokens = 0
+    entries = held_tokens = held_blocks = 0
     for x in range(now.num_running):
         row = req[s.queues.running[x]]
-        entries += row.num_blocks
+        entries += row.num_blocks * len(s.groups)
+        held_blocks += row.held_blocks
         held_tokens += row.computed
         if row.num_blocks * s.settings.block_size < row.computed:
             return 4
     if now.free_blocks < 0 or entries != now.table_entries:
         return 1
-    if not s.settings.enable_prefix_caching and now.free_blocks + entries != usable:
+    if not s.settings.enable_prefix_caching and now.free_blocks + held_blocks != usable:
         return 1
     if held_tokens != now.held_tokens:
         return 3
     return check_blocks(s) if s.settings.identities else 0
 
 
-@njit
+@inner_njit
 def check_blocks(s):
     """The part of `check_integrity` that looks at every block."""
     now, req, pool = s.now[0], s.requests, s.pool
@@ -217,8 +376,11 @@ def check_blocks(s):
     owners[:] = 0
     for x in range(now.num_running):
         row = req[s.queues.running[x]]
-        for k in range(row.num_blocks):
-            owners[pool.table[row.slot * now.table_stride + k]] += 1
+        for group in range(len(s.groups)):
+            start = table_start(s, row, group)
+            for k in range(row.num_blocks):
+                owners[pool.table[start + k]] += 1
+    owners[0] = 0
     in_use = cached = 0
     for b in range(1, s.settings.num_gpu_blocks):
         if owners[b] != pool.blocks[b].num_refs:
@@ -234,11 +396,7 @@ def check_blocks(s):
                 return 6
             if (pool.blocks[newer].older if newer > 0 else s.keys.newest[key]) != b:
                 return 6
-    if (
-        owners[0] != 0
-        or in_use + now.free_blocks != s.settings.num_gpu_blocks - 1
-        or cached != now.cached_blocks
-    ):
+    if in_use + now.free_blocks != s.settings.num_gpu_blocks - 1 or cached != now.cached_blocks:
         return 5
     b = pool.blocks[0].next
     free = 0
@@ -264,7 +422,8 @@ def account(s, until):
     s.used_time[used] += duration
     cached = now.cached_blocks
     if running + waiting + used + cached > 0:
-        wasted = now.table_entries * s.settings.block_size - now.held_tokens  # shared blocks are full ones
+        # Places in a table's last block; shared blocks and those that a window left behind are full ones.
+        wasted = now.table_entries * s.settings.block_size - now.held_tokens * len(s.groups)
         start = now.accounted
         while start < until:
             b = start // now.bin_width
@@ -286,10 +445,10 @@ def account(s, until):
 @inline_njit
 def num_waiting(now):
     """Requests received and neither running nor ended."""
-    return now.num_preempted + now.received_tail - now.received_head
+    return now.num_ranked + now.num_preempted + now.received_tail - now.received_head
 
 
-@inline_njit
+@njit
 def gap_bucket(gap):
     """The bucket of a gap of `gap` ns: exact below 2 * GAP_SUBBUCKETS, then GAP_SUBBUCKETS a power of two."""
     shift = 0
@@ -298,7 +457,7 @@ def gap_bucket(gap):
     return (shift << GAP_BITS) + (gap >> shift)
 
 
-@njit
+@inner_njit
 def record(s, time, step, kind, r, cause, free_before, needed, lost, for_request):
     """Append one event; the blocks free after it are those free now. Needs room (see `loop.has_room`)."""
     now = s.now[0]

@@ -8,9 +8,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvsim._jit import inline_njit, njit
+from kvsim._jit import inline_njit, inner_njit, njit
 from kvsim.engine.blocks import account, gap_bucket, num_waiting, record, release
-from kvsim.engine.schedule import comes_first, end_request, pop_ready, ready_turns, schedule
+from kvsim.engine.schedule import (
+    cache_full,
+    comes_first,
+    end_request,
+    enter_ranked,
+    leave_queue,
+    pairs,
+    pop_ready,
+    ready_turns,
+    schedule,
+)
 from kvsim.engine.state import (
     BROKEN,
     CAPPED,
@@ -36,7 +46,7 @@ from kvsim.engine.state import (
     NO_CAUSE,
     NO_OUTPUT_REQUESTED,
     PAUSED,
-    PREEMPTED,
+    PRIORITY,
     PROMPT_GE_MAX_MODEL_LEN,
     PROMPT_PLUS_MAX_TOKENS_GT_MAX_MODEL_LEN,
     QUEUE_FULL,
@@ -44,6 +54,7 @@ from kvsim.engine.state import (
     REACHED,
     REJECTED,
     RUNNING,
+    SCHEDULED,
     STALLED,
     TIMED_OUT,
     TIMELINE_FULL,
@@ -58,50 +69,57 @@ def advance(s, until_ns, max_steps):
     """Simulate on, and say why it stopped: one of `state.STATUSES`.
 
     `reached`: nothing more happens up to and including `until_ns`, and arrivals up to then are in. `max_steps`:
-    that many steps were completed (-1: no limit). `paused`: enough work for one call, go on at will.
-    `events_full`: empty the event buffer or grow it to `now.needs` free rows. `timeline_full`: widen the bins
-    or add some, until `now.needs` ns lies within. `done`, `stalled`, `horizon`: the run is over. `broken`: an
-    invariant failed (with `check`): `now.broken` says which.
+    that many steps were completed (-1: no limit). `scheduled`: with `log_steps`, a step has just been scheduled.
+    `paused`: enough work for one call, go on at will. `events_full`: empty the event buffer or grow it to
+    `now.needs` free rows. `timeline_full`: widen the bins or add some, until `now.needs` ns lies within. `done`,
+    `stalled`, `horizon`: the run is over. `broken`: an invariant failed (with `check`): `now.broken` says which.
     """
     now = s.now[0]
+    # Three empty steps in a row mean that nothing in flight can change anything either (4.5).
+    idle_limit = 3 if s.settings.async_scheduling else 1
     work = steps = 0
     while True:
         if now.broken:
             return BROKEN
-        if now.in_step:
-            if not has_bins(s, now.step_end):
+        if now.awaiting:
+            flight = oldest_flight(s)
+            if not has_bins(s, flight.end):
                 return TIMELINE_FULL
-            if not receive(s, min(now.step_end - 1, until_ns)):
+            if not receive(s, min(flight.end - 1, until_ns)):
                 return EVENTS_FULL
-            if now.step_end > until_ns:
+            if flight.end > until_ns:
                 return REACHED
-            if not has_room(s, 2 * now.num_scheduled):
+            if not has_room(s, 2 * flight.num_entries):
                 return EVENTS_FULL
-            finish_step(s)
+            work += flight.num_entries + 1
+            finish_step(s, flight)
             steps += 1
-            work += now.num_scheduled + 1
             if steps == max_steps:
                 return MAX_STEPS
             if work > WORK_PER_CALL:
                 return PAUSED
-        if now.dead or now.livelock:
+        if now.is_settled and (now.idle >= idle_limit or now.is_stuck):
             change = min(next_send(s), next_expiry(s))
             if change == NEVER:
                 return STALLED
-            now.livelock = 0
-        if now.dead:
-            if change > until_ns:
-                return REACHED
-            now.t = max(now.step_end, change)
-            now.dead = 0
+            if now.idle >= idle_limit:
+                if change > until_ns:
+                    return REACHED
+                now.t = max(now.step_end, change)
+                now.idle = 0
+            now.is_stuck = 0
         if now.t > until_ns:
             return REACHED
         if not has_bins(s, now.t):
             return TIMELINE_FULL
         if not receive(s, now.t):
             return EVENTS_FULL
+        now.received_in_step = 0
         account(s, now.t)
         if now.num_running + num_waiting(now) == 0:
+            if now.steps_in_flight > 0:
+                now.awaiting = 1
+                continue
             send = next_send(s)
             if send == NEVER:
                 return DONE
@@ -119,10 +137,37 @@ def advance(s, until_ns, max_steps):
         if expire(s) > 0:
             continue
         schedule(s)
-        now.received_in_step = 0
-        now.step_start = now.t
-        now.step_end = now.t + step_duration(s)
-        now.in_step = 1
+        launch(s)
+        now.awaiting = now.steps_in_flight == len(s.flights) or now.idle >= idle_limit
+        if s.settings.log_steps:
+            return SCHEDULED
+
+
+@inline_njit
+def oldest_flight(s):
+    """The step whose output comes next. Needs a step in flight."""
+    now = s.now[0]
+    return s.flights[(now.num_steps - now.steps_in_flight) % len(s.flights)]
+
+
+@inline_njit
+def launch(s):
+    """Send the step that was just scheduled to the device, where it runs after the one before (4.1). `idle` counts
+    steps in a row in which nothing at all happened."""
+    now = s.now[0]
+    duration = step_duration(s)
+    now.step_start = max(now.t, now.device_free)
+    now.step_end = now.step_start + duration
+    if now.num_scheduled > 0:
+        now.device_free = now.step_end
+    flight = s.flights[now.num_steps % len(s.flights)]
+    flight.end = now.step_end
+    flight.num_entries = now.num_scheduled
+    flight.is_livelock = now.livelock
+    now.idle = 0 if now.num_scheduled + now.num_victims + now.num_dropped > 0 else now.idle + 1
+    now.num_steps += 1
+    now.steps_in_flight += 1
+    now.is_settled = 0
 
 
 @inline_njit
@@ -189,11 +234,11 @@ def receive(s, until):
     return True
 
 
-@njit
+@inner_njit
 def receive_one(s, r, time):
     """Row `r` arrives: it is rejected or joins the end of the queue (3.20, 3.21)."""
     now, row = s.now[0], s.requests[r]
-    free, step = now.free_blocks, now.num_steps + now.in_step
+    free, step = now.free_blocks, now.num_steps
     row.arrival = time
     record(s, time, step, EVENT_ARRIVE, r, NO_CAUSE, free, 0, 0, -1)
     why = objection(s, row)
@@ -215,9 +260,12 @@ def receive_one(s, r, time):
     now.received_in_step += 1
     s.queues.received[now.received_tail] = r
     now.received_tail += 1
+    if s.settings.policy == PRIORITY:
+        now.received_head += 1
+        enter_ranked(s, r)
 
 
-@njit
+@inner_njit
 def objection(s, row):
     """Why the front end refuses a request, or NO_CAUSE (3.21)."""
     now, cfg = s.now[0], s.settings
@@ -269,115 +317,131 @@ def expire(s):
     return count
 
 
-@njit
-def leave_queue(s, r):
-    """Take the oldest unfinished request `r` out of wherever it is. One that was never admitted is the head of
-    the received queue, because everyone before it has ended."""
-    now, queues = s.now[0], s.queues
-    status = s.requests[r].status
-    if status == RUNNING:
-        now.num_running -= without(queues.running, now.num_running, r)
-    elif status == PREEMPTED:
-        now.num_preempted -= without(queues.preempted, now.num_preempted, r)
-    else:
-        now.received_head += 1
-
-
-@njit
-def without(column, length, value):
-    """Close the gap that `value` leaves among the first `length` entries; returns 1, the entries removed."""
-    k = 0
-    while column[k] != value:
-        k += 1
-    for j in range(k, length - 1):
-        column[j] = column[j + 1]
-    return 1
-
-
 @inline_njit
 def step_duration(s):
-    """Nanoseconds that the scheduled step takes: 0 when it is empty, else at least 1 (1 in lockstep mode). The
-    order of the float operations is part of the contract: equal inputs give equal bits."""
+    """Nanoseconds that the scheduled step takes: 0 when it is empty, else at least 1 (1 in lockstep mode, where
+    only empty steps of asynchronous scheduling take no time). The order of the float operations is part of the
+    contract: equal inputs give equal bits."""
     now, cost = s.now[0], s.cost
     if s.settings.lockstep:
-        return 1
-    scheduled = now.prefill_tokens + now.decode_tokens
-    if scheduled == 0:
+        return 1 if now.num_scheduled > 0 or not s.settings.async_scheduling else 0
+    if now.num_scheduled == 0:
         return 0
-    linear = cost.linear_s[scheduled] + cost.sampled_s[now.sampled]
-    attention = cost.pair_s * now.prefill_pairs - cost.context_s * now.prefill_ctx
-    seconds = (linear + cost.context_s * now.ctx) + max(0.0, attention)
-    return max(1, int(np.rint(1e9 * seconds)))
+    seconds = cost.linear_s[now.prefill_tokens + now.decode_tokens] + cost.sampled_s[now.sampled]
+    seconds += cost.context_s[0] * now.ctx
+    prefill = cost.pair_s[0] * now.prefill_pairs - cost.context_s[0] * now.prefill_ctx
+    for c in range(1, len(cost.windows)):
+        ctx, prefill_ctx, prefill_pairs = window_sums(s, cost.windows[c])
+        seconds += cost.context_s[c] * ctx
+        prefill += cost.pair_s[c] * prefill_pairs - cost.context_s[c] * prefill_ctx
+    return max(1, int(np.rint(1e9 * (seconds + max(0.0, prefill)))))
+
+
+@inner_njit
+def window_sums(s, window):
+    """Of the step just scheduled: context tokens within the window, those of the prefilling requests, and their
+    query-key pairs within it."""
+    now, step = s.now[0], s.step
+    ctx = prefill_ctx = prefill_pairs = 0
+    for k in range(now.first_entry, now.first_entry + now.num_scheduled):
+        after = s.requests[step[k].request].computed
+        ctx += min(after, window)
+        if step[k].is_prefill:
+            before = after - step[k].tokens
+            filling = max(before, min(after, window))  # up to here a token sees all before it
+            prefill_ctx += min(after, window)
+            prefill_pairs += pairs(before, filling) + (after - filling) * window
+    return ctx, prefill_ctx, prefill_pairs
 
 
 @inline_njit
-def finish_step(s):
-    """The step has run: count it, hand out its tokens (3.19), let the finished go. A step in which nothing at
-    all happened is `dead`: only an arrival or a deadline can change anything, and the clock waits for it."""
+def finish_step(s, flight):
+    """The oldest step in flight has run: hand out its tokens (3.19), let the finished go. A step in which nothing at
+    all happened leaves the clock where it is until something can change."""
     now = s.now[0]
-    account(s, now.step_end)
-    line = s.timeline[now.t // now.bin_width]
-    line.steps += 1
-    line.prefill_tokens += now.prefill_tokens
-    line.decode_tokens += now.decode_tokens
-    line.preemptions += now.num_victims
-    if hand_out_tokens(s) > 0:
+    is_async = s.settings.async_scheduling
+    if is_async or now.idle == 0:
+        now.t = max(now.t, flight.end)
+    account(s, max(now.t, flight.end))
+    index = now.num_steps - now.steps_in_flight
+    first = index % len(s.flights) * s.settings.max_num_seqs
+    num_entries = flight.num_entries
+    if hand_out_tokens(s, index, first, first + num_entries) > 0:
         drop_finished(s)
-    now.num_steps += 1
-    now.in_step = 0
+        now.idle = 0
+    now.steps_in_flight -= 1
+    now.awaiting = 0
+    now.is_settled = 1
+    now.is_stuck = flight.is_livelock
+    now.finished_entry = first
+    now.num_finished_entries = num_entries
     now.log_running_after = now.num_running
     now.log_waiting_after = num_waiting(now) - now.received_in_step
     now.log_free_after = now.free_blocks
-    now.dead = now.num_scheduled + now.num_victims + now.num_dropped == 0
-    if not now.dead:
-        now.t = now.step_end
 
 
 @inline_njit
-def hand_out_tokens(s):
-    """One token for every scheduled request that is past its prefill, in scheduling order; those for whom it is
-    the last free their blocks at once. Returns how many ended."""
+def hand_out_tokens(s, index, first, end):
+    """One token for every request that was past its prefill in step `index`, in scheduling order; those for whom it
+    is the last free their blocks at once. The step's entries are `first` up to `end`. Returns how many ended."""
     now, req, step = s.now[0], s.requests, s.step
     last_gap = -1
     bucket = ended = 0
-    for k in range(now.num_scheduled):
-        if not step[k].emits:
-            continue
+    for k in range(first, end):
         r = step[k].request
         row = req[r]
+        is_stale = settle_output(row, step[k].tokens) if s.settings.async_scheduling else False
+        if not step[k].emits or row.status == ENDED:
+            continue
         row.generated += 1
         now.total_generated += 1
+        if s.settings.async_scheduling and not is_stale:
+            row.placeholders -= 1
+            cache_full(s, row, r, row.computed - row.in_flight)  # 4.3
         if row.first_token_at < 0:
-            row.first_token_at = now.step_end
+            row.first_token_at = now.t
             now.queued_tokens -= row.prompt
             free = now.free_blocks
-            record(s, now.step_end, now.num_steps, EVENT_FIRST_TOKEN, r, NO_CAUSE, free, 0, 0, -1)
+            record(s, now.t, index, EVENT_FIRST_TOKEN, r, NO_CAUSE, free, 0, 0, -1)
         else:
-            gap = now.step_end - row.last_token_at
+            gap = now.t - row.last_token_at
             if gap != last_gap:
                 last_gap, bucket = gap, gap_bucket(gap)
             s.gap_counts[bucket] += 1
             now.gap_sum += gap
             now.gap_count += 1
-        row.last_token_at = now.step_end
+        row.last_token_at = now.t
         if row.generated >= row.output:
-            end_in_step(s, k, FINISHED, NO_CAUSE, EVENT_FINISH)
+            end_in_step(s, k, index, FINISHED, NO_CAUSE, EVENT_FINISH)
             ended += 1
         elif row.prompt + row.generated >= s.settings.max_model_len:
-            end_in_step(s, k, CAPPED, CAUSE_MAX_MODEL_LEN, EVENT_CAP)
+            end_in_step(s, k, index, CAPPED, CAUSE_MAX_MODEL_LEN, EVENT_CAP)
             ended += 1
     return ended
 
 
-@njit
-def end_in_step(s, k, outcome, cause, kind):
-    """The `k`-th request of the step has made its last token."""
+@inline_njit
+def settle_output(row, tokens):
+    """The output of `tokens` scheduled tokens is there (4.3). True when a preemption has outdated it."""
+    row.in_flight -= tokens
+    if row.stale == 0:
+        return False
+    row.stale -= tokens
+    return True
+
+
+@inner_njit
+def end_in_step(s, k, index, outcome, cause, kind):
+    """The request of entry `k`, of step `index`, has made its last token; where it waits, it leaves the queue."""
     now, entry = s.now[0], s.step[k]
+    r = entry.request
     entry.ended = 1
     free_before = now.free_blocks
-    release(s, s.requests[entry.request])
-    end_request(s, entry.request, outcome, cause, now.step_end)
-    record(s, now.step_end, now.num_steps, kind, entry.request, cause, free_before, 0, 0, -1)
+    if s.requests[r].status != RUNNING:
+        leave_queue(s, r)
+    release(s, s.requests[r])
+    end_request(s, r, outcome, cause, now.t)
+    record(s, now.t, index, kind, r, cause, free_before, 0, 0, -1)
 
 
 @inline_njit

@@ -5,10 +5,11 @@ Numbers in comments are the scheduling rules (docs/scheduler.md).
 
 from __future__ import annotations
 
-from kvsim._jit import inline_njit, njit
+from kvsim._jit import inline_njit, inner_njit
 from kvsim.engine.blocks import (
     blocks_for,
     cache,
+    free_skipped,
     look_up,
     num_waiting,
     open_slot,
@@ -24,6 +25,7 @@ from kvsim.engine.state import (
     EVENT_RESUME,
     EVENT_UNSERVABLE,
     EVENT_WAIT,
+    FULL,
     MAX_NUM_SEQS,
     NEVER_FITS,
     NO_CAUSE,
@@ -34,6 +36,8 @@ from kvsim.engine.state import (
     PREEMPTED,
     PREEMPTION_IN_STEP,
     PREFILL_INTERVAL,
+    PRIORITY,
+    PRIORITY_VICTIM,
     RUNNING,
     SELF_PREEMPTED,
     TOKEN_BUDGET,
@@ -61,9 +65,8 @@ def open_step(s):
     """Reset the step's sums; threshold (3.1) and deferral of prefills (3.2)."""
     now, cfg = s.now[0], s.settings
     now.budget = cfg.max_num_batched_tokens
-    now.num_scheduled = now.num_victims = now.num_dropped = now.sampled = 0
-    now.prefill_tokens = now.decode_tokens = now.ctx = now.prefill_ctx = now.prefill_pairs = 0
-    now.saw_prefill = now.livelock = 0
+    now.first_entry = now.num_steps % len(s.flights) * cfg.max_num_seqs
+    now.num_scheduled = now.num_victims = now.num_dropped = now.num_prefills = now.livelock = 0
     now.looked_up = -1
     eligible = now.num_running + num_waiting(now)
     now.threshold = cfg.long_prefill_token_threshold if eligible > 1 else 0
@@ -82,34 +85,51 @@ def open_step(s):
 def run(s):
     """The running phase (3.3-3.9): every running request in order, until the budget or the pool is used up."""
     now, cfg, req, running, step = s.now[0], s.settings, s.requests, s.queues.running, s.step
-    x = 0
-    while x < now.num_running and now.budget > 0:
-        r = running[x]
+    has_windows = len(s.groups) > 1 or s.groups[0].kind != FULL
+    now.cursor = 0
+    while now.cursor < now.num_running and now.budget > 0:
+        r = running[now.cursor]
         row = req[r]
-        x += 1
+        now.cursor += 1
+        if is_ending(row):  # 3.3
+            continue
         if now.defer and row.prefilling:  # 3.4
             continue
-        n = chunk(now, known_tokens(row) - row.computed)
+        n = chunk(now, known_tokens(row) + row.placeholders - row.computed)
         n = min(n, cfg.max_model_len - row.computed - 1)  # 3.5
         if n == 0:
             continue
-        needed = blocks_needed(row, n, cfg)
-        if needed > now.free_blocks and not make_room(s, r, needed):  # 3.8
+        if has_windows:
+            free_skipped(s, row)
+        lacking = blocks_lacking(row, n, cfg)
+        if lacking * len(s.groups) > now.free_blocks and not make_room(s, r, lacking * len(s.groups)):
+            if cfg.policy == PRIORITY:  # 3.8
+                continue
             break
-        entry = step[now.num_scheduled]
-        now.saw_prefill |= row.prefilling  # 3.17
-        put_in_step(now, row, entry, n, row.prefilling)
+        entry = step[now.first_entry + now.num_scheduled]
         entry.request = r
-        if needed > 0:
-            take(s, row, entry, needed)
-        cache_full(s, row, r)
+        put_in_step(now, row, entry, n, row.prefilling)
+        now.num_prefills += row.prefilling  # 3.17
+        count_as_computed(s, row, entry)
+        if lacking > 0:
+            take(s, row, entry, lacking)
+        cache_full(s, row, r, row.computed)
 
 
 @inline_njit
-def cache_full(s, row, r):
-    """Cache the blocks that are full with what is scheduled now, before it is computed (2.6)."""
-    if s.settings.enable_prefix_caching and row.computed >= (row.num_cached + 1) * s.settings.block_size:
-        cache(s, row, r, row.computed // s.settings.block_size)
+def is_ending(row):
+    """True when the output in flight brings the last token of the request (3.3)."""
+    return row.placeholders > 0 and row.computed + 2 - row.placeholders >= row.prompt + row.output
+
+
+@inline_njit
+def cache_full(s, row, r, num_tokens):
+    """Cache the blocks that `num_tokens` tokens fill, as far as these are known: when they are scheduled, before
+    they are computed (2.6), and with asynchronous scheduling when the output is there (4.3)."""
+    block_size = s.settings.block_size
+    tokens = min(num_tokens, known_tokens(row))
+    if s.settings.enable_prefix_caching and tokens >= (row.num_cached + 1) * block_size:
+        cache(s, row, r, tokens // block_size)
 
 
 @inline_njit
@@ -127,21 +147,28 @@ def chunk(now, n):
 
 
 @inline_njit
-def blocks_needed(row, n, cfg):
-    """Blocks that a request lacks for `n` more tokens (2.4)."""
+def blocks_lacking(row, n, cfg):
+    """Blocks that a request lacks in each group for `n` more tokens (2.4)."""
     tokens = min(row.computed + n, cfg.max_model_len)
     if tokens <= row.num_blocks * cfg.block_size:
         return 0
     return blocks_for(tokens, cfg.block_size) - row.num_blocks
 
 
-@njit
+@inner_njit
 def make_room(s, r, needed):
-    """Preempt from the end of the running list until `needed` blocks are free (3.6). False when `r` itself had
-    to go."""
+    """Preempt running requests until `needed` blocks are free (3.6). False when `r` itself had to go."""
     now = s.now[0]
     while needed > now.free_blocks:
-        victim = s.queues.running[now.num_running - 1]
+        x = next_victim(s)
+        victim = s.queues.running[x]
+        for k in range(x, now.num_running - 1):
+            s.queues.running[k] = s.queues.running[k + 1]
+        now.num_running -= 1
+        if x < now.cursor:
+            now.cursor -= 1
+            if victim != r:
+                unschedule(s, victim)
         preempt(s, victim, r, needed)
         if victim == r:
             if now.num_running == 0:
@@ -150,26 +177,71 @@ def make_room(s, r, needed):
     return True
 
 
-@njit
+@inline_njit
+def next_victim(s):
+    """The place in the running list of who is preempted next: its end, or with priorities the first of those that
+    rank last (3.6). Needs a running request."""
+    now, req, running = s.now[0], s.requests, s.queues.running
+    if s.settings.policy != PRIORITY:
+        return now.num_running - 1
+    last = 0
+    for x in range(1, now.num_running):
+        row, other = req[running[x]], req[running[last]]
+        if row.priority > other.priority or (row.priority == other.priority and row.arrival > other.arrival):
+            last = x
+    return last
+
+
+@inner_njit
+def unschedule(s, victim):
+    """Take `victim` out of the step, if it is in it already, and give its tokens back to the budget (3.6)."""
+    now, row, step = s.now[0], s.requests[victim], s.step
+    end = now.first_entry + now.num_scheduled
+    k = now.first_entry
+    while k < end and step[k].request != victim:
+        k += 1
+    if k == end:
+        return
+    n = step[k].tokens
+    now.budget += n
+    now.num_prefills -= step[k].is_prefill
+    now.num_scheduled -= 1
+    now.held_tokens -= n
+    row.computed -= n
+    row.scheduled_tokens -= n
+    if s.settings.async_scheduling:
+        row.in_flight -= n
+    for j in range(k, end - 1):
+        step[j] = step[j + 1]
+
+
+@inner_njit
 def preempt(s, victim, for_request, needed):
-    """Take all blocks from the last running request and put it at the front of the queue (3.7)."""
+    """Take all blocks from a request that has just left the running list and put it back into the queue, at the
+    front or in its rank (3.7)."""
     now, row = s.now[0], s.requests[victim]
     free_before, lost = now.free_blocks, row.computed
-    now.num_running -= 1
     release(s, row)
     row.status = PREEMPTED
     row.num_preemptions += 1
     row.recomputed += lost
-    s.queues.preempted[now.num_preempted] = victim
-    now.num_preempted += 1
+    row.stale = row.in_flight
+    row.placeholders = 0
+    if s.settings.policy == PRIORITY:
+        enter_ranked(s, victim)
+    else:
+        s.queues.preempted[now.num_preempted] = victim
+        now.num_preempted += 1
     s.queues.victims[now.num_victims] = victim
     now.num_victims += 1
     now.total_preemptions += 1
-    cause = SELF_PREEMPTED if victim == for_request else POOL_FULL_GROWTH
+    cause = SELF_PREEMPTED
+    if victim != for_request:
+        cause = PRIORITY_VICTIM if s.settings.policy == PRIORITY else POOL_FULL_GROWTH
     record(s, now.t, now.num_steps, EVENT_PREEMPT, victim, cause, free_before, needed, lost, for_request)
 
 
-@njit
+@inner_njit
 def alone_and_too_big(s, r, needed):
     """`r` preempted itself with nothing else running: the pool can never hold it. Strict runs keep the engine's
     livelock, and note when it has come round without a token made and with nobody left to come."""
@@ -182,17 +254,17 @@ def alone_and_too_big(s, r, needed):
     now.lonely_tokens = now.total_generated
 
 
-@njit
+@inner_njit
 def drop_unservable(s, r, needed):
-    """Remove the queue head `r`, which can never fit."""
+    """Remove the waiting request `r`, which can never fit."""
     now = s.now[0]
-    pop_head(s)
+    leave_queue(s, r)
     now.num_dropped += 1
     end_request(s, r, UNSERVABLE, NEVER_FITS, now.t)
     record(s, now.t, now.num_steps, EVENT_UNSERVABLE, r, NEVER_FITS, now.free_blocks, needed, 0, -1)
 
 
-@njit
+@inner_njit
 def end_request(s, r, outcome, cause, time):
     """Give `r` its one outcome. Its blocks must be free and it must have left, or be leaving, its queue."""
     now, row = s.now[0], s.requests[r]
@@ -210,7 +282,7 @@ def end_request(s, r, outcome, cause, time):
         ready_turns(s, r, time)
 
 
-@njit
+@inner_njit
 def ready_turns(s, parent, time):
     """`parent` ended at `time`: its follow-up turns get a time to be sent at."""
     turns, now = s.turns, s.now[0]
@@ -229,7 +301,7 @@ def ready_turns(s, parent, time):
         row = turns.next_sibling[row]
 
 
-@njit
+@inner_njit
 def pop_ready(s):
     """Remove the turn that is sent first. Needs a ready turn."""
     turns, now = s.turns, s.now[0]
@@ -263,6 +335,8 @@ def comes_first(time, row, other_time, other_row):
 def queue_head(s):
     """The request that is next to be admitted. Needs a waiting request."""
     now = s.now[0]
+    if now.num_ranked > 0:
+        return s.queues.ranked[0]
     if now.num_preempted > 0:
         return s.queues.preempted[now.num_preempted - 1]
     return s.queues.received[now.received_head]
@@ -272,37 +346,108 @@ def queue_head(s):
 def pop_head(s):
     """Remove the queue head."""
     now = s.now[0]
-    if now.num_preempted > 0:
+    if now.num_ranked > 0:
+        leave_ranked(s, 0)
+    elif now.num_preempted > 0:
         now.num_preempted -= 1
     else:
         now.received_head += 1
 
 
+@inner_njit
+def leave_queue(s, r):
+    """Take the unfinished request `r` out of wherever it is. One that was never admitted is the head of the
+    received queue, because whoever leaves from there is the head or the oldest."""
+    now, queues = s.now[0], s.queues
+    status = s.requests[r].status
+    if status == RUNNING:
+        now.num_running -= without(queues.running, now.num_running, r)
+    elif now.num_ranked > 0:
+        x = 0
+        while queues.ranked[x] != r:
+            x += 1
+        leave_ranked(s, x)
+    elif status == PREEMPTED:
+        now.num_preempted -= without(queues.preempted, now.num_preempted, r)
+    else:
+        now.received_head += 1
+
+
+@inner_njit
+def without(column, length, value):
+    """Close the gap that `value` leaves among the first `length` entries; returns 1, the entries removed."""
+    k = 0
+    while column[k] != value:
+        k += 1
+    for j in range(k, length - 1):
+        column[j] = column[j + 1]
+    return 1
+
+
+@inline_njit
+def ranks_before(req, a, b):
+    """True when request `a` is admitted before `b` under the priority policy (3.9)."""
+    if req[a].priority != req[b].priority:
+        return req[a].priority < req[b].priority
+    return comes_first(req[a].arrival, a, req[b].arrival, b)
+
+
+@inner_njit
+def enter_ranked(s, r):
+    """Put `r` into the heap of the waiting."""
+    now, ranked = s.now[0], s.queues.ranked
+    k = now.num_ranked
+    now.num_ranked += 1
+    while k > 0 and ranks_before(s.requests, r, ranked[(k - 1) // 2]):
+        ranked[k] = ranked[(k - 1) // 2]
+        k = (k - 1) // 2
+    ranked[k] = r
+
+
+@inner_njit
+def leave_ranked(s, k):
+    """Take entry `k` out of the heap of the waiting: the last one takes its place, and rises or sinks from there."""
+    now, ranked, req = s.now[0], s.queues.ranked, s.requests
+    now.num_ranked -= 1
+    size = now.num_ranked
+    r = ranked[size]
+    while k > 0 and ranks_before(req, r, ranked[(k - 1) // 2]):
+        ranked[k] = ranked[(k - 1) // 2]
+        k = (k - 1) // 2
+    while 2 * k + 1 < size:
+        below = 2 * k + 1
+        if below + 1 < size and ranks_before(req, ranked[below + 1], ranked[below]):
+            below += 1
+        if ranks_before(req, r, ranked[below]):
+            break
+        ranked[k] = ranked[below]
+        k = below
+    ranked[k] = r
+
+
 @inline_njit
 def put_in_step(now, row, entry, n, is_prefill):
-    """Schedule a request with `n` tokens: advance it and add up what the step costs (3.9, 3.15, 3.18)."""
-    before = int(row.computed)
-    after = before + n
-    emits = after == known_tokens(row)
+    """Note in the step that a request is scheduled with `n` tokens (3.9, 3.15)."""
     entry.tokens = n
     entry.num_new = 0
     entry.hit_tokens = 0
-    entry.emits = emits
+    entry.is_prefill = is_prefill
     entry.ended = 0
     now.num_scheduled += 1
     now.budget -= n
-    now.sampled += emits
-    now.ctx += after
-    if is_prefill:
-        now.prefill_tokens += n
-        now.prefill_ctx += after
-        now.prefill_pairs += n * before + n * (n + 1) // 2
-    else:
-        now.decode_tokens += n
-    row.computed = after
+
+
+@inline_njit
+def count_as_computed(s, row, entry):
+    """What is scheduled counts as computed from now on (3.18). The request gets a token from the step unless known
+    tokens remain (3.19)."""
+    n = entry.tokens
+    row.computed += n
     row.scheduled_tokens += n
-    row.prefilling = not emits
-    now.held_tokens += n
+    s.now[0].held_tokens += n
+    entry.emits = row.computed == known_tokens(row) + row.placeholders
+    if s.settings.async_scheduling:
+        row.in_flight += n
 
 
 @inline_njit
@@ -312,7 +457,7 @@ def admit_waiting(s):
     now, cfg = s.now[0], s.settings
     while now.budget > 0 and num_waiting(now) > 0 and now.num_running < cfg.max_num_seqs:
         r = queue_head(s)
-        whole = blocks_for(min(known_tokens(s.requests[r]), cfg.max_model_len), cfg.block_size)
+        whole = most_blocks(s, s.requests[r])
         if cfg.scheduler_reserve_full_isl and not cfg.strict and whole > cfg.num_gpu_blocks - 1:
             drop_unservable(s, r, whole)
             continue
@@ -331,15 +476,32 @@ def admit_waiting(s):
 
 
 @inline_njit
+def most_blocks(s, row):
+    """Blocks of all groups that the known tokens of a request need at once, with nothing cached (2.3, 6.4)."""
+    tokens = min(known_tokens(row), s.settings.max_model_len)
+    return blocks_beyond(s, blocks_for(tokens, s.settings.block_size), 0)
+
+
+@inline_njit
+def blocks_beyond(s, whole, num_hits):
+    """Blocks that an admission needs in all groups for a table of `whole` blocks, the first of them hits. A group
+    with a window never holds more than its most (6.4)."""
+    needed = 0
+    for group in range(len(s.groups)):
+        needed += max(min(whole, s.groups[group].most_blocks) - num_hits, 0)
+    return needed
+
+
+@inline_njit
 def find_hits(s, r):
-    """Leading blocks of `r` in the prefix cache, and how many of them are free. A head that was not admitted is
-    asked about twice in a step, between which nothing changes."""
+    """Leading blocks of `r` in the prefix cache, and how many of those it would take are free. A head that was not
+    admitted is asked about twice in a step, between which nothing changes."""
     now = s.now[0]
     if not s.settings.enable_prefix_caching:
         return 0, 0
     if now.looked_up != r:
         now.looked_up = r
-        now.num_hits, now.free_hits = look_up(s, r, known_tokens(s.requests[r]))
+        look_up(s, r, known_tokens(s.requests[r]))
     return now.num_hits, now.free_hits
 
 
@@ -365,7 +527,7 @@ def is_deferred(s, r, num_hits):
     return s.now[0].defer and hit < known_tokens(s.requests[r]) - 1
 
 
-@njit
+@inner_njit
 def pool_obstacle(s, r, n, num_hits, free_hits):
     """Why the pool cannot take `r` with `n` tokens (2.2-2.4), or NO_CAUSE, and the blocks that it asks for: new
     ones, and its hits that are free until it touches them."""
@@ -373,13 +535,13 @@ def pool_obstacle(s, r, n, num_hits, free_hits):
     watermark = cfg.watermark_blocks if now.num_running > 0 else 0
     if cfg.scheduler_reserve_full_isl:
         known = min(known_tokens(s.requests[r]), cfg.max_model_len)
-        needed = max(blocks_for(known, cfg.block_size) - num_hits, 0) + free_hits
+        needed = blocks_beyond(s, blocks_for(known, cfg.block_size), num_hits) + free_hits
         if needed > now.free_blocks:
             return POOL_FULL_GATE, needed
         if needed + watermark > now.free_blocks:
             return POOL_FULL_WATERMARK, needed
     tokens = min(num_hits * cfg.block_size + n, cfg.max_model_len)
-    needed = max(blocks_for(tokens, cfg.block_size) - num_hits, 0) + free_hits
+    needed = max(blocks_for(tokens, cfg.block_size) - num_hits, 0) * len(s.groups) + free_hits
     if needed > now.free_blocks:
         return POOL_FULL, needed
     if needed + watermark > now.free_blocks:
@@ -387,11 +549,11 @@ def pool_obstacle(s, r, n, num_hits, free_hits):
     return NO_CAUSE, needed
 
 
-@njit
+@inner_njit
 def admit(s, r, n, num_hits):
     """Move the queue head `r` to the end of the running list with its hits and its first `n` tokens (2.5, 3.15).
     Needs its look-up to be the last one."""
-    now, row, entry = s.now[0], s.requests[r], s.step[s.now[0].num_scheduled]
+    now, row, entry = s.now[0], s.requests[r], s.step[s.now[0].first_entry + s.now[0].num_scheduled]
     pop_head(s)
     now.looked_up = -1
     s.queues.running[now.num_running] = r
@@ -406,19 +568,18 @@ def admit(s, r, n, num_hits):
     if s.settings.enable_prefix_caching:
         touch_hits(s, row, num_hits)
         count_hits(now, row, hit, is_first)
-    now.saw_prefill |= (
-        hit < known_tokens(row) - 1
-    )  # one token to compute does not count for the cadence (3.17)
-    needed = blocks_needed(row, hit + n, s.settings)
+    lacking = blocks_lacking(row, hit + n, s.settings)
     row.computed = hit
     now.held_tokens += hit
-    put_in_step(now, row, entry, n, True)
     entry.request = r
+    put_in_step(now, row, entry, n, True)
+    now.num_prefills += hit < known_tokens(row) - 1  # one token to compute does not count for the cadence (3.17)
+    count_as_computed(s, row, entry)
+    take(s, row, entry, lacking)
     entry.hit_tokens = hit
-    take(s, row, entry, needed)
-    entry.new_from -= num_hits  # the step log shows the whole table of an admitted request
+    entry.new_from = 0  # the step log shows the whole table of an admitted request
     entry.num_new += num_hits
-    cache_full(s, row, r)
+    cache_full(s, row, r, row.computed)
     now.total_admissions += 1
     now.wait_request = -1
     kind = EVENT_ADMIT if is_first else EVENT_RESUME
@@ -468,17 +629,45 @@ def note_wait(s):
 
 @inline_njit
 def close_step(s):
-    """Totals, the cadence's clock (3.17) and the counts for the step log."""
-    now = s.now[0]
+    """The scheduled tokens are (being) computed (3.18), their output is assumed (4.2); the step's sums, totals, the
+    cadence's clock (3.17) and the counts for the step log."""
+    now, req, step = s.now[0], s.requests, s.step
+    now.sampled = now.prefill_tokens = now.decode_tokens = 0
+    now.ctx = now.prefill_ctx = now.prefill_pairs = 0
+    for k in range(now.first_entry, now.first_entry + now.num_scheduled):
+        entry = step[k]
+        row = req[entry.request]
+        now.sampled += entry.emits
+        now.ctx += row.computed
+        row.prefilling = not entry.emits
+        if entry.is_prefill:
+            now.prefill_tokens += entry.tokens
+            now.prefill_ctx += row.computed
+            now.prefill_pairs += pairs(row.computed - entry.tokens, row.computed)
+        else:
+            now.decode_tokens += entry.tokens
+        if s.settings.async_scheduling:
+            row.placeholders += entry.emits
     scheduled = now.prefill_tokens + now.decode_tokens
     now.total_scheduled += scheduled
     now.total_prefill += now.prefill_tokens
     now.total_decode += now.decode_tokens
     if scheduled > 0:
         now.executed += 1
-        if now.saw_prefill:
+        if now.num_prefills > 0:
             now.last_prefill = now.executed
     now.peak_used = max(now.peak_used, s.settings.num_gpu_blocks - 1 - now.free_blocks)
+    line = s.timeline[now.t // now.bin_width]
+    line.steps += 1
+    line.prefill_tokens += now.prefill_tokens
+    line.decode_tokens += now.decode_tokens
+    line.preemptions += now.num_victims
     now.log_running = now.num_running
     now.log_waiting = num_waiting(now)
     now.log_free = now.free_blocks
+
+
+@inline_njit
+def pairs(before, after):
+    """Query-key pairs of a causal chunk: each new token sees all before it and itself."""
+    return (after - before) * before + (after - before) * (after - before + 1) // 2

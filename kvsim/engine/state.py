@@ -51,11 +51,23 @@ PENDING, WAITING, RUNNING, PREEMPTED, ENDED = range(5)
 FRONTENDS = ("engine", "openai", "strict")
 FRONTEND_ENGINE, FRONTEND_OPENAI, FRONTEND_STRICT = range(3)
 
+# Who is admitted first, and who is preempted first.
+POLICIES = ("fcfs", "priority")
+FCFS, PRIORITY = range(2)
+
+# What the layers of a KV group keep of a sequence (6.4): everything, the last tokens, those since the last
+# multiple of a chunk, or one recurrent state.
+GROUP_KINDS = ("full", "sliding", "chunked", "mamba")
+FULL, SLIDING, CHUNKED, MAMBA = range(len(GROUP_KINDS))
+
 # Why `advance` returned.
 STATUSES = (
-    "done", "stalled", "horizon", "reached", "max_steps", "paused", "events_full", "timeline_full", "broken",
+    "done", "stalled", "horizon", "reached", "scheduled", "max_steps", "paused", "events_full", "timeline_full",
+    "broken",
 )  # fmt: skip
-DONE, STALLED, HORIZON, REACHED, MAX_STEPS, PAUSED, EVENTS_FULL, TIMELINE_FULL, BROKEN = range(len(STATUSES))
+(
+    DONE, STALLED, HORIZON, REACHED, SCHEDULED, MAX_STEPS, PAUSED, EVENTS_FULL, TIMELINE_FULL, BROKEN,
+) = range(len(STATUSES))  # fmt: skip
 
 # Gaps between tokens are counted in a histogram with GAP_SUBBUCKETS buckets for each power of two, so
 # percentiles read from it are within 1 part in 2,048 of the exact ones.
@@ -74,6 +86,9 @@ class Settings(NamedTuple):
     max_model_len: int
     enable_chunked_prefill: int
     enable_prefix_caching: int  # needs identities
+    cache_every_block: int  # 1: windows keep all their blocks findable, not only those before a prompt's end (6.7)
+    policy: int
+    async_scheduling: int
     long_prefill_token_threshold: int
     long_prefill_token_threshold_adaptive: int
     scheduler_reserve_full_isl: int
@@ -87,7 +102,8 @@ class Settings(NamedTuple):
     max_concurrency: int  # 0: open loop
     strict: int
     lockstep: int
-    identities: int  # 1: the blocks variant (which block is where); 0: counts only
+    identities: int  # 1: the blocks variant (which block is where); 0: counts only. Windows need 1
+    log_steps: int  # 1: `advance` returns after each `schedule()` too
     record_events: int
     check: int  # 1: check the invariants at every event
 
@@ -97,8 +113,9 @@ class Cost(NamedTuple):
 
     linear_s: np.ndarray  # float64, by scheduled tokens
     sampled_s: np.ndarray  # float64, by sampled tokens
-    context_s: float
-    pair_s: float
+    context_s: np.ndarray  # float64[classes of attention]
+    pair_s: np.ndarray  # float64[classes of attention]
+    windows: np.ndarray  # int64[classes of attention]; class 0 is full attention, its window 0
 
 
 # One row per request, in trace order (= order of receipt). Rows, not columns: whatever happens to a request
@@ -113,12 +130,18 @@ REQUEST = np.dtype(
         ("hit_tokens", np.int64),
         ("recomputed", np.int64),
         ("scheduled_tokens", np.int64),
+        ("priority", np.int64),  # smaller is earlier
         ("prompt", np.int32),
         ("output", np.int32),
         ("generated", np.int32),
         ("computed", np.int32),  # tokens whose KV is (being) computed
-        ("num_blocks", np.int32),  # entries in its block table
+        ("placeholders", np.int32),  # async: tokens assumed, whose output is in flight (4.2)
+        ("in_flight", np.int32),  # async: computed tokens whose output is in flight
+        ("stale", np.int32),  # async: those of them that a preemption has outdated (4.3)
+        ("num_blocks", np.int32),  # entries in its block table of each group, null blocks included
+        ("held_blocks", np.int32),  # blocks that it holds, over all groups
         ("num_cached", np.int32),  # leading blocks already considered for the prefix map
+        ("junction", np.int32),  # block at which a look-up of its latest admission ended beyond the hit, 0: none (6.8)
         ("peak_blocks", np.int32),
         ("num_preemptions", np.int32),
         ("slot", np.int32),  # row of the block tables, -1: none
@@ -132,26 +155,43 @@ REQUEST = np.dtype(
 
 
 class Queues(NamedTuple):
-    """Row numbers, int64. Waiting = `preempted` (a stack, its top first), then `received` from its head on."""
+    """Row numbers, int64. Waiting = `preempted` (a stack, its top first), then `received` from its head on; with
+    the priority policy all that wait are in `ranked` instead."""
 
     running: np.ndarray  # [max_num_seqs], in order of admission
     preempted: np.ndarray  # [max_num_seqs + 1]
     received: np.ndarray  # [number of requests], each row enters once
+    ranked: np.ndarray  # [number of requests], a heap by (priority, arrival, row)
     victims: np.ndarray  # [max_num_seqs], preempted in the last step, in order
 
 
-# What the last `schedule()` decided, in scheduling order.
+# What a `schedule()` decided, in scheduling order.
 STEP = np.dtype(
     [
         ("request", np.int64),
         ("tokens", np.int64),
-        ("new_from", np.int64),  # where in `Pool.table` its new blocks start
-        ("num_new", np.int64),
+        ("new_from", np.int64),  # where in its tables its new blocks start
+        ("num_new", np.int64),  # in each group
         ("hit_tokens", np.int64),  # tokens that its admission found in the prefix cache
+        ("is_prefill", np.int8),  # admitted in this step, or in the middle of its prefill before it
         ("emits", np.int8),  # it makes a token (3.19)
         ("ended", np.int8),  # that token was its last
     ],
     align=True,
+)
+
+
+# A step in flight, or the last one finished. Step k is in row k % depth, its entries from there times max_num_seqs.
+FLIGHT = np.dtype([("end", np.int64), ("num_entries", np.int64), ("is_livelock", np.int64)])
+
+# A KV group: layers that share block tables. All groups draw from one pool.
+GROUP = np.dtype(
+    [
+        ("kind", np.int64),
+        ("window", np.int64),  # tokens; 0: none
+        ("run_blocks", np.int64),  # consecutive blocks that make a hit in a sliding group (6.8)
+        ("most_blocks", np.int64),  # that a request can hold at once, as admission counts them (6.4)
+    ]
 )
 
 
@@ -186,9 +226,9 @@ class Pool(NamedTuple):
     """Blocks and tables; with counts alone everything is empty and `now.free_blocks` says it all."""
 
     blocks: np.ndarray  # BLOCK[num_gpu_blocks]
-    table: np.ndarray  # int32, `table_stride` entries for each slot
+    table: np.ndarray  # int32, for each slot and group `table_stride` entries; 0 is the null block
     free_slots: np.ndarray  # int32 stack
-    hits: np.ndarray  # int32, blocks found by the last look-up
+    hits: np.ndarray  # int32, blocks found by the last look-up, `table_stride` for each group; 0 is the null block
     owners: np.ndarray  # int32[num_gpu_blocks], scratch of `check_integrity`
 
 
@@ -196,14 +236,15 @@ class Keys(NamedTuple):
     """Content keys as dense integers, and the prefix map: for each key its blocks, oldest first (1.3).
 
     Block k of request r has the key `shared[shared_from[r] + k]` while that is below `shared_from[r + 1]`, and
-    keys of its own, counted on from `own_from[r]`, beyond. `engine.keys` makes them.
+    keys of its own, counted on from `own_from[r]`, beyond. `engine.keys` makes them. Each group has a map of its
+    own, so `oldest` and `newest` have the rows of the keys once for each group, and a block's key is that row.
     """
 
     shared_from: np.ndarray  # int64[n + 1]
     shared: np.ndarray  # int64
     own_from: np.ndarray  # int64[n + 1]
-    oldest: np.ndarray  # int32[number of keys], block, 0: none
-    newest: np.ndarray  # int32[number of keys], block, 0: none
+    oldest: np.ndarray  # int32[groups x keys], block, 0: none
+    newest: np.ndarray  # int32[groups x keys], block, 0: none
 
 
 # A row of the event buffer; `now.num_events` rows are in use. Python empties it when `advance` says it is full.
@@ -243,7 +284,10 @@ class State(NamedTuple):
     requests: np.ndarray  # REQUEST[number of requests]
     turns: Turns
     queues: Queues
-    step: np.ndarray  # STEP[max_num_seqs]
+    step: np.ndarray  # STEP[depth x max_num_seqs]
+    flights: np.ndarray  # FLIGHT[depth]: 2 with asynchronous scheduling, else 1
+    groups: np.ndarray  # GROUP
+    lookups: np.ndarray  # int64, the first group of each distinct kind and window, full attention first (6.8)
     pool: Pool
     keys: Keys
     events: np.ndarray  # EVENT[capacity]
@@ -258,25 +302,28 @@ NOW = np.dtype(
     [
         (name, np.int64)
         for name in (
-            # clock
-            "t", "in_step", "step_start", "step_end", "accounted", "num_steps", "executed", "bin_width",
+            # clock; `num_steps` counts calls of schedule()
+            "t", "steps_in_flight", "awaiting", "is_settled", "is_stuck", "idle", "device_free", "step_start",
+            "step_end", "accounted",
+            "num_steps", "executed", "bin_width",
             # arrivals
             "next_row", "num_ready", "next_expiry", "in_flight", "slot_free_at",
             # queues
-            "num_running", "num_preempted", "received_head", "received_tail", "queued_tokens",
+            "num_running", "num_preempted", "received_head", "received_tail", "num_ranked", "queued_tokens", "cursor",
             # pool
             "free_blocks", "cached_blocks", "table_entries", "held_tokens", "num_free_slots", "table_stride",
-            "peak_used",
+            "num_keys", "peak_used",
             # the step being scheduled
             "budget", "threshold", "defer", "cap_bound", "last_prefill", "num_scheduled", "num_victims",
-            "num_dropped", "sampled", "prefill_tokens", "decode_tokens", "ctx", "prefill_ctx",
-            "prefill_pairs", "received_in_step", "saw_prefill", "looked_up", "num_hits", "free_hits",
+            "first_entry", "num_dropped", "sampled", "prefill_tokens", "decode_tokens", "ctx",
+            "prefill_ctx", "prefill_pairs", "num_prefills", "received_in_step", "looked_up", "num_hits", "free_hits", "junction",
             # rows of the step log
             "log_running", "log_waiting", "log_free", "log_running_after", "log_waiting_after", "log_free_after",
+            "finished_entry", "num_finished_entries",
             # last `wait` event
             "wait_request", "wait_cause",
             # livelock of a lonely request (strict)
-            "lonely_request", "lonely_tokens", "livelock", "dead",
+            "lonely_request", "lonely_tokens", "livelock",
             # totals
             "num_events", "total_preemptions", "total_admissions", "total_scheduled", "total_prefill",
             "total_decode", "total_generated", "total_rejected", "prefix_queries", "prefix_hits", "gap_sum",
@@ -294,7 +341,9 @@ def pack(
     settings: Settings,
     cost: Cost,
     bin_width_ns: int,
+    groups: tuple[dict, ...] = ({"kind": "full"},),
     keys: Keys | None = None,
+    priority: np.ndarray | None = None,
     parent: np.ndarray | None = None,
     delay_ns: np.ndarray | None = None,
     num_bins: int = 2048,
@@ -303,56 +352,99 @@ def pack(
     """The state for `n` requests, every dtype and contiguity fixed, so that `advance` has one signature.
 
     `arrival_ns` int64[n] non-decreasing; `prompt_tokens`, `output_tokens` int32[n]. The input is copied where
-    the engine writes. `keys` (from `engine.keys`) are needed with prefix caching. `parent` int64[n], the row
-    of the previous turn (always an earlier row) or -1, and `delay_ns` int64[n], think time: see `Turns`. Blocks
-    are taken from the front of a free list 1, 2, ..., N-1 (1.2).
+    the engine writes. `groups`: the KV groups in order, each a kind and, for some, a window in tokens; all have
+    blocks of the same size. `keys` (from `engine.keys`) are needed with prefix caching. `priority` int64[n].
+    `parent` int64[n], the row of the previous turn (always an earlier row) or -1, and `delay_ns` int64[n], think
+    time: see `Turns`. Blocks are taken from the front of a free list 1, 2, ..., N-1 (1.2).
     """
     n = len(arrival_ns)
-    seqs = settings.max_num_seqs
+    settings = Settings(*(int(value) for value in settings))
+    seqs, depth = settings.max_num_seqs, 2 if settings.async_scheduling else 1
+    kv_groups, lookups = _groups(groups, settings)
+    if has_windows(kv_groups):
+        settings = settings._replace(identities=1)
+    keys = keys or Keys(*(np.zeros(0, np.int64),) * 3, *(np.zeros(0, np.int32),) * 2)
+    if len(kv_groups) > 1 and settings.enable_prefix_caching:
+        keys = keys._replace(
+            oldest=np.zeros(len(keys.oldest) * len(kv_groups), np.int32),
+            newest=np.zeros(len(keys.newest) * len(kv_groups), np.int32),
+        )
 
     requests = table(REQUEST, n)
     requests.arrival = arrival_ns
     requests.prompt = prompt_tokens
     requests.output = output_tokens
+    requests.priority = 0 if priority is None else priority
     for name in ("scheduled_at", "first_token_at", "last_token_at", "finished_at", "slot"):
         requests[name] = -1
     usable = settings.num_gpu_blocks - 1
-    stride = min(usable, -(-settings.max_model_len // settings.block_size)) if settings.identities else 0
+    stride = 0
+    if settings.identities:
+        stride = -(-settings.max_model_len // settings.block_size)
+        if not has_windows(kv_groups):
+            stride = min(usable, stride)  # no null blocks, so no more entries than blocks
     pool = Pool(
         blocks=_all_free(settings.num_gpu_blocks if settings.identities else 0),
-        table=np.empty(seqs * stride, np.int32),
+        table=np.zeros(seqs * stride * len(kv_groups), np.int32),
         free_slots=np.arange(seqs if settings.identities else 0, 0, -1, dtype=np.int32) - 1,
-        hits=np.empty(stride, np.int32),
+        hits=np.zeros(stride * len(kv_groups), np.int32),
         owners=np.zeros(settings.num_gpu_blocks if settings.check else 0, np.int32),
     )
     now = table(NOW, 1)
     now.free_blocks = usable
     now.num_free_slots = len(pool.free_slots)
     now.table_stride = stride
+    now.num_keys = len(keys.oldest) // len(kv_groups)
     now.bin_width = bin_width_ns
     now.last_prefill = -settings.prefill_schedule_interval
     now.wait_request = -1
     now.lonely_request = -1
     return State(
-        settings=Settings(*(int(value) for value in settings)),
+        settings=settings,
         cost=Cost(
-            np.ascontiguousarray(cost.linear_s, np.float64),
-            np.ascontiguousarray(cost.sampled_s, np.float64),
-            float(cost.context_s),
-            float(cost.pair_s),
+            *(
+                np.ascontiguousarray(column, np.int64 if name == "windows" else np.float64)
+                for name, column in zip(Cost._fields, cost, strict=True)
+            )
         ),
         requests=requests,
         turns=_turns(parent, delay_ns),
-        queues=Queues(*(np.zeros(size, np.int64) for size in (seqs, seqs + 1, n, seqs))),
-        step=table(STEP, seqs),
+        queues=Queues(*(np.zeros(size, np.int64) for size in (seqs, seqs + 1, n, n, seqs))),
+        step=table(STEP, depth * seqs),
+        flights=table(FLIGHT, depth),
+        groups=kv_groups,
+        lookups=lookups,
         pool=pool,
-        keys=keys or Keys(*(np.zeros(0, np.int64),) * 3, *(np.zeros(0, np.int32),) * 2),
+        keys=keys,
         events=table(EVENT, event_capacity if settings.record_events else 0),
         timeline=table(BIN, num_bins),
         used_time=np.zeros(settings.num_gpu_blocks, np.int64),
         gap_counts=np.zeros(GAP_BUCKETS, np.int64),
         now=now,
     )
+
+
+def _groups(groups, settings: Settings) -> tuple[np.recarray, np.ndarray]:
+    """The KV groups, and the first group of each kind and window, full attention first (6.8)."""
+    out = table(GROUP, len(groups))
+    block, limit = settings.block_size, settings.max_model_len
+    in_flight = settings.max_num_batched_tokens * (2 if settings.async_scheduling else 1)  # 4.6
+    for row, group in zip(out, groups, strict=True):
+        row.kind = GROUP_KINDS.index(group["kind"])
+        row.window = group.get("window", 0) or 0
+        row.most_blocks = -(-limit // block)
+        if row.kind == SLIDING:
+            row.run_blocks = -(-(row.window - 1) // block)
+            row.most_blocks = -(-min(row.window - 1 + in_flight, limit) // block) + 1
+        elif row.kind == CHUNKED:
+            row.most_blocks = -(-min(row.window + in_flight, limit) // block)
+    is_first = [not any((out[:g] == row).tolist()) for g, row in enumerate(out)]
+    return out, np.array(sorted(np.flatnonzero(is_first), key=lambda g: out[g].kind != FULL), np.int64)
+
+
+def has_windows(groups: np.recarray) -> bool:
+    """True when some group gives blocks back while a request runs: then it matters which block is where."""
+    return bool((groups.kind != FULL).any())
 
 
 def _all_free(num_gpu_blocks: int) -> np.recarray:

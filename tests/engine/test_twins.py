@@ -10,6 +10,8 @@ from tests.engine.workloads import (
     duration,
     event_rows,
     free_list,
+    plain_map,
+    prefix_map,
     request_rows,
     run_compiled,
     workloads,
@@ -37,3 +39,4 @@ def test_equals_the_naive_engine(workload):
         assert request_rows(got) == ref.requests
         assert counters(got) == ref.counters
     assert free_list(blocks) == free_list(logged) == ref.free_list
+    assert prefix_map(blocks) == prefix_map(logged) == plain_map(ref.prefix_map)

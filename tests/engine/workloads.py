@@ -14,13 +14,27 @@ from tests.naive import engine as naive
 STEP_COST = {"a0": 0.004, "a1": 2e-5, "a2": 1e-8, "sampled": 3e-6, "pair": 2e-8}
 
 
+# Kinds of KV groups, in order.
+GROUPS = (
+    ("sliding",),
+    ("full", "sliding"),
+    ("sliding", "full"),
+    ("sliding", "sliding"),
+    ("full", "full"),
+    ("full", "sliding", "sliding"),
+    ("sliding", "full", "sliding"),
+    ("sliding", "sliding", "sliding"),
+)
+
+
 def cost_columns(max_tokens, max_seqs):
     """A step cost with every term in use."""
     return st.Cost(
         linear_s=np.array([STEP_COST["a0"] + STEP_COST["a1"] * n for n in range(max_tokens + 1)]),
         sampled_s=np.array([STEP_COST["sampled"] * n for n in range(max_seqs + 1)]),
-        context_s=STEP_COST["a2"],
-        pair_s=STEP_COST["pair"],
+        context_s=np.array([STEP_COST["a2"]]),
+        pair_s=np.array([STEP_COST["pair"]]),
+        windows=np.zeros(1),
     )
 
 
@@ -34,7 +48,7 @@ def duration(n, ctx, prefill_pairs, prefill_ctx, sampled):
 
 @some.composite
 def workloads(draw):
-    """(requests, naive settings): every setting of the synchronous FCFS engine varied at once. Times are such
+    """(requests, naive settings): every setting of the engine varied at once. Times are such
     that steps, arrivals, deadlines and horizons often meet in the same nanosecond."""
     lockstep = draw(some.booleans())
     unit = 1 if lockstep else draw(some.sampled_from([1_000_000, 4_000_000, 7]))
@@ -61,11 +75,26 @@ def workloads(draw):
     if draw(some.booleans()):  # some share prefixes: few content ids, often the same first ones
         ids = some.lists(some.integers(0, 2), max_size=2 * max_model_len // prefix_unit + 1)
         rows = [(*(*row, None, 0)[:5], tuple(draw(ids))) for row in rows]
+    policy = draw(some.sampled_from(("fcfs", "priority")))
+    if policy == "priority":  # few levels, so that there are ties
+        rows = [(*(*row, None, 0, ())[: 6 if len(row) > 5 else 5], ())[:6] for row in rows]
+        rows = [(*row, draw(some.integers(-1, 2))) for row in rows]
+    groups = draw(some.sampled_from((None, None, *GROUPS)))
+    if groups is not None:
+        windows = some.integers(1, max_model_len + 8)
+        groups = tuple({"kind": kind, "window": draw(windows)} if kind != "full" else {"kind": kind} for kind in groups)
+        if draw(some.booleans()):  # groups that are alike are looked up together
+            first = next((group for group in groups if group["kind"] != "full"), None)
+            groups = tuple(first if group["kind"] != "full" else group for group in groups)
     settings = naive.Settings(
+        policy=policy,
+        async_scheduling=draw(some.booleans()),
+        groups=groups,
+        prefix_cache_retention_interval=draw(some.sampled_from([0, 0, None])),
         enable_prefix_caching=draw(some.booleans()),
         prefix_unit=prefix_unit,
         block_size=block_size,
-        num_gpu_blocks=draw(some.integers(2, 2 + 3 * -(-max_model_len // block_size))),
+        num_gpu_blocks=draw(some.integers(2, 2 + (2 + len(groups or "1")) * -(-max_model_len // block_size))),
         max_num_seqs=max_num_seqs,
         max_num_active_seqs=draw(some.none() | some.integers(1, max_num_seqs)),
         max_num_batched_tokens=draw(some.integers(least_budget, least_budget + 40)),
@@ -111,14 +140,18 @@ def keys_of(rows, settings):
     return intern_keys(most, settings.block_size, offsets, flat, settings.prefix_unit)
 
 
-def packed(rows, settings, *, identities, check=True, event_capacity=4096, num_bins=64):
+def packed(rows, settings, *, identities, log_steps=False, check=True, event_capacity=4096, num_bins=64):
     """The compiled engine's state for a workload of the naive one."""
     return st.pack(
         **columns_of(rows),
         keys=keys_of(rows, settings),
+        groups=settings.groups or ({"kind": "full"},),
+        priority=np.array([(*row, 0)[6] if len(row) > 6 else 0 for row in rows], np.int64),
         settings=run.pack_settings(
             SimpleNamespace(**vars(settings)),
             settings.num_gpu_blocks,
+            policy=settings.policy,
+            cache_every_block=settings.prefix_cache_retention_interval is None,
             frontend=settings.frontend,
             deadline_ns=settings.deadline_ns,
             until_ns=settings.until_ns,
@@ -127,6 +160,7 @@ def packed(rows, settings, *, identities, check=True, event_capacity=4096, num_b
             lockstep=settings.lockstep,
             check=check,
             identities=identities,
+            log_steps=log_steps,
         ),
         cost=cost_columns(settings.max_num_batched_tokens, settings.max_num_seqs),
         bin_width_ns=1 if settings.lockstep else 1_000_000,
@@ -139,7 +173,8 @@ def run_compiled(rows, settings, *, identities, log_steps=False, **options):
     """-> (EngineRun, step rows) of the compiled engine under the settings of the naive one."""
     steps = []
     log = StepLog(steps.append) if log_steps else None
-    return run.drive(packed(rows, settings, identities=identities, **options), on_step=log), steps
+    state = packed(rows, settings, identities=identities, log_steps=log_steps, **options)
+    return run.drive(state, on_step=log), steps
 
 
 def event_rows(events):
@@ -199,6 +234,27 @@ def counters(engine_run):
         "clock": int(now.t),
         "stalled": engine_run.ended == "stalled",
     }
+
+
+def prefix_map(engine_run):
+    """(block, group, key) of each block with content, the oldest of a key first: in the order of the naive one, keys
+    replaced by the first block that has them."""
+    state = engine_run.state
+    blocks, num_keys = state.pool.blocks, int(state.now[0].num_keys)
+    oldest = sorted((int(b), key // num_keys) for key, b in enumerate(state.keys.oldest) if b)
+    found = []
+    for first, group in oldest:
+        b = first
+        while b:
+            found.append((b, group, first))
+            b = int(blocks[b].newer)
+    return found
+
+
+def plain_map(prefix_map):
+    """The naive engine's prefix map with the first block of a key for its name."""
+    first = {}
+    return [(block, group, first.setdefault((group, key), block)) for block, group, key in prefix_map]
 
 
 def free_list(engine_run):

@@ -1,12 +1,15 @@
 """The scheduler and its clock as plain objects: the slow twin the compiled engine must equal.
 
 Written from the rules alone (the numbers in comments are those of spec/scheduler.md) and sharing no
-code with kvsim. Covers Parts 0-3b: sync, FCFS, one full-attention group, with or without prefix caching.
+code with kvsim. Covers Parts 0-4 and 6 up to 6.9: FCFS or priority, sync or async, one or several KV groups of
+full or sliding-window attention, with or without prefix caching. Blocks and groups are in pool.py.
 Time is int nanoseconds, or the step index in lockstep; `now` is always such a time.
 """
 
 from collections import Counter, deque
 from dataclasses import dataclass, field
+
+from .pool import NULL, BlockPool, Full, make_groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +28,10 @@ class Settings:
     scheduler_reserve_full_isl: bool = True
     watermark: float = 0.0
     prefill_schedule_interval: int = 1
+    policy: str = "fcfs"  # or priority: smaller is earlier
+    async_scheduling: bool = False
+    groups: tuple | None = None  # dicts: {"kind": "full"}, {"kind": "sliding", "window": 256}; None: one full
+    prefix_cache_retention_interval: int | None = 0  # None: sliding groups keep every block (6.7)
     max_num_queued_reqs: int | None = None
     max_num_queued_tokens: int | None = None
     enable_prefix_caching: bool = False
@@ -45,9 +52,10 @@ class Result:
 
     requests: one dict a row. events: (time_ns, step, kind, request, cause, blocks_free_before,
     blocks_free_after, blocks_needed, tokens_lost, for_request), in order. steps: rows of the oracle's
-    step log, if recorded. free_list: block ids at the end, from the front. prefix_map: (block, key) of
-    each block with content at the end; keys mean nothing but equal or not. Blocks of one key are neighbours,
-    the one that a look-up finds first, and by that one the keys are in order.
+    step log, if recorded, of the steps whose output was processed. free_list: block ids at the end, from the
+    front. prefix_map: (block, group, key) of each block with content at the end; keys mean nothing but equal or
+    not, and each group has its own. Blocks of one group and key are neighbours, the one that a look-up finds
+    first, and by that one the groups' keys are in order.
     """
 
     requests: list
@@ -62,7 +70,8 @@ def run(requests, settings, *, duration, record_steps=False):
     """Simulate `requests`, (arrival, prompt, output) ints in order of arrival, to the end. A follow-up turn has
     two more: the index of its parent, an earlier row or None, and its delay after the parent's end. A sixth
     lists the ids of its content, one for each prefix_unit tokens from the start of the prompt, for prefix caching:
-    equal ids mean equal tokens, and what comes after the last id is like nothing in other rows.
+    equal ids mean equal tokens, and what comes after the last id is like nothing in other rows. A seventh is
+    its priority, 0 if left out: smaller is earlier.
 
     duration(n, ctx, prefill_pairs, prefill_ctx, sampled) -> int ns is how long a step of n > 0 tokens
     lasts; lockstep does not call it.
@@ -72,69 +81,6 @@ def run(requests, settings, *, duration, record_steps=False):
     engine = Engine(requests, settings, duration, record_steps)
     engine.run()
     return engine.result()
-
-
-class BlockPool:
-    """Block ids 1 .. N-1: a double-ended free list, how often each is held, and which content it has.
-
-    Block 0, the null block, is never in the list (1.1). A free block keeps its content key, and can be found
-    by it, until it is taken.
-    """
-
-    def __init__(self, num_gpu_blocks):
-        self.num_usable = num_gpu_blocks - 1
-        self.free = deque(range(1, num_gpu_blocks))
-        self.num_owners = [0] * num_gpu_blocks
-        self.key_of = {}  # of the blocks that have one
-        self.blocks_with = {}  # key -> blocks that have it, the keys of a dict: oldest first, none empty (1.3)
-
-    @property
-    def num_free(self):
-        return len(self.free)
-
-    def take(self, count):
-        """Remove and return `count` blocks from the front, in order (1.2). They lose their content (1.4)."""
-        assert count <= self.num_free
-        blocks = [self.free.popleft() for _ in range(count)]
-        for block in blocks:
-            self.num_owners[block] = 1
-            self.forget(block)
-        return blocks
-
-    def touch(self, blocks):
-        """Hold each of `blocks` once more; what is free leaves the free list, from anywhere in it (1.5)."""
-        for block in blocks:
-            if self.num_owners[block] == 0:
-                self.free.remove(block)
-            self.num_owners[block] += 1
-
-    def release(self, blocks):
-        """Hold each of `blocks` once less. Of those that nobody holds now, the ones without a key go to the
-        front, the first of them foremost, and the ones with a key to the end, the first of them before the
-        others (1.6)."""
-        for block in blocks:
-            self.num_owners[block] -= 1
-        freed = [block for block in blocks if self.num_owners[block] == 0]
-        self.free.extendleft(reversed([block for block in freed if block not in self.key_of]))
-        self.free.extend(block for block in freed if block in self.key_of)
-
-    def find(self, key):
-        """The block that has had `key` for the longest time, held or free; None if none has (1.3)."""
-        return next(iter(self.blocks_with.get(key, ())), None)
-
-    def label(self, block, key):
-        """Let `block` be found by `key`, after those that have the same (1.3)."""
-        assert self.num_owners[block] == 1 and block not in self.key_of
-        self.key_of[block] = key
-        self.blocks_with.setdefault(key, {})[block] = True
-
-    def forget(self, block):
-        """Take the key from `block`, if it has one: the only eviction there is (1.4)."""
-        if block in self.key_of:
-            key = self.key_of.pop(block)
-            del self.blocks_with[key][block]
-            if not self.blocks_with[key]:
-                del self.blocks_with[key]
 
 
 @dataclass(eq=False)
@@ -148,13 +94,18 @@ class Request:
     parent: int | None = None  # the row of the previous turn: this one is not sent before that has ended
     delay_ns: int = 0  # and this time after its end
     content_ids: tuple = ()  # of its units of prefix_unit tokens, as far as they are like those of others
+    priority: int = 0
 
     status: str = "pending"  # then waiting, running, preempted; done once it has an outcome
     generated_tokens: int = 0
-    num_computed_tokens: int = 0
+    num_computed_tokens: int = 0  # those in flight included
+    num_in_flight_tokens: int = 0  # scheduled, output not processed: `infl` in the rules
+    num_stale_tokens: int = 0  # of these, the ones scheduled before a preemption: `stale`
+    num_placeholders: int = 0  # tokens that steps in flight will make: `ph`
     is_prefill_chunk: bool = False  # left in mid-prefill by the last step that scheduled it (3.18)
-    table: list = field(default_factory=list)
-    num_labelled: int = 0  # leading blocks of the table with a content key, `cached` in the rules
+    tables: list = field(default_factory=list)  # one of each group, NULL for what left its window
+    num_labelled: list = field(default_factory=list)  # leading blocks of each considered for a key: `cached`
+    junction: int | None = None  # tokens after which its last look-up parted from some group's content (6.8)
 
     scheduled_ns: int | None = None
     first_token_ns: int | None = None
@@ -172,6 +123,11 @@ class Request:
         """Tokens known so far, `nt` in the rules."""
         return self.prompt_tokens + self.generated_tokens
 
+    @property
+    def num_blocks(self):
+        """Real blocks it holds now."""
+        return sum(block != NULL for table in self.tables for block in table)
+
 
 REQUEST_COLUMNS = (
     "arrival_ns", "scheduled_ns", "first_token_ns", "finished_ns", "generated_tokens", "outcome", "cause",
@@ -184,38 +140,54 @@ CAPPED = ("cap", "capped", "max_model_len")
 
 
 @dataclass
+class Hits:
+    """What a look-up found (6.8)."""
+
+    tables: list  # of each group, equally long, NULL where the group does not need the block
+    num_tokens: int = 0
+    junction: int | None = None  # longest that some group has, in tokens, if that is more
+
+
+@dataclass
 class Scheduled:
     """One request's share of a step."""
 
     request: Request
     num_tokens: int
-    new_blocks: list  # that its table gained: all of it, hits included, when this step admits the request
+    new_blocks: list  # that each table gained: all of it, hits included, when this step admits the request
     is_prefill: bool  # in mid-prefill before this step, or admitted by it
+    advances_prefill: bool  # resets the prefill cadence (3.17)
     hit_tokens: int = 0  # computed by others, or by itself before a preemption, and found again
-
-    @property
-    def gets_token(self):
-        """Once 3.18 has counted the tokens, until the next schedule() (3.19)."""
-        return not self.request.is_prefill_chunk
+    gets_token: bool = False  # from the output of this step: 3.18 left it not in mid-prefill (3.19)
 
 
 @dataclass
 class Step:
     """One schedule() call: what it may still spend, then what it decided."""
 
+    index: int
     now: int
     budget: int
     threshold: int
     defer: bool
     scheduled: list = field(default_factory=list)
     preempted: list = field(default_factory=list)
-    advances_prefill: bool = False  # resets the prefill cadence (3.17)
     found_unservable: bool = False
     is_livelock: bool = False
+    row: dict | None = None  # of the oracle's log
+
+    start: int | None = None  # on the device
+    end: int | None = None
+    finished: list = field(default_factory=list)  # by its output
 
     @property
     def num_tokens(self):
         return sum(s.num_tokens for s in self.scheduled)
+
+    @property
+    def is_idle(self):
+        """Whether it changed nothing."""
+        return not (self.scheduled or self.preempted or self.found_unservable)
 
 
 class Engine:
@@ -231,6 +203,15 @@ class Engine:
         self.waiting = deque()
         self.running = []
         self.pool = BlockPool(settings.num_gpu_blocks)
+        self.groups = make_groups(
+            settings.groups, settings.block_size, settings.prefix_cache_retention_interval
+        )
+        for request in self.requests:
+            self.clear_tables(request)
+        self.no_hits = Hits([[] for _ in self.groups])
+        # Steps scheduled before the output of the first of them is processed (4.1).
+        self.depth = 2 if settings.async_scheduling else 1
+        self.max_in_flight_tokens = self.depth * settings.max_num_batched_tokens  # 4.6
         self.watermark_blocks = int(settings.watermark * settings.num_gpu_blocks)
         active = settings.max_num_active_seqs
         self.max_running = settings.max_num_seqs if active is None else active
@@ -242,10 +223,12 @@ class Engine:
         self.cap_bound = False
 
         self.clock = 0
+        self.device_free = 0  # when the device has run all that is scheduled
+        self.in_flight = deque()  # steps whose output is not processed yet, oldest first
         self.num_steps = 0  # schedule() calls made
         self.num_tokens_made = 0
         self.last_wait = None  # (request, cause) of the last `wait` event
-        self.last_lone_preemption = None  # (request, num_tokens_made) then
+        self.last_lone_preemption = None  # (request, tokens made or in the making) then
         self.end_cause = None  # horizon or stalled, if the run was cut short
         self.events = []
         self.steps = [] if record_steps else None
@@ -259,38 +242,53 @@ class Engine:
 
     def run(self):
         """Turn until nothing is left to do, the horizon is reached or nothing can change any more."""
-        until, now = self.settings.until_ns, 0
+        until = self.settings.until_ns
+        # An empty step with others in flight may be followed by one that is not, once their output is processed.
+        idle, idle_limit = 0, 3 if self.settings.async_scheduling else 1
         while True:
-            self.clock = now
-            self.receive(now)
-            if not self.unfinished():
+            self.receive(self.clock)
+            if not self.unfinished() and not self.in_flight:
                 if self.next_send() is None:
                     return
-                now = self.next_send()
+                self.advance(self.next_send())
                 continue
-            if until is not None and now >= until:
-                self.end_cause = "horizon"
-                return
-            timed_out = self.time_out(now)
-            if timed_out and (not self.unfinished() or self.can_send(now)):
-                continue
+            if self.unfinished():
+                if until is not None and self.clock >= until:
+                    self.end_cause = "horizon"
+                    return
+                timed_out = self.time_out(self.clock)
+                if timed_out and (not self.unfinished() or self.can_send(self.clock)):
+                    continue
+                step = self.schedule(self.clock)
+                self.launch(step)
+                idle = idle + 1 if step.is_idle else 0
+                if len(self.in_flight) < self.depth and idle < idle_limit:
+                    continue
 
-            step = self.schedule(now)
-            end = now + self.step_duration(step)
-            self.receive(max(now, end - 1))  # also at `now`: a closed loop refills unservable slots
-            self.update(step, end)
-
-            now = end
-            if step.is_livelock and self.next_send() is None and self.next_expiry() is None:
-                self.clock, self.end_cause = end, "stalled"
+            step = self.in_flight.popleft()
+            num_late = self.receive(max(self.clock, step.end - 1))  # now too: dropping one frees a slot
+            self.advance(max(self.clock, step.end))
+            self.update(step, self.clock, num_late)
+            if step.finished:
+                idle = 0
+            upcoming = [t for t in (self.next_send(), self.next_expiry()) if t is not None]
+            if step.is_livelock and not upcoming:
+                self.end_cause = "stalled"
                 return
-            if not (step.scheduled or step.preempted or step.found_unservable):
+            if idle >= idle_limit:
                 # Nothing ran, nothing changed: only a new request or a deadline can help.
-                upcoming = [t for t in (self.next_send(), self.next_expiry()) if t is not None]
                 if not upcoming:
                     self.end_cause = "stalled"
+                    if not self.settings.async_scheduling:
+                        self.clock = step.now
                     return
-                now = max(end, min(upcoming))
+                self.advance(max(self.clock, min(upcoming)))
+                idle = 0
+
+    def advance(self, to):
+        """Move the clock; adds to the time integral of used blocks."""
+        self.counters["usage"] += self.pool.num_used * (to - self.clock)
+        self.clock = to
 
     def unfinished(self):
         return [*self.running, *self.waiting]
@@ -306,7 +304,7 @@ class Engine:
 
     def close(self, request, now, outcome, cause=None):
         """Give `request`, already out of the queues and without blocks, its outcome."""
-        assert request.outcome is None and not request.table
+        assert request.outcome is None and not any(request.tables)
         request.status, request.outcome, request.cause = "done", outcome, cause
         request.finished_ns = now
         if self.slots is not None and outcome != "rejected":
@@ -335,7 +333,9 @@ class Engine:
         return self.next_send() is not None and self.next_send() <= now
 
     def receive(self, through):
-        """Receive, each at its own time, the rows sent up to and including `through` (3.20, 3.21)."""
+        """Receive, each at its own time, the rows sent up to and including `through` (3.20, 3.21). Return how many
+        were not rejected."""
+        num_queued = len(self.waiting)
         while self.can_send(through):
             now = self.next_send()
             time, row = self.next_up()
@@ -356,6 +356,7 @@ class Engine:
             request.status = "waiting"
             self.received.append(request)
             self.waiting.append(request)
+        return len(self.waiting) - num_queued
 
     def reject_cause(self, request):
         """Why the front end refuses `request` (3.21), or None."""
@@ -403,24 +404,50 @@ class Engine:
         """Blocks that hold `num_tokens`, never more than max_model_len of them."""
         return -(-min(num_tokens, self.settings.max_model_len) // self.settings.block_size)
 
-    def blocks_to_grow(self, request, num_new, hits=()):
-        """Blocks `request`, once it has `hits`, lacks to compute `num_new` more tokens (2.4)."""
-        num_tokens = request.num_computed_tokens + self.tokens_in(hits) + num_new
-        return max(self.num_blocks(num_tokens) - len(hits) - len(request.table), 0)
+    def passed_blocks(self, group, num_computed):
+        """Leading blocks that `group` has no use for after `num_computed` tokens (6.4)."""
+        return group.num_passed(min(num_computed, self.settings.max_model_len))
 
-    def shortage(self, request, num_new, hits=()):
+    def blocks_to_hold(self, request, num_tokens, hits, is_gate=False):
+        """Free blocks that `request` lacks, in all groups, to hold `num_tokens` once it has `hits` (6.4).
+
+        Hits that are free now would not be any more.
+        """
+        total = 0
+        for group, table, hit in zip(self.groups, request.tables, hits.tables, strict=True):
+            required = self.num_blocks(num_tokens)
+            if is_gate:
+                required = min(required, self.most_blocks(group))
+            if table:
+                total += max(required - len(table), 0)
+            else:
+                passed = self.passed_blocks(group, hits.num_tokens)
+                total += max(required - max(passed, len(hit)), 0)
+                total += sum(block != NULL and self.pool.num_owners[block] == 0 for block in hit[passed:])
+        return total
+
+    def most_blocks(self, group):
+        return group.most_blocks(self.max_in_flight_tokens, self.settings.max_model_len)
+
+    def blocks_to_grow(self, request, num_new, hits):
+        """Free blocks `request` lacks to compute `num_new` more tokens after `hits` (2.1, 2.4)."""
+        return self.blocks_to_hold(request, request.num_computed_tokens + hits.num_tokens + num_new, hits)
+
+    def blocks_at_the_gate(self, request, hits):
+        """Free blocks `request` lacks to hold all its known tokens some time (2.3)."""
+        return self.blocks_to_hold(request, request.num_tokens, hits, is_gate=True)
+
+    def shortage(self, request, num_new, hits):
         """(cause, blocks needed) if the pool refuses `num_new` tokens after `hits` (2.1-2.4), else None.
 
         A request that is not running must leave the watermark free, unless nothing runs, and with
-        the gate on must find room for all its known tokens (3.14). Hits that are free now would not be any more.
+        the gate on must find room for all its known tokens (3.14).
         """
         is_admission = request.status in ("waiting", "preempted")
         watermark = self.watermark_blocks if is_admission and self.running else 0
-        revived = sum(self.pool.num_owners[block] == 0 for block in hits)
-        checks = [("pool_full", self.blocks_to_grow(request, num_new, hits) + revived)]
+        checks = [("pool_full", self.blocks_to_grow(request, num_new, hits))]
         if is_admission and self.settings.scheduler_reserve_full_isl:
-            whole = max(self.num_blocks(request.num_tokens) - len(hits) - len(request.table), 0)
-            checks.insert(0, ("pool_full_gate", whole + revived))
+            checks.insert(0, ("pool_full_gate", self.blocks_at_the_gate(request, hits)))
         for cause, needed in checks:
             if needed > self.pool.num_free:
                 return cause, needed
@@ -428,35 +455,60 @@ class Engine:
                 return "pool_full_watermark", needed
         return None
 
-    def grow(self, request, num_new, hits=()):
-        """Give `request` the blocks `hits` and those for `num_new` more tokens. Return them all (2.5).
+    def grow(self, request, num_new, hits):
+        """Give `request` the blocks `hits` and those for `num_new` more tokens. Return them all, by group
+        (2.5, 6.6).
 
         Their content can be found from now on, before it is computed (2.6).
         """
         assert self.shortage(request, num_new, hits) is None
-        assert not (hits and request.table)
-        needed = self.blocks_to_grow(request, num_new, hits)
-        self.pool.touch(hits)
-        new_blocks = [*hits, *self.pool.take(needed)]
-        request.table += new_blocks
-        request.num_labelled += len(hits)
-        request.num_computed_tokens += self.tokens_in(hits)
-        request.peak_blocks = max(request.peak_blocks, len(request.table))
+        assert not (hits.num_tokens and any(request.tables))
+        lengths = [len(table) for table in request.tables]
+        if request.status != "running":
+            self.hold(request, hits)
+        num_tokens = request.num_computed_tokens + num_new
+        for table in request.tables:
+            table += self.pool.take(max(self.num_blocks(num_tokens) - len(table), 0))
+        request.peak_blocks = max(request.peak_blocks, request.num_blocks)
         if self.settings.enable_prefix_caching:
-            self.label(request, request.num_computed_tokens + num_new)
-        return new_blocks
+            self.label(request, num_tokens)
+        return [table[length:] for table, length in zip(request.tables, lengths, strict=True)]
+
+    def hold(self, request, hits):
+        """Start the tables of the waiting `request` with `hits`, without those that no token sees any more."""
+        for g, group in enumerate(self.groups):
+            passed = self.passed_blocks(group, hits.num_tokens)
+            seen = hits.tables[g][passed:]
+            self.pool.touch(seen)
+            request.tables[g] = [NULL] * passed + seen
+            request.num_labelled[g] = len(request.tables[g])
+        request.num_computed_tokens = hits.num_tokens
+        request.junction = hits.junction
+
+    def free_passed(self, request):
+        """Free what no token of the running `request` sees any more, nor any in flight, last first (6.5)."""
+        num_settled = request.num_computed_tokens - request.num_in_flight_tokens
+        for group, table in zip(self.groups, request.tables, strict=True):
+            passed = []
+            for k in reversed(range(min(self.passed_blocks(group, num_settled), len(table)))):
+                if table[k] == NULL:  # and all before it
+                    break
+                passed.append(table[k])
+                table[k] = NULL
+            self.pool.release(passed)
 
     def free(self, request):
-        """Release the whole table, tail first (1.7): without keys the tail becomes the head of the free list,
-        with keys it is evicted before the blocks that lead to it."""
-        self.pool.release(request.table[::-1])
-        request.table = []
-        request.num_labelled = 0
+        """Release all tables, one after the other, tail first (1.7): without keys the tail becomes the head of the
+        free list, with keys it is evicted before the blocks that lead to it."""
+        for table in request.tables:
+            self.pool.release([block for block in reversed(table) if block != NULL])
+        self.clear_tables(request)
+
+    def clear_tables(self, request):
+        request.tables = [[] for _ in self.groups]
+        request.num_labelled = [0 for _ in self.groups]
 
     # ---- content --------------------------------------------------------------------------------
-
-    def tokens_in(self, full_blocks):
-        return len(full_blocks) * self.settings.block_size
 
     def content_key(self, request, k):
         """What stands for all tokens of `request` up to the end of its block `k` (1.8).
@@ -471,24 +523,42 @@ class Engine:
         return request.content_ids[:num_units], k
 
     def look_up(self, request):
-        """Blocks that hold the start of the waiting `request` (3.11). Its last token is not looked up: at least
-        that one is left to compute."""
+        """The start of the waiting `request` that all groups have (3.11, 6.8). Its last token is not looked up:
+        at least that one is left to compute."""
         if not self.settings.enable_prefix_caching:
-            return []
-        hits = []
-        for k in range((request.num_tokens - 1) // self.settings.block_size):
-            block = self.pool.find(self.content_key(request, k))
-            if block is None:
-                break
-            hits.append(block)
-        return hits
+            return self.no_hits
+        specs = sorted(dict.fromkeys(self.groups), key=lambda spec: not isinstance(spec, Full))
+        limit, longest, settled = (request.num_tokens - 1) // self.settings.block_size, 0, None
+        while limit != settled:  # a shorter hit in one group may be none in another
+            settled = limit
+            for spec in specs:
+                _, limit = self.longest_hit(request, spec, limit)
+                longest = max(longest, limit)
+        tables = [[NULL] * limit for _ in self.groups]
+        for g, spec in enumerate(self.groups):
+            first, _ = self.longest_hit(request, spec, limit)
+            tables[g][first:] = [self.find(request, g, k) for k in range(first, limit)]
+        junction = longest * self.settings.block_size if longest > limit else None
+        return Hits(tables, limit * self.settings.block_size, junction)
+
+    def longest_hit(self, request, spec, limit):
+        """The best hit of `request` in all groups of `spec`, of at most `limit` blocks."""
+        members = [g for g, group in enumerate(self.groups) if group == spec]
+        return spec.longest_hit(limit, lambda k: all(self.find(request, g, k) is not None for g in members))
+
+    def find(self, request, g, k):
+        """The block that group `g` has for block `k` of `request`, or None."""
+        return self.pool.find((g, self.content_key(request, k)))
 
     def label(self, request, num_tokens):
-        """Give their keys to the blocks that the first `num_tokens` tokens of `request` fill (2.6)."""
+        """Give their keys to the blocks that the first `num_tokens` tokens of `request` fill (2.6), as far as the
+        groups keep them (6.7)."""
         num_full = min(num_tokens, request.num_tokens) // self.settings.block_size
-        for k in range(request.num_labelled, num_full):
-            self.pool.label(request.table[k], self.content_key(request, k))
-        request.num_labelled = max(request.num_labelled, num_full)
+        for g, (group, table) in enumerate(zip(self.groups, request.tables, strict=True)):
+            for k in range(request.num_labelled[g], num_full):
+                if table[k] != NULL and group.is_kept(k, request.prompt_tokens, request.junction):
+                    self.pool.label(table[k], (g, self.content_key(request, k)))
+            request.num_labelled[g] = max(request.num_labelled[g], num_full)
 
     # ---- schedule() -----------------------------------------------------------------------------
 
@@ -500,8 +570,6 @@ class Engine:
             self.schedule_waiting(step)
         self.record_wait(step)
         self.end_schedule(step)
-        if self.settings.check:
-            self.check_integrity()
         return step
 
     def begin_step(self, now):
@@ -518,33 +586,45 @@ class Engine:
             and self.executed + 1 - self.last_prefill < interval
             and any(not r.is_prefill_chunk for r in self.running)
         )
-        return Step(now, s.max_num_batched_tokens, threshold, defer)
+        return Step(self.num_steps, now, s.max_num_batched_tokens, threshold, defer)
 
     def schedule_running(self, step):
-        """Grow the running requests in list order, preempting from the end of the list (3.3-3.9)."""
-        x = 0
-        while x < len(self.running) and step.budget > 0:
-            request = self.running[x]
-            x += 1
+        """Grow the running requests in list order, preempting others or themselves (3.3-3.9)."""
+        for request in list(self.running):
+            if step.budget == 0:
+                return
+            if request.status != "running":  # a victim meanwhile
+                continue
             if step.defer and request.is_prefill_chunk:  # 3.4
                 continue
-            n = request.num_tokens - request.num_computed_tokens  # 3.5
-            if 0 < step.threshold < n:
-                n = step.threshold
-            n = min(n, step.budget, self.settings.max_model_len - request.num_computed_tokens - 1)
+            n = self.num_to_grow(step, request)
             if n == 0:
                 continue
-            if not self.make_room(step, request, n):  # 3.8
+            if self.make_room(step, request, n):
+                is_prefill = request.is_prefill_chunk
+                self.assign(step, request, n, self.no_hits, is_prefill, advances_prefill=is_prefill)  # 3.9
+            elif self.settings.policy == "fcfs":  # 3.8
                 return
-            if request.is_prefill_chunk:
-                step.advances_prefill = True
-            self.assign(step, request, n, is_prefill=request.is_prefill_chunk)  # 3.9
+
+    def num_to_grow(self, step, request):
+        """Tokens of the running `request` to schedule (3.3, 3.5)."""
+        most = request.prompt_tokens + request.output_tokens
+        placeholders, computed = request.num_placeholders, request.num_computed_tokens
+        if placeholders > 0 and computed + 2 - placeholders >= most:  # its last token is in flight
+            return 0
+        n = request.num_tokens + placeholders - computed
+        if 0 < step.threshold < n:
+            n = step.threshold
+        return min(n, step.budget, self.settings.max_model_len - computed - 1)
 
     def make_room(self, step, request, num_new):
-        """Preempt the last running until `num_new` tokens of `request` fit (3.6); False: it went too."""
-        while self.shortage(request, num_new) is not None:
-            needed = self.blocks_to_grow(request, num_new)
-            victim = self.running.pop()
+        """Preempt victims until `num_new` tokens of `request` fit (3.6); False: it went too."""
+        self.free_passed(request)  # even if there is no room then
+        while self.shortage(request, num_new, self.no_hits) is not None:
+            needed = self.blocks_to_grow(request, num_new, self.no_hits)
+            victim = self.victim()
+            self.running.remove(victim)
+            self.unschedule(step, victim)
             self.preempt(step, victim, request, needed)
             if victim is request:
                 if not self.running:
@@ -552,34 +632,59 @@ class Engine:
                 return False
         return True
 
+    def victim(self):
+        """Who is preempted next (3.6): the last to run, or the first in the list of those that rank last."""
+        if self.settings.policy == "fcfs":
+            return self.running[-1]
+        return max(self.running, key=lambda r: (r.priority, r.arrival_ns))
+
+    def unschedule(self, step, victim):
+        """Take back what this step has scheduled of `victim`, if anything. Only by priority is there such a one."""
+        for s in [s for s in step.scheduled if s.request is victim]:
+            step.scheduled.remove(s)
+            step.budget += s.num_tokens
+            victim.scheduled_tokens -= s.num_tokens
+
     def preempt(self, step, victim, grower, needed):
         """Send `victim` back to the front of the queue, to compute all its tokens again (3.7)."""
         free_before, lost = self.pool.num_free, victim.num_computed_tokens
         self.free(victim)
-        cause = "self_preempted" if victim is grower else "pool_full_growth"
+        cause = "pool_full_growth" if self.settings.policy == "fcfs" else "priority_victim"
+        cause = "self_preempted" if victim is grower else cause
         self.record(step.now, "preempt", victim, cause, free_before=free_before, needed=needed,
                     lost=lost, for_request=grower.index)  # fmt: skip
         victim.status = "preempted"
         victim.num_computed_tokens = 0
+        victim.num_stale_tokens = victim.num_in_flight_tokens
+        victim.num_placeholders = 0
         victim.num_preemptions += 1
         victim.recomputed_tokens += lost
         self.counters["num_preemptions"] += 1
         self.waiting.appendleft(victim)
         step.preempted.append(victim)
 
+    def head(self):
+        """Who is admitted next: the front of the queue, or the best rank in it."""
+        if self.settings.policy == "fcfs":
+            return self.waiting[0]
+        return min(self.waiting, key=lambda r: (r.priority, r.arrival_ns, r.index))
+
     def give_up_alone(self, step, request, needed):
         """`request` has just preempted itself with the pool to itself: it can never fit (3.22)."""
         if not self.settings.strict:
-            self.remove_unservable(step, needed)
+            self.remove_unservable(step, request, needed)
             return
-        # The engine would try for ever. Once more without a token made meanwhile proves it.
-        mark = (request.index, self.num_tokens_made)
+        # The engine would try for ever. Once more without a token made meanwhile, or in the making, proves it.
+        in_the_making = sum(
+            s.gets_token and s.request.outcome is None for flying in self.in_flight for s in flying.scheduled
+        )
+        mark = (request.index, self.num_tokens_made + in_the_making)
         step.is_livelock = mark == self.last_lone_preemption
         self.last_lone_preemption = mark
 
-    def remove_unservable(self, step, needed):
-        """Drop the head of the queue, which can never fit."""
-        request = self.waiting.popleft()
+    def remove_unservable(self, step, request, needed):
+        """Drop the waiting `request`, which can never fit."""
+        self.waiting.remove(request)
         self.record(step.now, "unservable", request, "never_fits", needed=needed)
         self.close(request, step.now, "unservable", "never_fits")
         step.found_unservable = True
@@ -588,17 +693,19 @@ class Engine:
         """Admit from the head of the queue until it does not pass; nobody overtakes it (3.11-3.16)."""
         s = self.settings
         while step.budget > 0 and self.waiting and len(self.running) < self.max_running:
-            request = self.waiting[0]
-            whole = self.num_blocks(request.num_tokens)
+            request = self.head()
+            # 3.10 never applies: the output that is stale is processed before the next schedule().
+            assert request.num_stale_tokens == 0
+            whole = self.blocks_at_the_gate(request, self.no_hits)
             if not s.strict and s.scheduler_reserve_full_isl and whole > self.pool.num_usable:
-                self.remove_unservable(step, whole)
+                self.remove_unservable(step, request, whole)
                 continue
             hits = self.look_up(request)
             cause, needed = self.admission_obstacle(step, request, hits)
             if cause is None:
-                self.admit(step, hits)
+                self.admit(step, request, hits)
             elif cause.startswith("pool_full") and not self.running and not s.strict:
-                self.remove_unservable(step, needed)
+                self.remove_unservable(step, request, needed)
             else:
                 break
         if not step.defer:  # 3.16
@@ -606,12 +713,12 @@ class Engine:
 
     def first_chunk(self, step, request, hits):
         """Tokens of `request` to schedule on admission, before the budget cuts them (3.13)."""
-        n = request.num_tokens - self.tokens_in(hits)
+        n = request.num_tokens - hits.num_tokens
         return step.threshold if 0 < step.threshold < n else n
 
     def has_prefill(self, request, hits):
         """Whether more than the last token of the waiting `request` is left to compute after `hits`."""
-        return self.tokens_in(hits) < request.num_tokens - 1
+        return hits.num_tokens < request.num_tokens - 1
 
     def admission_obstacle(self, step, request, hits):
         """(cause, blocks needed) of the first rule that keeps `request` waiting; (None, 0) if none does."""
@@ -626,22 +733,22 @@ class Engine:
             return "prefill_interval", 0
         return self.shortage(request, min(n, step.budget), hits) or (None, 0)
 
-    def admit(self, step, hits):
-        """Move the head of the queue to the end of the running list with its first chunk after `hits` (3.15)."""
-        request = self.waiting.popleft()
+    def admit(self, step, request, hits):
+        """Move `request` from the queue to the end of the running list, with its first chunk after `hits`
+        (3.15)."""
+        self.waiting.remove(request)
         n = min(self.first_chunk(step, request, hits), step.budget)
         kind = "admit" if request.scheduled_ns is None else "resume"
         free_before = self.pool.num_free
-        if self.has_prefill(request, hits):
-            step.advances_prefill = True
-        self.assign(step, request, n, is_prefill=True, hits=hits)
+        advances_prefill = self.has_prefill(request, hits)
+        self.assign(step, request, n, hits, is_prefill=True, advances_prefill=advances_prefill)
         request.status = "running"
         self.running.append(request)
         # Hits that were free count as needed: they are not free any more.
         self.record(step.now, kind, request, free_before=free_before, needed=free_before - self.pool.num_free)
         self.counters["num_admissions"] += 1
         if self.settings.enable_prefix_caching:
-            self.count_hits(request, self.tokens_in(hits), kind)
+            self.count_hits(request, hits.num_tokens, kind)
         self.last_wait = None
 
     def count_hits(self, request, hit_tokens, kind):
@@ -653,10 +760,12 @@ class Engine:
         self.counters["prefix_queries"] += request.num_tokens
         self.counters["prefix_hits"] += hit_tokens
 
-    def assign(self, step, request, num_tokens, is_prefill, hits=()):
+    def assign(self, step, request, num_tokens, hits, is_prefill, advances_prefill):
         """Schedule `num_tokens` of `request`, after `hits`, in this step and give it the blocks for them."""
         new_blocks = self.grow(request, num_tokens, hits)
-        step.scheduled.append(Scheduled(request, num_tokens, new_blocks, is_prefill, self.tokens_in(hits)))
+        step.scheduled.append(
+            Scheduled(request, num_tokens, new_blocks, is_prefill, advances_prefill, hits.num_tokens)
+        )
         step.budget -= num_tokens
         request.scheduled_tokens += num_tokens
         if request.scheduled_ns is None:
@@ -667,7 +776,7 @@ class Engine:
         if not self.waiting:
             self.last_wait = None
             return
-        head = self.waiting[0]
+        head = self.head()
         cause, needed = self.admission_obstacle(step, head, self.look_up(head))
         assert cause is not None
         if (head, cause) != self.last_wait:
@@ -678,68 +787,103 @@ class Engine:
         """Count the step, and the scheduled tokens as computed (3.17, 3.18)."""
         if step.scheduled:
             self.executed += 1
-            if step.advances_prefill and self.settings.prefill_schedule_interval > 1:
+            if self.settings.prefill_schedule_interval > 1 and any(
+                s.advances_prefill for s in step.scheduled
+            ):
                 self.last_prefill = self.executed
         for s in step.scheduled:
-            s.request.num_computed_tokens += s.num_tokens
-            s.request.is_prefill_chunk = s.request.num_computed_tokens < s.request.num_tokens
+            r = s.request
+            r.num_computed_tokens += s.num_tokens
+            r.num_in_flight_tokens += s.num_tokens
+            r.is_prefill_chunk = r.num_computed_tokens < r.num_tokens + r.num_placeholders
+            s.gets_token = not r.is_prefill_chunk
+            r.num_placeholders += s.gets_token  # 4.2
             self.counters["prefill_tokens" if s.is_prefill else "decode_tokens"] += s.num_tokens
             self.counters["num_scheduled_tokens"] += s.num_tokens
-        used = self.pool.num_usable - self.pool.num_free
-        self.counters["peak_blocks_used"] = max(self.counters["peak_blocks_used"], used)
-        if self.steps is not None:
-            self.steps.append(self.step_row(step))
+        self.counters["peak_blocks_used"] = max(self.counters["peak_blocks_used"], self.pool.num_used)
+        step.row = self.step_row(step)
         self.num_steps += 1
 
     # ---- the rest of a step ---------------------------------------------------------------------
 
-    def step_duration(self, step):
-        """How long the step lasts; adds its share to the time integral of used blocks."""
-        if self.settings.lockstep:
-            length = 1
-        elif not step.scheduled:
-            length = 0
-        else:
-            ctx = sum(s.request.num_computed_tokens for s in step.scheduled)
-            prefills = [(s.num_tokens, s.request.num_computed_tokens) for s in step.scheduled if s.is_prefill]
-            # Query-key pairs: n new tokens see the c - n before them and, each, those up to itself.
-            pairs = sum(n * (c - n) + n * (n + 1) // 2 for n, c in prefills)
-            sampled = sum(s.gets_token for s in step.scheduled)
-            length = self.duration(step.num_tokens, ctx, pairs, sum(c for _, c in prefills), sampled)
-        self.counters["usage"] += (self.pool.num_usable - self.pool.num_free) * length
-        return length
-
-    def update(self, step, end):
-        """Append the tokens the step made; what stops frees its blocks at once (3.19)."""
-        index = self.num_steps - 1
-        finished = []
-        for request in [s.request for s in step.scheduled if s.gets_token]:
-            request.generated_tokens += 1
-            self.num_tokens_made += 1
-            if request.generated_tokens == 1:
-                request.first_token_ns = end
-                self.record(end, "first_token", request, step=index)
-            is_complete = request.generated_tokens == request.output_tokens
-            if is_complete or request.num_tokens >= self.settings.max_model_len:
-                kind, outcome, cause = COMPLETE if is_complete else CAPPED
-                free_before = self.pool.num_free
-                self.free(request)
-                self.record(end, kind, request, cause, free_before=free_before, step=index)
-                self.close(request, end, outcome, cause)
-                finished.append(request)
-        self.running = [r for r in self.running if r.status == "running"]
-        if self.steps is not None:
-            row = self.steps[-1]
-            if finished:
-                row["fin"] = [r.index for r in finished]
-            # Whoever arrived during the step joins, for the oracle, just before the next schedule().
-            row.update(run2=len(self.running), wait2=row["wait"], free2=self.pool.num_free)
+    def launch(self, step):
+        """Send the step to the device, which runs one after the other."""
+        step.start = max(self.clock, self.device_free)
+        step.end = step.start + self.step_duration(step)
+        if step.scheduled:
+            self.device_free = step.end
+        if self.settings.async_scheduling:
+            step.row.update(g=step.start, e=step.end)
+        self.in_flight.append(step)
         if self.settings.check:
             self.check_integrity()
 
+    def step_duration(self, step):
+        """How long the step lasts. An empty one takes no time, but counts as a turn in a lockstep."""
+        if not step.scheduled:
+            return int(self.settings.lockstep and not self.settings.async_scheduling)
+        if self.settings.lockstep:
+            return 1
+        ctx = sum(s.request.num_computed_tokens for s in step.scheduled)
+        prefills = [(s.num_tokens, s.request.num_computed_tokens) for s in step.scheduled if s.is_prefill]
+        # Query-key pairs: n new tokens see the c - n before them and, each, those up to itself.
+        pairs = sum(n * (c - n) + n * (n + 1) // 2 for n, c in prefills)
+        sampled = sum(s.gets_token for s in step.scheduled)
+        return self.duration(step.num_tokens, ctx, pairs, sum(c for _, c in prefills), sampled)
+
+    def update(self, step, now, num_late):
+        """Process the output of `step` (3.19, 4.3); what stops frees its blocks at once. num_late: those in the
+        queue that were received while the last step in question ran."""
+        for s in step.scheduled:
+            if s.request.outcome is not None:  # ended while this was in flight
+                continue
+            s.request.num_in_flight_tokens -= s.num_tokens
+            is_stale = s.request.num_stale_tokens > 0
+            if is_stale:
+                s.request.num_stale_tokens -= s.num_tokens
+            if s.gets_token:
+                self.append_token(step, s.request, now, is_stale)
+        self.running = [r for r in self.running if r.outcome is None]
+        self.waiting = deque(r for r in self.waiting if r.outcome is None)  # stopped by a stale output
+        if self.steps is not None:
+            if step.finished:
+                step.row["fin"] = [r.index for r in step.finished]
+            # Whoever arrived during the step joins, for the oracle, just before the next schedule().
+            step.row.update(
+                run2=len(self.running), wait2=len(self.waiting) - num_late, free2=self.pool.num_free
+            )
+            self.steps.append(step.row)
+        if self.settings.check:
+            self.check_integrity()
+
+    def append_token(self, step, request, now, is_stale):
+        """Give `request` a token from the output of `step`."""
+        request.generated_tokens += 1
+        self.num_tokens_made += 1
+        if request.generated_tokens == 1:
+            request.first_token_ns = now
+            self.record(now, "first_token", request, step=step.index)
+        if not is_stale and request.num_placeholders > 0:
+            request.num_placeholders -= 1
+            if self.settings.async_scheduling and self.settings.enable_prefix_caching:
+                # Tokens that were not known yet when they were scheduled; before a stop frees their blocks.
+                self.label(request, request.num_computed_tokens - request.num_in_flight_tokens)
+        if request.generated_tokens == request.output_tokens:
+            self.stop(step, request, now, *COMPLETE)
+        elif request.num_tokens >= self.settings.max_model_len:
+            self.stop(step, request, now, *CAPPED)
+
+    def stop(self, step, request, now, kind, outcome, cause):
+        """End `request`, which may be waiting by now."""
+        free_before = self.pool.num_free
+        self.free(request)
+        self.record(now, kind, request, cause, free_before=free_before, step=step.index)
+        self.close(request, now, outcome, cause)
+        step.finished.append(request)
+
     def step_row(self, step):
         """The step as a row of the oracle's log, with block ids."""
-        row = {"s": self.num_steps, "t": step.now}
+        row = {"s": step.index, "t": step.now}
         row["sch"] = [x for s in step.scheduled for x in (s.request.index, s.num_tokens)]
         if step.preempted:
             row["pre"] = [r.index for r in step.preempted]
@@ -753,7 +897,7 @@ class Engine:
             wait=len(self.waiting),
             free=self.pool.num_free,
         )
-        blocks = {str(s.request.index): [s.new_blocks] for s in step.scheduled if s.new_blocks}
+        blocks = {str(s.request.index): s.new_blocks for s in step.scheduled if any(s.new_blocks)}
         if blocks:
             row["blk"] = blocks
         return row
@@ -770,28 +914,32 @@ class Engine:
                     "stalled": self.end_cause == "stalled"}  # fmt: skip
         rows = [{name: getattr(r, name) for name in REQUEST_COLUMNS} for r in self.requests]
         by_content = sorted(self.pool.blocks_with.items(), key=lambda item: next(iter(item[1])))
-        prefix_map = [(block, key) for key, blocks in by_content for block in blocks]
+        prefix_map = [(block, *key) for key, blocks in by_content for block in blocks]
         return Result(rows, self.events, counters, self.steps or [], list(self.pool.free), prefix_map)
 
     def check_integrity(self):
         """Assert that the pool and the queues are consistent. Changes nothing; safe at any time."""
         pool = self.pool
+        assert not any(any(r.tables) for r in self.requests if r.status != "running"), (
+            "blocks without running"
+        )
         free = set(pool.free)
-        owners = Counter(block for r in self.requests for block in r.table)
+        held = {r: [block for table in r.tables for block in table if block != NULL] for r in self.running}
+        owners = Counter(block for blocks in held.values() for block in blocks)
         assert len(free) == len(pool.free), "a block is twice in the free list"
         assert free.isdisjoint(owners), "a block is both free and owned"
         assert free.union(owners) == set(range(1, pool.num_usable + 1)), "a block is lost"
         assert {block: n for block, n in enumerate(pool.num_owners) if n} == owners, "owners miscounted"
-        assert all(len(set(r.table)) == len(r.table) for r in self.requests), "a block is twice in a table"
+        assert all(len(set(blocks)) == len(blocks) for blocks in held.values()), (
+            "a request holds a block twice"
+        )
         assert all(block in pool.key_of for block, n in owners.items() if n > 1), "shared without content"
         listed = [(block, key) for key, blocks in pool.blocks_with.items() for block in blocks]
         assert len(listed) == len(pool.key_of) and dict(listed) == pool.key_of, "keys and map disagree"
         assert all(pool.blocks_with.values()), "a key without blocks"
-        for r in self.requests:
-            keys = [self.content_key(r, k) for k in range(r.num_labelled)]
-            keys += [None] * (len(r.table) - len(keys))
-            assert [pool.key_of.get(block) for block in r.table] == keys, "a block has a wrong key"
-        assert all(not r.table for r in self.requests if r.status != "running"), "blocks without running"
+        for r in self.running:
+            for g, table in enumerate(r.tables):
+                self.check_keys(r, g, table)
         running, waiting = {r.index for r in self.running}, {r.index for r in self.waiting}
         assert len(running) == len(self.running) and len(waiting) == len(self.waiting), "queued twice"
         assert running.isdisjoint(waiting), "both running and waiting"
@@ -800,3 +948,20 @@ class Engine:
         assert len(self.running) <= self.max_running
         if self.slots is not None:
             assert len(self.slots) + len(running) + len(waiting) == self.settings.max_concurrency
+        flying = Counter()
+        for step in self.in_flight:
+            for s in step.scheduled:
+                flying[s.request] += s.num_tokens
+        unfinished = self.unfinished()
+        assert all(r.num_in_flight_tokens == flying[r] for r in unfinished), "tokens in flight miscounted"
+        assert all(r.num_stale_tokens in (0, flying[r]) for r in unfinished)
+        assert all(0 <= r.num_placeholders <= self.depth for r in unfinished)
+
+    def check_keys(self, request, g, table):
+        """Assert that the blocks of one table have the content keys they should."""
+        for k, block in enumerate(table):
+            key = self.pool.key_of.get(block)
+            if block == NULL or k >= request.num_labelled[g]:
+                assert key is None, "content before its time"
+            elif self.groups[g].is_kept(k, request.prompt_tokens, request.junction) or key is not None:
+                assert key == (g, self.content_key(request, k)), "a block has a wrong key"

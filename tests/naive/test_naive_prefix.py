@@ -63,7 +63,7 @@ def test_free_hits_count_as_needed():
     assert got.steps[1]["hit"] == [1, 8] and got.steps[1]["blk"] == {"1": [[1, 2, 3]]}
     assert (got.counters["prefix_queries"], got.counters["prefix_hits"]) == (20, 8)
     assert got.free_list == [3, 4, 5, 6, 7, 8, 9, 10, 2, 1]
-    assert got.prefix_map == [(1, ((1,), 0)), (2, ((1, 2), 1))]
+    assert got.prefix_map == [(1, 0, ((1,), 0)), (2, 0, ((1, 2), 1))]
 
 
 def test_shared_in_the_step_that_computes_it():

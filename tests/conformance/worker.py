@@ -1,0 +1,79 @@
+"""The real scheduler behind a pipe: a case a line on standard input, what it did a line on standard output.
+
+Runs in the reference's own environment (see `reference.Reference`), so it imports nothing of kvsim. Needs the folder
+of the reference harness as its argument.
+"""
+
+import json
+import logging
+import os
+import sys
+
+logging.disable(logging.WARNING)  # remarks about unusual sizes, which these cases mean to have
+sys.path.insert(0, sys.argv[1])
+import vllm_oracle as harness  # noqa: E402
+
+
+class Keeper(harness.Oracle):
+    """The harness, its log kept as rows, the evictions counted."""
+
+    def __init__(self, case):
+        super().__init__(case, case["config"], case["mode"], case["timing"], blocks=case["blocks"])
+        self.rows = []
+        self.evictions = 0
+        is_evicted = self.pool._maybe_evict_cached_block
+
+        def count(block):
+            evicted = is_evicted(block)
+            self.evictions += bool(evicted)
+            return evicted
+
+        self.pool._maybe_evict_cached_block = count
+
+    def emit(self, row):
+        self.rows.append(row)
+
+
+def free_list(pool):
+    """Block ids of the free list, from the front."""
+    return [block.block_id for block in pool.free_block_queue.get_all_free_blocks()]
+
+
+def prefix_map(pool):
+    """The blocks of each content, oldest first, as [group, block]; contents in order of their blocks."""
+    from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id
+
+    contents = {}
+    for key, blocks in pool.cached_block_hash_to_block._cache.items():
+        ids = list(blocks) if isinstance(blocks, dict) else [blocks.block_id]
+        contents.setdefault(get_block_hash(key), []).extend([get_group_id(key), b] for b in ids)
+    # A stable sort by group keeps the order of insertion within each.
+    return sorted(sorted(blocks, key=lambda pair: pair[0]) for blocks in contents.values())
+
+
+def run(case):
+    keeper = Keeper(case)
+    tail = keeper.run(case["name"], case["max_steps"])
+    return {
+        "rows": keeper.rows,
+        "is_cut": tail["stalled"] == "max_steps",
+        "evictions": keeper.evictions,
+        "free_list": free_list(keeper.pool),
+        "prefix_map": prefix_map(keeper.pool),
+    }
+
+
+def main():
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is not an answer
+    print(json.dumps({"scheduler": harness.vllm_version()}), file=answers, flush=True)
+    for line in sys.stdin:
+        try:
+            answer = run(json.loads(line))
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer, separators=(",", ":")), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
