@@ -386,7 +386,8 @@ def deployment(model: str | Path | ModelSpec, *, gpu: str | GpuSpec, **settings)
     notes = [*_format_notes(model, gpu, given), *_file_notes(model, gpu, given)]
     resolved, more = _resolve_sizes(model, gpu, given)
     notes += more
-    return Deployment(model=model, gpu=gpu, settings=resolved, asked=asked, notes=tuple(notes))
+    dep = Deployment(model=model, gpu=gpu, settings=resolved, asked=asked, notes=tuple(notes))
+    return _raise_block_size(dep)
 
 
 def _read_settings(asked: dict) -> EngineSettings:
@@ -472,7 +473,7 @@ def check_supported(model: ModelSpec) -> None:
     for group in model.layer_groups:
         if group.dsa_index_elems_per_token_per_layer:
             kind = "sparse-attention index"
-        elif group.kind in _SIZED_KINDS:
+        elif group.kind in (*_ATTENTION_KINDS, "linear_state", "no_cache"):
             continue
         else:
             kind = group.kind
@@ -482,7 +483,7 @@ def check_supported(model: ModelSpec) -> None:
         raise UserError(f"{model.name}: there is no weight formula for model_type {model.model_type!r} yet")
 
 
-_SIZED_KINDS = ("full", "mla", "sliding", "chunked", "linear_state", "no_cache")
+_ATTENTION_KINDS = ("full", "mla", "sliding", "chunked")
 
 
 def check_simulated(dep: Deployment) -> None:
@@ -642,6 +643,41 @@ def _resolve_sizes(model: ModelSpec, gpu: GpuSpec, s: EngineSettings) -> tuple[E
         s, max_model_len=max_len, max_num_seqs=seqs, max_num_batched_tokens=budget
     )
     return resolved, notes
+
+
+# A kernel's smallest block, and the engine's smallest for MLA beside state layers (rule 6.2).
+_KERNEL_BLOCK = 16
+_MLA_HYBRID_BLOCK = 128
+
+
+def _raise_block_size(dep: Deployment) -> Deployment:
+    """Attention beside state layers: the block size grows until an attention page holds a layer's state (6.2),
+    whatever was asked for."""
+    model, s = dep.model, dep.settings
+    states = [group for group in model.layer_groups if group.kind == "linear_state"]
+    attention = [group for group in model.layer_groups if group.kind in _ATTENTION_KINDS]
+    if not states or not attention:
+        return dep
+    if s.enable_prefix_caching and not s.enable_chunked_prefill:
+        raise UserError(
+            f"{model.name} has recurrent-state layers, whose prefix caching needs chunked prefill; switch"
+            " enable_prefix_caching off or enable_chunked_prefill on"
+        )
+    tp = s.tensor_parallel_size
+    state = model.rank_state_bytes(states[0], tp, formats.weight_format(dep.dtype).bits // 8)
+    a_token = dep.kv_format.bytes(attention[0].rank_stored_elems(tp))
+    step = max(s.block_size, _MLA_HYBRID_BLOCK if attention[0].kind == "mla" else _KERNEL_BLOCK)
+    size = step * -(-state // (step * a_token))
+    size = _KERNEL_BLOCK * -(-size // _KERNEL_BLOCK)
+    if size <= s.block_size:
+        return dep
+    note = (
+        f"block_size {size} instead of {s.block_size}: a block of an attention layer must hold the"
+        f" {state:,} bytes that a recurrent-state layer keeps for a sequence"
+    )
+    return msgspec.structs.replace(
+        dep, settings=msgspec.structs.replace(s, block_size=size), notes=(*dep.notes, note)
+    )
 
 
 def _size_defaults(gpu: GpuSpec) -> tuple[int, int, str]:

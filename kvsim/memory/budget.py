@@ -1,7 +1,7 @@
 """The budget of a GPU: what vLLM measures when it starts, term by term, and the KV blocks that are left.
 
     available = ceil(total * gpu_memory_utilization) - weights - non_torch - activation_peak [- cuda_graphs]
-    num_gpu_blocks = available // bytes_per_block          (scheduler rules 5.1-5.7, memory.md)
+    num_gpu_blocks = available // bytes_per_block          (scheduler rules 5.1-5.7, memory.md; planner.py)
 
 Every constant below is a physical quantity with its source; none belongs to a model or a row of a table.
 """
@@ -13,8 +13,10 @@ from fractions import Fraction
 
 import msgspec
 
+from kvsim.catalog.model import LayerGroup
 from kvsim.errors import UserError
 from kvsim.formats import weight_format
+from kvsim.memory.planner import KvGroup, LayerSpec, Plan, group_layers, plan_groups, stage_groups
 from kvsim.memory.weights import pipeline_stages, rank_weight_bytes
 from kvsim.specs import Deployment, check_supported
 from kvsim.units import GIB, MIB, format_gib
@@ -45,26 +47,6 @@ SAMPLER_BYTES_PER_LOGIT_BEFORE_0_17 = 38.1
 PIPELINE_ACTIVATION_FACTOR = 1.15
 
 
-class KvGroup(msgspec.Struct, frozen=True, kw_only=True):
-    """Layers that share a block table. `page_bytes` is one block of one layer on one rank."""
-
-    kind: str
-    layers: int
-    page_bytes: int
-    block_size: int
-    window: int | None = None
-
-    def pages(self, max_model_len: int, max_in_flight_tokens: int) -> int:
-        """The most blocks one request of `max_model_len` tokens holds in this group (rule 5.6)."""
-        tokens = max_model_len
-        if self.kind == "sliding":
-            tokens = min(self.window - 1 + max_in_flight_tokens, max_model_len)
-            return -(-tokens // self.block_size) + 1
-        if self.kind == "chunked":
-            tokens = min(self.window + max_in_flight_tokens, max_model_len)
-        return -(-tokens // self.block_size)
-
-
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
     """Why an engine does not start. kind: load_oom or start_oom; cause: weights, activations, cuda_graphs
     or one_max_length_request; `short_bytes` are missing on each GPU."""
@@ -79,6 +61,7 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes on the GPU that binds (the pipeline stage with the fewest blocks), and the pool they leave.
 
     `kv_bytes` is what is available for KV blocks; `num_gpu_blocks` counts the null block, as vLLM does.
+    `longest_max_model_len` is the most, up to `max_model_len`, of which one request fits.
     `requested_bytes` = weights + activation + non_torch + cuda_graph (from 0.21 on) + kv, unless
     kv_cache_memory_bytes sets the pool: then it is all that is free. `context_bytes` is information: it is
     outside `requested_bytes`. `failure` is None if the engine starts.
@@ -98,6 +81,7 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
     num_gpu_blocks: int
     block_size: int
     max_model_len: int
+    longest_max_model_len: int
     kv_cache_tokens: int
     max_concurrency: float
     blocks_for_max_model_len: int
@@ -108,8 +92,8 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def bytes_per_token(self) -> float:
-        """KV bytes on one GPU for one more token while no window is full."""
-        return sum(g.layers * g.page_bytes / g.block_size for g in self.groups)
+        """KV bytes on one GPU for one more token while no window is full, padding layers not counted."""
+        return sum(g.block_bytes / g.block_size for g in self.groups if g.kind != "mamba")
 
     @property
     def log_lines(self) -> tuple[str, ...]:
@@ -121,6 +105,23 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
             f"GPU KV cache size: {self.kv_cache_tokens:,} tokens, Maximum concurrency for"
             f" {self.max_model_len:,} tokens per request: {self.max_concurrency:.2f}x",
         )
+
+    def engine_groups(self) -> list[dict]:
+        """The groups in their order as the engine takes them: {"kind": "full"}, {"kind": "sliding", "window":
+        w}, {"kind": "chunked", "window": c} or {"kind": "mamba"}.
+
+        Raises UserError when blocks differ in size: the rules (6.4) are for equal ones. A state that takes one
+        block a request has none.
+        """
+        sizes = {g.block_size for g in self.groups if g.kind != "mamba" or g.align}
+        if len(sizes) > 1:
+            raise UserError(
+                f"the layers' pages differ, so that blocks have {' and '.join(map(str, sorted(sizes)))} tokens in"
+                " different KV groups; such a model's memory is computed, its scheduling is not simulated yet"
+            )
+        windows = [{} if g.window is None else {"window": g.window} for g in self.groups]
+        kinds = ["full" if g.kind == "mla" else g.kind for g in self.groups]
+        return [{"kind": kind, **window} for kind, window in zip(kinds, windows, strict=True)]
 
     def __str__(self) -> str:
         words = {"fits": "FITS", "tight": "TIGHT", "does_not_fit": "DOES NOT FIT"}
@@ -139,24 +140,59 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
             f"  {self.num_gpu_blocks:,} blocks of {self.block_size} tokens, {self.bytes_per_block:,} bytes,"
             f" on {self.binding_rank}"
         )
+        lines += [f"  KV groups: {self._groups_text()}"] if len(self.groups) > 1 else []
         lines += [f"  {line}" for line in self.log_lines] + [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+    def _groups_text(self) -> str:
+        """6 sliding (52 layers, window 1,024, blocks of 16), 1 full (10 layers, blocks of 16)"""
+        alike: dict[tuple, list[int]] = {}
+        for g in self.groups:
+            alike.setdefault((g.kind, g.window, g.block_size, g.kind == "mamba" and not g.align), []).append(
+                g.layers
+            )
+        texts = []
+        for (kind, window, size, whole), layers in alike.items():
+            of = "" if window is None else f", window {window:,}"
+            blocks = "one block a request" if whole else f"blocks of {size}"
+            texts.append(f"{len(layers)} {kind} ({sum(layers)} layers{of}, {blocks})")
+        return ", ".join(texts)
 
 
 def fit(dep: Deployment) -> Budget:
     """The memory budget of a deployment as vLLM would find it on start-up, for every pipeline stage, and
-    the stage that binds.
+    the stage that binds. With max_model_len -1, under the longest of which one request fits.
 
     Never raises because something does not fit: that is `Budget.failure`. Raises UserError for a model
     whose layers cannot be sized yet, and for flags that ask for memory which the GPU does not have.
     """
     check_supported(dep.model)
-    budgets = [_stage_budget(dep, stage) for stage in range(dep.settings.pipeline_parallel_size)]
+    budget = _binding_budget(dep)
+    if not dep.is_max_model_len_auto or not budget.longest_max_model_len:
+        return budget
+    if budget.longest_max_model_len < budget.max_model_len:
+        budget = _binding_budget(with_fitted_length(dep, budget))
+    note = f"max_model_len {budget.max_model_len:,} is the longest that fits, of {dep.model.max_position_embeddings:,}"
+    return msgspec.structs.replace(budget, notes=(note, *budget.notes))
+
+
+def with_fitted_length(dep: Deployment, budget: Budget) -> Deployment:
+    """The deployment with the max_model_len that its budget found: that of `dep`, unless it asks for -1 and
+    less fits."""
+    if not dep.is_max_model_len_auto or not budget.longest_max_model_len:
+        return dep
+    settings = msgspec.structs.replace(dep.settings, max_model_len=budget.longest_max_model_len)
+    return msgspec.structs.replace(dep, settings=settings)
+
+
+def _binding_budget(dep: Deployment) -> Budget:
+    groups = kv_groups(dep)
+    budgets = [_stage_budget(dep, groups, stage) for stage in range(dep.settings.pipeline_parallel_size)]
     # a stage that cannot start binds before one that can; then the one with the fewest blocks
     return min(budgets, key=lambda b: (b.failure is None, b.num_gpu_blocks))
 
 
-def _stage_budget(dep: Deployment, stage: int) -> Budget:
+def _stage_budget(dep: Deployment, groups: tuple[KvGroup, ...], stage: int) -> Budget:
     s = dep.settings
     weights = rank_weight_bytes(dep, stage)
     weights_bytes = sum(weights.values())
@@ -184,10 +220,19 @@ def _stage_budget(dep: Deployment, stage: int) -> Budget:
     else:
         requested, kv_bytes = free_at_start, s.kv_cache_memory_bytes
         notes.append("kv_cache_memory_bytes sets the pool; gpu_memory_utilization is not used")
-    groups = kv_groups(dep, stage)
-    bytes_per_block = max(g.layers * g.page_bytes for g in groups)
-    num_blocks = max(0, kv_bytes) // bytes_per_block
-    pages = sum(g.pages(s.max_model_len, s.max_num_batched_tokens) for g in groups)
+    layers = pipeline_stages(dep.model.num_hidden_layers, s.pipeline_parallel_size)[stage]
+    options = {
+        "available_bytes": kv_bytes,
+        "max_model_len": s.max_model_len,
+        "max_in_flight_tokens": max_in_flight_tokens(dep),
+    }
+    on_stage = stage_groups(groups, layers)
+    if not any(g.layers for g in on_stage):
+        raise UserError(
+            f"no layer of pipeline stage {stage + 1} of {s.pipeline_parallel_size} of {dep.model.name} has a KV"
+            " cache; lower pipeline_parallel_size"
+        )
+    planned = plan_groups(on_stage, **options)
     failure = _start_failure(dep, requested, weights_bytes, non_torch, activation, budgeted_graphs)
     if failure is None and s.kv_cache_memory_bytes and kv_bytes > requested - fixed:
         raise UserError(
@@ -196,14 +241,14 @@ def _stage_budget(dep: Deployment, stage: int) -> Budget:
         )
     if s.num_gpu_blocks_override is not None:
         notes.append(
-            f"num_gpu_blocks_override {s.num_gpu_blocks_override} replaces the {num_blocks:,} blocks that"
+            f"num_gpu_blocks_override {s.num_gpu_blocks_override} replaces the {planned.num_blocks:,} blocks that"
             " memory gives, and skips the check that one request of max_model_len fits"
         )
-        num_blocks = s.num_gpu_blocks_override
+        planned = plan_groups(planned.groups, num_gpu_blocks_override=s.num_gpu_blocks_override, **options)
     elif failure is None:
-        failure = _one_request_failure(dep, groups, pages, num_blocks, bytes_per_block, kv_bytes)
-    concurrency = num_blocks / pages
-    tight = concurrency < 2
+        failure = _one_request_failure(dep, planned, kv_bytes)
+    notes += _group_notes(groups)
+    tight = planned.max_concurrency < 2
     return Budget(
         total_bytes=dep.gpu.total_bytes,
         requested_bytes=requested,
@@ -214,14 +259,15 @@ def _stage_budget(dep: Deployment, stage: int) -> Budget:
         context_bytes=context,
         kv_bytes=kv_bytes,
         weights_by_component=weights,
-        groups=groups,
-        bytes_per_block=bytes_per_block,
-        num_gpu_blocks=num_blocks,
+        groups=planned.groups,
+        bytes_per_block=planned.bytes_per_block,
+        num_gpu_blocks=planned.num_blocks,
         block_size=s.block_size,
         max_model_len=s.max_model_len,
-        kv_cache_tokens=int(concurrency * s.max_model_len),
-        max_concurrency=concurrency,
-        blocks_for_max_model_len=pages,
+        longest_max_model_len=s.max_model_len if planned.longest_len is None else planned.longest_len,
+        kv_cache_tokens=_logged_tokens(dep, planned),
+        max_concurrency=planned.max_concurrency,
+        blocks_for_max_model_len=planned.pages_per_request,
         binding_rank=_rank_name(dep, stage),
         verdict="does_not_fit" if failure else "tight" if tight else "fits",
         failure=failure,
@@ -276,19 +322,49 @@ def cuda_graph_bytes(dep: Deployment, stage: int = 0) -> int:
     return CUDA_GRAPH_POOL + CUDA_GRAPH_PER_LAYER * len(layers)
 
 
-def kv_groups(dep: Deployment, stage: int = 0) -> tuple[KvGroup, ...]:
-    """The groups of layers on one rank of a stage, with the size of a block in them (rules 5.3-5.5)."""
-    block, tp = dep.settings.block_size, dep.settings.tensor_parallel_size
-    layers = pipeline_stages(dep.model.num_hidden_layers, dep.settings.pipeline_parallel_size)[stage]
+def kv_groups(dep: Deployment) -> tuple[KvGroup, ...]:
+    """The groups of the whole model's layers, with the bytes of one rank (5.3, 5.5, 6.1, 6.2)."""
+    kinds = dep.model.layer_kinds
+    specs = {
+        group.kind: _layer_spec(dep, group) for group in dep.model.layer_groups if group.kind != "no_cache"
+    }
+    kept = [i for i, kind in enumerate(kinds) if kind in specs]
+    groups = group_layers([specs[kinds[i]] for i in kept])
     return tuple(
-        KvGroup(
-            kind=group.kind,
-            layers=len(layers),
-            page_bytes=dep.kv_format.bytes(block * group.rank_elems_per_token(tp)),
-            block_size=block,
-        )
-        for group in dep.model.layer_groups
+        msgspec.structs.replace(g, layer_numbers=tuple(kept[i] for i in g.layer_numbers)) for g in groups
     )
+
+
+def _layer_spec(dep: Deployment, group: LayerGroup) -> LayerSpec:
+    s, tp = dep.settings, dep.settings.tensor_parallel_size
+    if group.kind == "linear_state":
+        # padded to the attention page, which `deployment()` made large enough; a model of state layers alone
+        # has none
+        pages = [g.rank_stored_elems(tp) for g in dep.model.layer_groups if g.kind not in _NO_PAGES]
+        return LayerSpec(
+            kind="mamba",
+            block_size=s.block_size if s.enable_prefix_caching else s.max_model_len,
+            page_bytes=dep.model.rank_state_bytes(group, tp, weight_format(dep.dtype).bits // 8),
+            padded_bytes=max((dep.kv_format.bytes(s.block_size * page) for page in pages), default=None),
+            align=s.enable_prefix_caching,
+        )
+    return LayerSpec(
+        kind=group.kind,
+        block_size=s.block_size,
+        page_bytes=dep.kv_format.bytes(s.block_size * group.rank_stored_elems(tp)),
+        window=group.window,
+        kv_heads=group.kv_heads,
+        head_size=group.head_dim or group.rank_stored_elems(tp),
+    )
+
+
+_NO_PAGES = ("linear_state", "no_cache")
+
+
+def max_in_flight_tokens(dep: Deployment) -> int:
+    """Tokens scheduled and not yet processed, at most (4.6); up to 0.20 the memory check took one step's."""
+    s = dep.settings
+    return s.max_num_batched_tokens * (2 if s.async_scheduling and s.version >= (0, 21) else 1)
 
 
 # ---------------------------------------------------------------- what breaks
@@ -332,35 +408,37 @@ def _start_failure(
     return None
 
 
-def _one_request_failure(
-    dep: Deployment,
-    groups: tuple[KvGroup, ...],
-    pages: int,
-    num_blocks: int,
-    bytes_per_block: int,
-    kv_bytes: int,
-) -> Failure | None:
+def _one_request_failure(dep: Deployment, planned: Plan, kv_bytes: int) -> Failure | None:
     """Rule 5.6: the blocks without the null block must hold one request of max_model_len."""
-    s = dep.settings
-    if num_blocks - 1 >= pages:
+    if planned.longest_len is None:
         return None
-    low, high = 0, s.max_model_len  # the longest that fits, by bisection
-    while low < high:
-        middle = (low + high + 1) // 2
-        if sum(g.pages(middle, s.max_num_batched_tokens) for g in groups) <= num_blocks - 1:
-            low = middle
-        else:
-            high = middle - 1
-    short = (pages + 1) * bytes_per_block - kv_bytes
-    longest = f"the longest max_model_len that fits is {low:,}" if low > 0 else "no length fits"
+    s, longest = dep.settings, planned.longest_len
+    needed = planned.pages_per_request * planned.bytes_per_block
+    short = needed + planned.bytes_per_block - kv_bytes
+    fits = f"the longest max_model_len that fits is {longest:,}" if longest > 0 else "no length fits"
     return Failure(
         kind="start_oom",
         cause="one_max_length_request",
         short_bytes=short,
         sentence=f"{dep.model.name} on {dep.gpu.name} does not start: one request of max_model_len"
-        f" {s.max_model_len:,} needs {format_gib(pages * bytes_per_block)} of KV cache beside the null block,"
-        f" {format_gib(short)} more than the {format_gib(kv_bytes)} there are; {longest}",
+        f" {s.max_model_len:,} needs {format_gib(needed)} of KV cache beside the null block,"
+        f" {format_gib(short)} more than the {format_gib(kv_bytes)} there are; {fits}",
     )
+
+
+def _logged_tokens(dep: Deployment, planned: Plan) -> int:
+    """vLLM's "KV cache size": a capacity for requests of full length (5.7); up to 0.20 blocks by groups."""
+    if dep.settings.version >= (0, 21):
+        return planned.kv_cache_tokens
+    return planned.num_blocks // len(planned.groups) * min(g.block_size for g in planned.groups)
+
+
+def _group_notes(groups: tuple[KvGroup, ...]) -> list[str]:
+    kinds = {g.kind for g in groups}
+    names = [
+        name for kind, name in (("chunked", "chunked-local"), ("mamba", "recurrent-state")) if kind in kinds
+    ]
+    return [f"scheduling of {name} layers is not compared with the engine" for name in names]
 
 
 def _used(dep: Deployment) -> str:

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import random
+import re
 import sys
 from types import SimpleNamespace
 
@@ -154,8 +155,11 @@ def outcome(row, layers, block):
     try:
         groups = planning.get_global_kv_cache_groups(config, specs)
         plan = planning.get_kv_cache_configs(config, specs, [row["available_bytes"]] * len(specs), groups)[0]
-    except (ValueError, NotImplementedError) as error:
-        return {"error": f"{type(error).__name__}: {error}"}
+    except NotImplementedError:
+        return {"refused": "no common page size"}
+    except ValueError as error:
+        named = re.search(r"maximum model length is (\d+)", str(error))
+        return {"refused": "too small", "longest_max_model_len": int(named[1]) if named else 0}
     tokens, concurrency = get_kv_cache_capacity(config, plan)
     return {
         "groups": [

@@ -13,7 +13,7 @@ import pytest
 
 from kvsim.catalog.architecture import from_config
 from kvsim.errors import UserError
-from kvsim.memory import fit
+from kvsim.memory import fit, with_fitted_length
 from kvsim.memory.weights import pipeline_stages, rank_weight_bytes
 from kvsim.specs import deployment, load_gpu, load_model
 from kvsim.units import GIB
@@ -199,15 +199,11 @@ def test_overrides():
 @pytest.mark.parametrize(
     ("model", "kind"),
     [
-        ("gemma-3-27b", "52 sliding layers"),
-        ("mistral-7b-v0.1", "32 sliding layers"),
-        ("llama-4-scout", "36 chunked layers"),
-        ("jamba-v0.1", "28 mamba1 state layers"),
         ("deepseek-v3.2", "61 sparse-attention index layers"),
         ("deepseek-v4-flash", "43 unsupported layers"),
     ],
 )
-def test_layers_that_are_not_supported_yet_are_named(model, kind):
+def test_layers_that_cannot_be_sized_are_named(model, kind):
     with pytest.raises(UserError, match=f"{model} has {kind}"):
         fit(deployment(model, gpu="h200"))
 
@@ -218,6 +214,165 @@ def test_log_lines_are_vllms():
         "GPU KV cache size: 32,768 tokens, Maximum concurrency for 2,048 tokens per request: 16.00x"
     )
     assert str(b).startswith("FITS\n") and b.log_lines[1] in str(b)
+
+
+# ---------------------------------------------------------------- groups
+
+
+@pytest.mark.parametrize(
+    ("model", "block_size", "groups"),
+    [
+        ("deepseek-v2-lite", 16, [("mla", 27, None)]),
+        ("mistral-7b-v0.1", 16, [("sliding", 32, 4096)]),
+        ("gemma-2-9b", 16, [("sliding", 21, 4096), ("full", 21, None)]),
+        ("gemma-3-27b", 16, [("sliding", 9, 1024)] * 4 + [("sliding", 8, 1024)] * 2 + [("full", 10, None)]),
+        ("gpt-oss-20b", 16, [("sliding", 12, 128), ("full", 12, None)]),
+        ("llama-4-scout", 16, [("chunked", 12, 8192)] * 3 + [("full", 12, None)]),
+        ("qwen3-next-80b-a3b", 544, [("mamba", 12, None)] * 3 + [("full", 12, None)]),
+        ("jamba-v0.1", 80, [("mamba", 4, None)] * 7 + [("full", 4, None)]),
+        ("granite-4.0-h-tiny", 400, [("mamba", 4, None)] * 9 + [("full", 4, None)]),
+        ("nemotron-h-8b", 1040, [("mamba", 4, None)] * 6 + [("full", 4, None)]),
+        ("kimi-linear-48b-a3b", 1920, [("mamba", 7, None)] * 2 + [("mamba", 6, None), ("mla", 7, None)]),
+    ],
+)
+def test_groups_of_models(model, block_size, groups):
+    b = fit(deployment(model, gpu="b300"))
+    assert [(g.kind, g.layers, g.window) for g in b.groups] == groups
+    assert {g.block_size for g in b.groups} == {b.block_size} == {block_size}
+    assert len({g.page_bytes for g in b.groups}) == 1
+    numbers = sorted(i for g in b.groups for i in g.layer_numbers)
+    kinds = load_model(model).layer_kinds
+    assert numbers == [i for i, kind in enumerate(kinds) if kind != "no_cache"]
+    for g in b.groups:
+        assert {kinds[i] for i in g.layer_numbers} == {"linear_state" if g.kind == "mamba" else g.kind}
+    kinds = ["full" if kind == "mla" else kind for kind, _, _ in groups]
+    ref = [
+        {"kind": kind, "window": w} if w else {"kind": kind}
+        for kind, (_, _, w) in zip(kinds, groups, strict=True)
+    ]
+    assert b.engine_groups() == ref
+    compared = [note for note in b.notes if "is not compared with the engine" in note]
+    assert bool(compared) == bool({"mamba", "chunked"} & set(kinds))
+
+
+def test_groups_are_printed():
+    shown = str(fit(deployment("gemma-3-27b", gpu="h200")))
+    assert "6 sliding (52 layers, window 1,024, blocks of 16), 1 full (10 layers, blocks of 16)\n" in shown
+    shown = str(fit(deployment("jamba-v0.1", gpu="h200", enable_prefix_caching=False)))
+    assert "7 mamba (28 layers, one block a request), 1 full (4 layers, blocks of 80)\n" in shown
+    assert "KV groups" not in str(fit(deployment("llama-3.1-8b", gpu="h200")))
+
+
+def test_unequal_blocks_are_sized_and_not_simulated():
+    """Gemma 4's global layers have half the page of its sliding ones, so twice the tokens a block."""
+    b = fit(deployment("gemma-4-26b-a4b", gpu="h100"))
+    assert {(g.kind, g.block_size) for g in b.groups} == {("sliding", 16), ("full", 32)}
+    with pytest.raises(UserError, match="blocks have 16 and 32 tokens in different KV groups"):
+        b.engine_groups()
+
+
+@pytest.mark.parametrize(
+    ("settings", "block_size", "kind", "pages"),
+    [
+        ({}, 544, "align", 2),
+        ({"enable_prefix_caching": False}, 544, "one a request", 1),
+        ({"block_size": 32}, 544, "align", 2),  # 16 x 34 = 32 x 17
+        ({"block_size": 64}, 576, "align", 2),
+        ({"block_size": 1024}, 1024, "align", 2),
+        ({"kv_cache_dtype": "fp8"}, 1072, "align", 2),
+        ({"tensor_parallel_size": 2}, 544, "align", 2),  # state and KV heads are both halved
+        ({"tensor_parallel_size": 4}, 272, "align", 2),  # 2 KV heads: copied from here on
+    ],
+)
+def test_state_layers_raise_the_block_size(settings, block_size, kind, pages):
+    """Rule 6.2, Qwen3-Next: 1,097,728 bytes of state, 2,048 bytes of K and V a token."""
+    dep = deployment("qwen3-next-80b-a3b", gpu="b300", max_model_len=32768, **settings)
+    state, full = fit(dep).groups[0], fit(dep).groups[-1]
+    assert (dep.settings.block_size, full.block_size) == (block_size, block_size)
+    assert state.block_size == (block_size if kind == "align" else 32768)
+    assert state.pages(32768, 16384) == pages
+    assert state.page_bytes == full.page_bytes
+    notes = [note for note in dep.notes if note.startswith(f"block_size {block_size} instead of")]
+    assert len(notes) == (settings.get("block_size") != block_size)
+    assert len(fit(dep).engine_groups()) == 4
+
+
+def test_state_layers_cache_prefixes_only_with_chunked_prefill():
+    with pytest.raises(UserError, match="prefix caching needs chunked prefill"):
+        deployment("jamba-v0.1", gpu="b300", enable_chunked_prefill=False)
+
+
+@pytest.mark.parametrize(
+    ("model", "tp", "size"),
+    [
+        # (conv 3 x 3328 + heads 48 x 64 x 128) x 2 bytes; TP4 copies the one group of B and C to every rank
+        ("granite-4.0-h-tiny", 1, 2 * (3 * 3328 + 48 * 64 * 128)),
+        ("granite-4.0-h-tiny", 4, 2 * (3 * (3328 + 3 * 256) + 48 * 64 * 128) // 4),
+        ("nemotron-h-8b", 2, (2 * 3 * 10240 + 4 * 128 * 64 * 128) // 2),  # states in float32
+        ("kimi-linear-48b-a3b", 1, 2 * 3 * 3 * 4096 + 4 * 32 * 128 * 128),
+        ("qwen3.5-27b", 1, 2 * 30720 + 4 * 786432),
+        ("minimax-text-01", 8, 2 * 64 * 128 * 128 // 8),
+    ],
+)
+def test_state_bytes(model, tp, size):
+    model = load_model(model)
+    (group,) = (g for g in model.layer_groups if g.kind == "linear_state")
+    assert model.rank_state_bytes(group, tp, 2) == size
+
+
+def test_windows_hold_what_is_in_flight():
+    """Rule 5.6: with asynchronous scheduling two steps' tokens, up to 0.20 always one step's."""
+    dep = deployment("gpt-oss-20b", gpu="h100", max_num_batched_tokens=2048)
+    pages = {
+        "async": -(-(127 + 4096) // 16) + 1,
+        "sync": -(-(127 + 2048) // 16) + 1,
+    }
+    for settings, ref in (
+        ({}, pages["async"]),
+        ({"async_scheduling": False}, pages["sync"]),
+        ({"engine_version": "0.20.0"}, pages["sync"]),
+    ):
+        assert fit(dep.replace(**settings)).blocks_for_max_model_len == 131072 // 16 + ref
+
+
+def test_pipeline_stages_share_the_groups_of_the_whole_model():
+    dep = deployment("gemma-3-27b", gpu="h100", pipeline_parallel_size=8, max_num_batched_tokens=4096)
+    b = fit(dep)
+    whole = fit(dep.replace(pipeline_parallel_size=1, gpu="b300"))
+    assert len(b.groups) == len(whole.groups) == 7
+    assert b.blocks_for_max_model_len == whole.blocks_for_max_model_len
+    assert sum(g.layers for g in b.groups) in (7, 8)
+    assert b.bytes_per_block == max(g.block_bytes for g in b.groups) == 2 * 131072
+
+
+# ---------------------------------------------------------------- the longest length that fits
+
+
+def test_max_model_len_auto():
+    dep = deployment("llama-3.1-8b", gpu="rtx-4090", max_model_len=-1)
+    b = fit(dep)
+    assert (b.max_model_len, b.longest_max_model_len, b.failure) == (40848, 40848, None)
+    assert b.notes == ("max_model_len 40,848 is the longest that fits, of 131,072",)
+    fitted = with_fitted_length(dep, b)
+    assert fitted.settings.max_model_len == 40848 and fit(fitted) == b
+    assert fit(dep.replace(max_model_len=40848)).log_lines == b.log_lines
+    # the model's own length where it fits, and no length at all
+    assert fit(dep.replace(gpu="h100")).max_model_len == 131072
+    nothing = fit(dep.replace(kv_cache_memory_bytes=1))
+    assert "no length fits" in nothing.failure.sentence and nothing.longest_max_model_len == 0
+
+
+@pytest.mark.parametrize("model", ["gemma-2-9b", "gpt-oss-20b", "llama-4-scout", "qwen3-next-80b-a3b"])
+def test_longest_length_of_several_groups(model):
+    """One token more does not fit."""
+    dep = deployment(
+        model, gpu="b300", kv_cache_memory_bytes="400MiB", max_num_batched_tokens=256, max_num_seqs=16
+    )
+    longest = fit(dep.replace(max_model_len=-1)).max_model_len
+    assert 0 < longest < dep.model.max_position_embeddings
+    assert fit(dep.replace(max_model_len=longest)).failure is None
+    failed = fit(dep.replace(max_model_len=longest + 1))
+    assert f"the longest max_model_len that fits is {longest:,}" in failed.failure.sentence
 
 
 # ---------------------------------------------------------------- parallelism and versions
@@ -309,6 +464,43 @@ def test_against_start_up_logs(shared):
     assert mean(errors["activation"]) <= 0.02
     assert median(errors["end_to_end"]) <= 0.01
     assert sorted(errors["end_to_end"])[int(0.95 * len(errors["end_to_end"]))] <= 0.03
+
+
+HYBRIDS = {
+    "google/gemma-2-9b-it": "gemma-2-9b",
+    "google/gemma-3-4b-it": "gemma-3-4b",
+    "google/gemma-3-12b-it": "gemma-3-12b",
+    "google/gemma-3-27b-it": "gemma-3-27b",
+    "meta-llama/Llama-4-Scout-17B-16E-Instruct": "llama-4-scout",
+    "openai/gpt-oss-20b": "gpt-oss-20b",
+}
+
+
+def test_groups_against_start_up_logs(shared):
+    """Windows and chunks: blocks, tokens and concurrency from the logged KV bytes (two decimals of GiB)."""
+    seen = 0
+    with (shared / "truth" / "memory_records.csv").open() as file:
+        for row in csv.DictReader(file):
+            if row["model"] not in HYBRIDS or row["version"] != "0.19.0":
+                continue
+            seen += 1
+            dep = deployment(
+                HYBRIDS[row["model"]],
+                gpu="b300",
+                tensor_parallel_size=int(row["tp"]),
+                kv_cache_memory_bytes=int(float(row["kv_avail_gib"]) * GIB),
+                engine_version=row["version"],
+                max_model_len=int(row["max_model_len"]),
+                max_num_batched_tokens=int(row["max_num_batched_tokens"]),
+                max_num_seqs=int(row["max_num_seqs"]),
+            )
+            b = fit(dep)
+            assert len(b.groups) == int(row["kv_groups"])
+            assert b.kv_cache_tokens == pytest.approx(int(row["kv_tokens"]), rel=0.0003)
+            assert b.max_concurrency == pytest.approx(float(row["max_concurrency"]), abs=0.02)
+            if row["num_blocks"]:
+                assert b.num_gpu_blocks == pytest.approx(int(row["num_blocks"]), rel=0.0003)
+    assert seen == 7
 
 
 _TYPES = (("qwen2.5", "qwen2"), ("kimi-dev", "qwen2"), ("qwen3", "qwen3"), ("phi-2", "phi"))

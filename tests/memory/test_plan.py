@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from kvsim.errors import UserError
-from kvsim.memory.plan import LayerSpec, group_layers, plan, plan_groups, stage_groups
+from kvsim.memory.planner import LayerSpec, group_layers, plan, plan_groups, stage_groups
 
 KINDS = {
     "FullAttentionSpec": "full",
@@ -63,12 +63,6 @@ def facts(groups, got, options):
     }
 
 
-def longest_of(error):
-    """The length that vLLM's refusal names, 0 where it names none."""
-    named = re.search(r"maximum model length is (\d+)", error)
-    return int(named[1]) if named else 0
-
-
 def test_stored_vectors(shared):
     """oracle/kv_plan_vectors.json: groups layer by layer, blocks, tokens, concurrency to the last bit."""
     rows = json.loads((shared / "oracle" / "kv_plan_vectors.json").read_text())
@@ -76,7 +70,8 @@ def test_stored_vectors(shared):
         options = options_of(row)
         got = plan(layers_of(row), **options)
         if "error" in row:
-            assert got.longest_len == longest_of(row["error"])
+            longest = re.search(r"maximum model length is (\d+)", row["error"])
+            assert got.longest_len == int(longest[1])
             continue
         ref = {name: row[name] for name in ("num_blocks", "kv_cache_tokens", "max_concurrency")}
         ref["groups"] = [{k: v for k, v in g.items() if k != "spec"} for g in row["groups"]]
@@ -87,8 +82,7 @@ def test_stored_vectors(shared):
 @pytest.mark.parametrize("row", DRAWN, ids=lambda row: row["name"])
 def test_drawn_stacks(row):
     layers, options = layers_of(row), options_of(row)
-    error = row.get("error", "")
-    if error.startswith("NotImplementedError"):
+    if row.get("refused") == "no common page size":
         with pytest.raises(UserError, match="cannot plan"):
             group_layers(layers)
         return
@@ -100,9 +94,9 @@ def test_drawn_stacks(row):
         assert got.longest_len == row["fitted_max_model_len"]
         options["max_model_len"] = got.longest_len
         got = min((plan_groups(stage, **options) for stage in stages), key=lambda p: p.num_blocks)
-    if error:  # vLLM names what fits into the first stage that is too small
+    if "refused" in row:  # vLLM names what fits into the first stage that is too small
         refused = [p.longest_len for p in plans if p.longest_len is not None]
-        assert refused[0] == longest_of(error)
+        assert refused[0] == row["longest_max_model_len"]
         return
     assert got.longest_len is None
     ref = {name: row[name] for name in ("groups", "num_blocks", "kv_cache_tokens", "max_concurrency")}
