@@ -94,8 +94,9 @@ def simulate(
     _check_call(trace, deployment, step_time, max_concurrency, goodput)
     specs.check_simulated(deployment)
     record = _record_level(record, len(trace))
-    settings = deployment.settings
     budget = memory.fit(deployment)
+    deployment = memory.with_fitted_length(deployment, budget)
+    settings = deployment.settings
     options = {
         "step_time": None if step_time is None or hasattr(step_time, "linear_s") else list(step_time),
         "record": record,
@@ -141,6 +142,7 @@ def simulate(
         output_tokens=trace.output_tokens,
         settings=engine_settings,
         cost=st.Cost(*cost),
+        groups=budget.engine_groups(),
         bin_width_ns=_ns(bin_s, "bin") if bin_s is not None else _nice_width(span // 1000),
         keys=keys,
         priority=trace.priority,
