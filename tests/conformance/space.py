@@ -68,16 +68,18 @@ def _limits(rng, is_pressed) -> dict:
 def _groups(rng, block_size, max_model_len) -> list | None:
     """Group specs: none, one, two or three, in any order."""
 
-    def sliding(window=None):
+    def sliding():
         widest = rng.choice([2 * block_size, max_model_len, 2 * max_model_len + block_size])
-        return {"kind": "sliding", "window": window or around(rng, 1, widest)}
+        return {"kind": "sliding", "window": around(rng, 1, widest)}
 
-    full = {"kind": "full"}
-    same = sliding()
+    full, same = {"kind": "full"}, sliding()
+    chunk = rng.choice([block_size * rng.randint(1, 4), around(rng, 1, 2 * max_model_len)])
+    chunked = {"kind": "chunked", "window": chunk}
     return rng.choice(
-        [None] * 6
+        [None] * 7
         + [[full], [sliding()], [sliding()], [full, sliding()], [full, sliding()], [sliding(), full]]
         + [[full, sliding(), sliding()], [sliding(), sliding(), full], [full, same, same], [same, full, same]]
+        + [[chunked], [full, chunked], [chunked, full], [chunked, chunked, full], [full, chunked, sliding()]]
     )
 
 

@@ -6,10 +6,9 @@ import json
 import pytest
 
 from kvsim.cli import case as verb
-from tests.conformance import compare, coverage, space
+from tests.conformance import compare, coverage, mutations, space
 from tests.conformance.__main__ import settings_of
 from tests.conformance.shrink import shrink
-
 
 CASES = range(60)
 
@@ -55,7 +54,7 @@ def test_the_space_is_covered():
             seen.setdefault(setting, set()).add(value)
     few = {setting for setting, values in seen.items() if len(values) < 2}
     assert not few
-    assert len(seen["groups"]) == 8 and len(seen["block_size"]) == 10
+    assert len(seen["groups"]) == 13 and len(seen["block_size"]) == 10
 
 
 def test_equal_runs_do_not_differ(busy):
@@ -131,3 +130,16 @@ def test_settings_of_only():
     assert only == {
         "policy": "fcfs", "groups": None, "async_scheduling": False, "block_size": 4, "watermark": 0.5,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("mutation", mutations.MUTATIONS, ids=lambda m: m.name)
+def test_a_wrong_rule_is_still_a_change_of_the_source(mutation):
+    compile(mutations.mutated(mutation), mutation.path, "exec")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", ["victim's tokens are lost", "at its junction", "token in flight"])
+def test_a_wrong_rule_is_caught(name):
+    chosen = [m for m in mutations.MUTATIONS if name in m.name]
+    assert len(chosen) == 1
+    assert mutations.first_failure(chosen[0], mutations.TESTS[:1]) is not None

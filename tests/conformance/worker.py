@@ -8,10 +8,42 @@ import json
 import logging
 import os
 import sys
+from unittest import mock
 
 logging.disable(logging.WARNING)  # remarks about unusual sizes, which these cases mean to have
 sys.path.insert(0, sys.argv[1])
 import vllm_oracle as harness  # noqa: E402
+
+build_known = harness.build_scheduler
+
+
+def build_scheduler(config):
+    """The harness knows full and sliding groups; a chunked-local one is built as a full one and changed when the
+    groups are handed to the scheduler."""
+    from vllm.v1 import kv_cache_interface as kv
+
+    groups = config["groups"] or [{"kind": "full"}]
+    known = [{"kind": "full"} if group["kind"] == "chunked" else group for group in groups]
+    make = kv.KVCacheConfig
+
+    def make_chunked(**fields):
+        for group, spec in zip(groups, fields["kv_cache_groups"], strict=True):
+            if group["kind"] == "chunked":
+                full = spec.kv_cache_spec
+                spec.kv_cache_spec = kv.ChunkedLocalAttentionSpec(
+                    block_size=full.block_size,
+                    num_kv_heads=full.num_kv_heads,
+                    head_size=full.head_size,
+                    dtype=full.dtype,
+                    attention_chunk_size=group["window"],
+                )
+        return make(**fields)
+
+    with mock.patch.object(kv, "KVCacheConfig", make_chunked):
+        return build_known({**config, "groups": known})
+
+
+harness.build_scheduler = build_scheduler
 
 
 class Keeper(harness.Oracle):

@@ -1,0 +1,431 @@
+"""The wrong rules of the mutation check: where the source is right, and what is put there instead."""
+# ruff: noqa: E501 (source text as it stands)
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+    name: str
+    rule: str  # of docs/scheduler.md
+    path: str  # in kvsim/
+    old: str  # occurs there exactly once
+    new: str
+
+
+SCHEDULE, BLOCKS, LOOP = "engine/schedule.py", "engine/blocks.py", "engine/loop.py"
+STATE, KEYS, RUN = "engine/state.py", "engine/keys.py", "run.py"
+
+MUTATIONS = (
+    Mutation(
+        "the null block is in use like any other", "1.1", STATE,
+        "usable = settings.num_gpu_blocks - 1",
+        "usable = settings.num_gpu_blocks",
+    ),
+    Mutation(
+        "blocks are taken from the end of the free list", "1.2", BLOCKS,
+        "b = blocks[0].next\n    unlink(blocks, b)",
+        "b = blocks[0].prev\n    unlink(blocks, b)",
+    ),
+    Mutation(
+        "a look-up finds the newest block of a content", "1.3", BLOCKS,
+        "b = s.keys.oldest[group * now.num_keys + key]",
+        "b = s.keys.newest[group * now.num_keys + key]",
+    ),
+    Mutation(
+        "a block that is taken keeps what it had cached", "1.4", BLOCKS,
+        "if blocks[b].key >= 0:\n        evict(s, b)",
+        "if False:\n        evict(s, b)",
+    ),
+    Mutation(
+        "a block that is found stays in the free list", "1.5", BLOCKS,
+        "            if pool.blocks[b].num_refs == 0:\n                unlink(pool.blocks, b)",
+        "            if pool.blocks[b].num_refs == 0:",
+    ),
+    Mutation(
+        "freed blocks without a key go to the end of the free list", "1.6", BLOCKS,
+        "link(blocks, b, 0, blocks[0].next)",
+        "link(blocks, b, blocks[0].prev, 0)",
+    ),
+    Mutation(
+        "freed blocks with a key go to the front of the free list", "1.6", BLOCKS,
+        "link(blocks, b, blocks[0].prev, 0)",
+        "link(blocks, b, 0, blocks[0].next)",
+    ),
+    Mutation(
+        "cached blocks are freed first to last", "1.7", BLOCKS,
+        "for at in range(end - 1, start - 1, -1):",
+        "for at in range(start, end):",
+    ),
+    Mutation(
+        "groups are freed in reverse order", "1.7", BLOCKS,
+        "        for group in range(len(s.groups)):\n            start = table_start(s, row, group)\n            free_entries",
+        "        for group in range(len(s.groups) - 1, -1, -1):\n            start = table_start(s, row, group)\n            free_entries",
+    ),
+    Mutation(
+        "a block's key covers only the unit in which it starts", "1.8", KEYS,
+        "depth = ((k + 1) * block_size - 1) // unit",
+        "depth = k * block_size // unit",
+    ),
+    Mutation(
+        "hits do not count as computed when blocks are asked for", "2.1", SCHEDULE,
+        "tokens = min(num_hits * cfg.block_size + n, cfg.max_model_len)",
+        "tokens = min(n, cfg.max_model_len)",
+    ),
+    Mutation(
+        "the watermark holds while nothing runs", "2.2", SCHEDULE,
+        "watermark = cfg.watermark_blocks if now.num_running > 0 else 0",
+        "watermark = cfg.watermark_blocks",
+    ),
+    Mutation(
+        "the watermark is a share of the usable blocks", "2.2", RUN,
+        "int(settings.watermark * num_gpu_blocks)",
+        "int(settings.watermark * (num_gpu_blocks - 1))",
+    ),
+    Mutation(
+        "a running request leaves the watermark free", "2.2", SCHEDULE,
+        "if lacking * len(s.groups) > now.free_blocks and not",
+        "if lacking and lacking * len(s.groups) + cfg.watermark_blocks > now.free_blocks and not",
+    ),
+    Mutation(
+        "the gate asks for the prompt alone", "2.3", SCHEDULE,
+        "        known = min(known_tokens(s.requests[r]), cfg.max_model_len)",
+        "        known = min(s.requests[r].prompt, cfg.max_model_len)",
+    ),
+    Mutation(
+        "the gate takes hits that are free for nothing", "2.3", SCHEDULE,
+        "blocks_beyond(s, blocks_for(known, cfg.block_size), num_hits) + free_hits",
+        "blocks_beyond(s, blocks_for(known, cfg.block_size), num_hits)",
+    ),
+    Mutation(
+        "the gate does not know the watermark", "2.3", SCHEDULE,
+        "            return POOL_FULL_GATE, needed\n        if needed + watermark > now.free_blocks:",
+        "            return POOL_FULL_GATE, needed\n        if needed > now.free_blocks:",
+    ),
+    Mutation(
+        "hits that are free need no room", "2.4", SCHEDULE,
+        "- num_hits, 0) * len(s.groups) + free_hits",
+        "- num_hits, 0) * len(s.groups)",
+    ),
+    Mutation(
+        "a request asks for a block ahead", "2.4", SCHEDULE,
+        "    if tokens <= row.num_blocks * cfg.block_size:\n        return 0\n    return blocks_for(tokens, cfg.block_size)",
+        "    if tokens < row.num_blocks * cfg.block_size:\n        return 0\n    return blocks_for(tokens + 1, cfg.block_size)",
+    ),
+    Mutation(
+        "what an admission hits is put into the map again", "2.5", BLOCKS,
+        "row.num_blocks = row.num_cached = num_hits",
+        "row.num_blocks = num_hits",
+    ),
+    Mutation(
+        "an admission's blocks are cached after the step", "2.6", SCHEDULE,
+        "    cache_full(s, row, r, row.computed)\n    now.total_admissions",
+        "    cache_full(s, row, r, hit)\n    now.total_admissions",
+    ),
+    Mutation(
+        "a running request's blocks are cached after the step", "2.6", SCHEDULE,
+        "        cache_full(s, row, r, row.computed)\n\n\n",
+        "        cache_full(s, row, r, row.computed - n)\n\n\n",
+    ),
+    Mutation(
+        "the threshold holds for a lonely request", "3.1", SCHEDULE,
+        "if eligible > 1 else 0",
+        "if eligible > 0 else 0",
+    ),
+    Mutation(
+        "the adaptive threshold only counts who runs", "3.1", SCHEDULE,
+        "now.budget // eligible",
+        "now.budget // max(now.num_running, 1)",
+    ),
+    Mutation(
+        "the cadence counts one step too many", "3.2", SCHEDULE,
+        "now.executed + 1 - now.last_prefill < interval",
+        "now.executed - now.last_prefill < interval",
+    ),
+    Mutation(
+        "prefills are deferred though nobody decodes", "3.2", SCHEDULE,
+        "if not s.requests[s.queues.running[x]].prefilling:",
+        "if True:",
+    ),
+    Mutation(
+        "prefills are deferred though somebody waited", "3.2", SCHEDULE,
+        "interval > 1 and not now.cap_bound and",
+        "interval > 1 and",
+    ),
+    Mutation(
+        "a request is scheduled beyond its last token", "3.3", SCHEDULE,
+        "row.computed + 2 - row.placeholders >= row.prompt + row.output",
+        "row.computed + 1 - row.placeholders >= row.prompt + row.output",
+    ),
+    Mutation(
+        "a chunk of a prompt goes on in a deferring step", "3.4", SCHEDULE,
+        "if now.defer and row.prefilling:",
+        "if False and row.prefilling:",
+    ),
+    Mutation(
+        "a chunk may end at the model's length", "3.5", SCHEDULE,
+        "n = min(n, cfg.max_model_len - row.computed - 1)",
+        "n = min(n, cfg.max_model_len - row.computed)",
+    ),
+    Mutation(
+        "nobody runs after a request with nothing to compute", "3.5", SCHEDULE,
+        "        if n == 0:\n            continue",
+        "        if n == 0:\n            break",
+    ),
+    Mutation(
+        "the first of the running list is preempted", "3.6", SCHEDULE,
+        "        return now.num_running - 1\n    last = 0",
+        "        return 0\n    last = 0",
+    ),
+    Mutation(
+        "among equal ranks the last one is preempted", "3.6", SCHEDULE,
+        "row.priority == other.priority and row.arrival > other.arrival",
+        "row.priority == other.priority and row.arrival >= other.arrival",
+    ),
+    Mutation(
+        "the victim is who arrived last, whatever its priority", "3.6", SCHEDULE,
+        "if row.priority > other.priority or (row.priority == other.priority and row.arrival > other.arrival):",
+        "if row.arrival > other.arrival:",
+    ),
+    Mutation(
+        "a victim's tokens are lost to the budget", "3.6", SCHEDULE,
+        "    now.budget += n\n    now.num_prefills",
+        "    now.num_prefills",
+    ),
+    Mutation(
+        "a victim before the one that asks makes it miss its turn", "3.6", SCHEDULE,
+        "        if x < now.cursor:\n            now.cursor -= 1",
+        "        if x < now.cursor:\n            now.cursor -= 0",
+    ),
+    Mutation(
+        "several victims wait in the order in which they went", "3.7", SCHEDULE,
+        "        s.queues.preempted[now.num_preempted] = victim\n",
+        "        for k in range(now.num_preempted, 0, -1):\n            s.queues.preempted[k] = s.queues.preempted[k - 1]\n        s.queues.preempted[0] = victim\n",
+    ),
+    Mutation(
+        "output in flight is fresh after a preemption", "3.7", SCHEDULE,
+        "row.stale = row.in_flight",
+        "row.stale = 0",
+    ),
+    Mutation(
+        "who preempts itself ends the phase under priorities too", "3.8", SCHEDULE,
+        "if cfg.policy == PRIORITY:  # 3.8",
+        "if False:",
+    ),
+    Mutation(
+        "requests are admitted in a step with a preemption", "3.10", SCHEDULE,
+        "    if now.num_victims == 0:\n        admit_waiting(s)",
+        "    if True:\n        admit_waiting(s)",
+    ),
+    Mutation(
+        "a prompt that is cached whole is not computed at all", "3.11", BLOCKS,
+        "tokens = num_tokens - 1",
+        "tokens = num_tokens",
+    ),
+    Mutation(
+        "a deferring step admits nobody", "3.12", SCHEDULE,
+        "return s.now[0].defer and hit < known_tokens(s.requests[r]) - 1",
+        "return s.now[0].defer",
+    ),
+    Mutation(
+        "an admission knows no threshold", "3.13", SCHEDULE,
+        "return now.threshold if 0 < now.threshold < n else n",
+        "return n",
+    ),
+    Mutation(
+        "a prompt is cut although chunked prefill is off", "3.13", SCHEDULE,
+        "(not s.settings.enable_chunked_prefill and n > now.budget)",
+        "False",
+    ),
+    Mutation(
+        "the cap on running requests is max_num_seqs alone", "3.14", RUN,
+        "or_none(settings.max_num_active_seqs, settings.max_num_seqs)",
+        "settings.max_num_seqs",
+    ),
+    Mutation(
+        "who is admitted goes to the front of the running list", "3.15", SCHEDULE,
+        "    s.queues.running[now.num_running] = r\n",
+        "    for x in range(now.num_running, 0, -1):\n        s.queues.running[x] = s.queues.running[x - 1]\n    s.queues.running[0] = r\n",
+    ),
+    Mutation(
+        "equal priorities are admitted latest first", "3.15", SCHEDULE,
+        "return comes_first(req[a].arrival, a, req[b].arrival, b)",
+        "return comes_first(req[b].arrival, b, req[a].arrival, a)",
+    ),
+    Mutation(
+        "a deferring step notes who waits", "3.16", SCHEDULE,
+        "        if not now.defer:\n            now.cap_bound",
+        "        if True:\n            now.cap_bound",
+    ),
+    Mutation(
+        "chunks of running prompts do not count for the cadence", "3.17", SCHEDULE,
+        "        now.num_prefills += row.prefilling  # 3.17\n",
+        "",
+    ),
+    Mutation(
+        "every admission counts for the cadence", "3.17", SCHEDULE,
+        "now.num_prefills += hit < known_tokens(row) - 1",
+        "now.num_prefills += hit < known_tokens(row)",
+    ),
+    Mutation(
+        "empty steps count for the cadence", "3.17", SCHEDULE,
+        "    if scheduled > 0:\n        now.executed += 1",
+        "    if scheduled >= 0:\n        now.executed += 1",
+    ),
+    Mutation(
+        "a request gets one token more than it asked for", "3.19", LOOP,
+        "if row.generated >= row.output:",
+        "if row.generated > row.output:",
+    ),
+    Mutation(
+        "a request may be one token longer than the model", "3.19", LOOP,
+        "elif row.prompt + row.generated >= s.settings.max_model_len:",
+        "elif row.prompt + row.generated > s.settings.max_model_len:",
+    ),
+    Mutation(
+        "requests that arrive as a step ends come a step late", "3.20", LOOP,
+        "        if not receive(s, now.t):\n            return EVENTS_FULL\n        account",
+        "        if now.num_running == 0 and not receive(s, now.t):\n            return EVENTS_FULL\n        account",
+    ),
+    Mutation(
+        "a prompt of the model's length is served", "3.21", LOOP,
+        "if prompt >= cfg.max_model_len:",
+        "if prompt > cfg.max_model_len:",
+    ),
+    Mutation(
+        "output of the model's length is refused", "3.21", LOOP,
+        "FRONTEND_OPENAI and output > cfg.max_model_len",
+        "FRONTEND_OPENAI and output >= cfg.max_model_len",
+    ),
+    Mutation(
+        "a request one block too long for the pool is served", "3.22", SCHEDULE,
+        "whole > cfg.num_gpu_blocks - 1:",
+        "whole > cfg.num_gpu_blocks:",
+    ),
+    Mutation(
+        "steps overlap on the device", "4.1", LOOP,
+        "now.step_start = max(now.t, now.device_free)",
+        "now.step_start = now.t",
+    ),
+    Mutation(
+        "one step in flight instead of two", "4.1", LOOP,
+        "now.awaiting = now.steps_in_flight == len(s.flights) or",
+        "now.awaiting = now.steps_in_flight >= 1 or",
+    ),
+    Mutation(
+        "a chunk of a prompt assumes a token too", "4.2", SCHEDULE,
+        "row.placeholders += entry.emits",
+        "row.placeholders += 1",
+    ),
+    Mutation(
+        "a decode counts assumed tokens as known ones still to compute", "4.2", SCHEDULE,
+        "entry.emits = row.computed == known_tokens(row) + row.placeholders",
+        "entry.emits = row.computed == known_tokens(row)",
+    ),
+    Mutation(
+        "a preempted request loses the token in flight", "4.3", LOOP,
+        "if not step[k].emits or row.status == ENDED:",
+        "if not step[k].emits or row.status == ENDED or is_stale:",
+    ),
+    Mutation(
+        "stale output takes back an assumed token", "4.3", LOOP,
+        "if s.settings.async_scheduling and not is_stale:",
+        "if s.settings.async_scheduling:",
+    ),
+    Mutation(
+        "tokens in flight are cached with the output before them", "4.3", LOOP,
+        "cache_full(s, row, r, row.computed - row.in_flight)",
+        "cache_full(s, row, r, row.computed)",
+    ),
+    Mutation(
+        "generated blocks are not cached when their output comes", "4.3", LOOP,
+        "            cache_full(s, row, r, row.computed - row.in_flight)  # 4.3\n",
+        "",
+    ),
+    Mutation(
+        "one empty step means that nothing changes any more", "4.5", LOOP,
+        "idle_limit = 3 if s.settings.async_scheduling else 1",
+        "idle_limit = 1",
+    ),
+    Mutation(
+        "a window's most blocks are those of one batch in flight", "4.6", STATE,
+        "* (2 if settings.async_scheduling else 1)  # 4.6",
+        "",
+    ),
+    Mutation(
+        "a window is one token wider", "6.4", BLOCKS,
+        "max(0, computed - group.window + 1)",
+        "max(0, computed - group.window)",
+    ),
+    Mutation(
+        "a window is one token narrower", "6.4", BLOCKS,
+        "max(0, computed - group.window + 1)",
+        "max(0, computed - group.window + 2)",
+    ),
+    Mutation(
+        "the gate allows a window one block less", "6.4", STATE,
+        "-(-min(row.window - 1 + in_flight, limit) // block) + 1",
+        "-(-min(row.window - 1 + in_flight, limit) // block)",
+    ),
+    Mutation(
+        "a running request keeps what its windows have left behind", "6.5", SCHEDULE,
+        "        if has_windows:\n            free_skipped(s, row)\n",
+        "",
+    ),
+    Mutation(
+        "windows leave blocks behind before their output is there", "6.5", BLOCKS,
+        "row.computed - row.in_flight), row.num_blocks)",
+        "row.computed), row.num_blocks)",
+    ),
+    Mutation(
+        "blocks are taken in turn for the groups", "6.6", BLOCKS,
+        "        for group in range(num_groups):\n            start = table_start(s, row, group) + row.num_blocks\n            for k in range(count):\n                pool.table[start + k] = take_front(s)",
+        "        for k in range(count):\n            for group in range(num_groups):\n                pool.table[table_start(s, row, group) + row.num_blocks + k] = take_front(s)",
+    ),
+    Mutation(
+        "a window caches the block of the last prompt token too", "6.7", BLOCKS,
+        "return end - run <= k < end or",
+        "return end - run <= k <= end or",
+    ),
+    Mutation(
+        "a resumed request caches before all its known tokens", "6.7", BLOCKS,
+        "end = (row.prompt - 1) // s.settings.block_size",
+        "end = (row.prompt + row.generated - 1) // s.settings.block_size",
+    ),
+    Mutation(
+        "a window does not cache at its junction", "6.7", BLOCKS,
+        " or row.junction - run <= k < row.junction",
+        "",
+    ),
+    Mutation(
+        "windows are sparse whatever the retention interval", "6.7", BLOCKS,
+        "    if s.settings.cache_every_block:\n        return run > 0\n",
+        "",
+    ),
+    Mutation(
+        "a junction outlives the admission after it", "6.7", BLOCKS,
+        "    row.junction = now.junction\n",
+        "    row.junction = max(row.junction, now.junction)\n",
+    ),
+    Mutation(
+        "a window wants one block more", "6.8", BLOCKS,
+        "needed = s.groups[like].run_blocks",
+        "needed = s.groups[like].run_blocks + 1",
+    ),
+    Mutation(
+        "groups are looked up in one round only", "6.8", BLOCKS,
+        "if is_one_round or tokens == before:",
+        "if True:",
+    ),
+    Mutation(
+        "groups are looked up in the order in which they are listed", "6.8", STATE,
+        "key=lambda g: out[g].kind != FULL",
+        "key=lambda g: g",
+    ),
+    Mutation(
+        "of equal groups only the first is asked", "6.8", BLOCKS,
+        "    for group in range(like, len(groups)):\n        if groups[group].kind == groups[like].kind and groups[group].window == groups[like].window:\n            b = ",
+        "    for group in range(like, like + 1):\n        if groups[group].kind == groups[like].kind and groups[group].window == groups[like].window:\n            b = ",
+    ),
+)  # fmt: skip
