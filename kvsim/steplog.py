@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvsim import files
+from kvsim.engine.state import STATE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,9 +85,10 @@ class StepLog:
 
 
 def new_blocks(s: State, entry) -> list[list[int]]:
-    """Blocks that a scheduled request got, by group; the null block is 0."""
+    """Blocks that a scheduled request got, by group; the null block is 0. A table of one state has one entry."""
     tables = s.pool.table.reshape(-1, len(s.groups), s.now[0].table_stride)[s.requests[entry.request].slot]
-    return tables[:, entry.new_from : entry.new_from + entry.num_new].tolist()
+    lists = tables[:, entry.new_from : entry.new_from + entry.num_new].tolist()
+    return [[b for b in row if b or kind != STATE] for row, kind in zip(lists, s.groups.kind, strict=True)]
 
 
 class LogFile:

@@ -144,8 +144,8 @@ def _check_groups(path: str, groups) -> None:
     if not isinstance(groups, list) or not groups or not all(isinstance(group, dict) for group in groups):
         raise UserError(f'{path}: groups is not a list such as [{{"kind": "full"}}]')
     for group in groups:
-        if group.get("kind") not in ("full", *_WINDOWED):
-            raise UserError(f"{path}: group kind {group.get('kind')!r} is not full, {' or '.join(_WINDOWED)}")
+        if group.get("kind") not in ("full", "mamba", *_WINDOWED):
+            raise UserError(f"{path}: group kind {group.get('kind')!r} is not full, mamba, {' or '.join(_WINDOWED)}")
         if group["kind"] in _WINDOWED and not (type(group.get("window")) is int and group["window"] >= 1):
             raise UserError(f"{path}: a {group['kind']} group has the window {group.get('window')!r}; give tokens")
 

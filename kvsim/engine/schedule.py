@@ -46,6 +46,9 @@ from kvsim.engine.state import (
 )
 
 
+LIVELOCK_ROUNDS = 16
+
+
 @inline_njit
 def schedule(s):
     """Decide one step: who runs with how many tokens, who is preempted, who is admitted (3.1-3.18). Leaves the
@@ -248,12 +251,15 @@ def preempt(s, victim, for_request, needed):
 @inner_njit
 def alone_and_too_big(s, r, needed):
     """`r` preempted itself with nothing else running: the pool can never hold it. Strict runs keep the engine's
-    livelock, and note when it has come round without a token made and with nobody left to come."""
+    livelock, and note when it has come round often enough without a token made: the first rounds may find more in
+    the prefix cache than those before."""
     now = s.now[0]
     if not s.settings.strict:
         drop_unservable(s, r, needed)
         return
-    now.livelock = now.lonely_request == r and now.lonely_tokens == now.total_generated
+    is_same = now.lonely_request == r and now.lonely_tokens == now.total_generated
+    now.lonely_rounds = now.lonely_rounds + 1 if is_same else 0
+    now.livelock = now.lonely_rounds >= LIVELOCK_ROUNDS
     now.lonely_request = r
     now.lonely_tokens = now.total_generated
 

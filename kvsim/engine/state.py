@@ -326,7 +326,7 @@ NOW = np.dtype(
             # last `wait` event
             "wait_request", "wait_cause",
             # livelock of a lonely request (strict)
-            "lonely_request", "lonely_tokens", "livelock",
+            "lonely_request", "lonely_tokens", "lonely_rounds", "livelock",
             # totals
             "num_events", "total_preemptions", "total_admissions", "total_scheduled", "total_prefill",
             "total_decode", "total_generated", "total_rejected", "prefix_queries", "prefix_hits", "gap_sum",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -77,7 +78,7 @@ def main(argv=None) -> int:
 def settings_of(text: str) -> dict:
     """`a=1,b=none,c=fcfs` as settings, each value as JSON where it is some."""
     out = {}
-    for pair in text.replace("=none", "=null").split(","):
+    for pair in re.split(r",(?=\w+=)", text.replace("=none", "=null")):  # a value may be a list
         key, _, value = pair.partition("=")
         if key not in (*space.DEFAULTS, *space.OUTSIDE_CONFIG, ""):
             raise UserError(f"--only: there is no setting {key!r}")

@@ -72,7 +72,7 @@ def _groups(rng, block_size, max_model_len) -> list | None:
         widest = rng.choice([2 * block_size, max_model_len, 2 * max_model_len + block_size])
         return {"kind": "sliding", "window": around(rng, 1, widest)}
 
-    full, same = {"kind": "full"}, sliding()
+    full, same, state = {"kind": "full"}, sliding(), {"kind": "mamba"}
     chunk = rng.choice([block_size * rng.randint(1, 4), around(rng, 1, 2 * max_model_len)])
     chunked = {"kind": "chunked", "window": chunk}
     return rng.choice(
@@ -80,6 +80,7 @@ def _groups(rng, block_size, max_model_len) -> list | None:
         + [[full], [sliding()], [sliding()], [full, sliding()], [full, sliding()], [sliding(), full]]
         + [[full, sliding(), sliding()], [sliding(), sliding(), full], [full, same, same], [same, full, same]]
         + [[chunked], [full, chunked], [chunked, full], [chunked, chunked, full], [full, chunked, sliding()]]
+        + [[full, state], [state, full], [state, state, full]]
     )
 
 

@@ -18,18 +18,23 @@ build_known = harness.build_scheduler
 
 
 def build_scheduler(config):
-    """The harness knows full and sliding groups; a chunked-local one is built as a full one and changed when the
-    groups are handed to the scheduler."""
+    """The harness knows full and sliding groups; a chunked-local or recurrent one is built as a full one and changed
+    when the groups are handed to the scheduler."""
+    import vllm.config
     from vllm.v1 import kv_cache_interface as kv
 
     groups = config["groups"] or [{"kind": "full"}]
-    known = [{"kind": "full"} if group["kind"] == "chunked" else group for group in groups]
-    make = kv.KVCacheConfig
+    known = [{"kind": "full"} if group["kind"] in ("chunked", "mamba") else group for group in groups]
+    make, make_cache_config = kv.KVCacheConfig, vllm.config.CacheConfig
+    # Without prefix caching a request keeps one state, whatever its length.
+    aligned = config["enable_prefix_caching"]
+    state_blocks = config["block_size"] if aligned else config["max_model_len"]
+    state_mode = "align" if aligned else "none"
 
-    def make_chunked(**fields):
+    def make_groups(**fields):
         for group, spec in zip(groups, fields["kv_cache_groups"], strict=True):
+            full = spec.kv_cache_spec
             if group["kind"] == "chunked":
-                full = spec.kv_cache_spec
                 spec.kv_cache_spec = kv.ChunkedLocalAttentionSpec(
                     block_size=full.block_size,
                     num_kv_heads=full.num_kv_heads,
@@ -37,9 +42,22 @@ def build_scheduler(config):
                     dtype=full.dtype,
                     attention_chunk_size=group["window"],
                 )
+            elif group["kind"] == "mamba":
+                spec.kv_cache_spec = kv.MambaSpec(
+                    block_size=state_blocks, shapes=((16,),), dtypes=(full.dtype,), mamba_cache_mode=state_mode
+                )
         return make(**fields)
 
-    with mock.patch.object(kv, "KVCacheConfig", make_chunked):
+    def cache_config(**fields):
+        made = make_cache_config(**fields)
+        if any(group["kind"] == "mamba" for group in groups):
+            made.mamba_cache_mode = state_mode
+        return made
+
+    with (
+        mock.patch.object(kv, "KVCacheConfig", make_groups),
+        mock.patch.object(vllm.config, "CacheConfig", cache_config),
+    ):
         return build_known({**config, "groups": known})
 
 

@@ -135,6 +135,8 @@ REQUEST_COLUMNS = (
 )  # fmt: skip
 
 
+LIVELOCK_ROUNDS = 16
+
 COMPLETE = ("finish", "finished", None)  # event, outcome, cause of a stop
 CAPPED = ("cap", "capped", "max_model_len")
 
@@ -228,7 +230,8 @@ class Engine:
         self.num_steps = 0  # schedule() calls made
         self.num_tokens_made = 0
         self.last_wait = None  # (request, cause) of the last `wait` event
-        self.last_lone_preemption = None  # (request, tokens made or in the making) then
+        self.last_lone_preemption = None  # (request, tokens made) then
+        self.num_lone_rounds = 0  # such preemptions in a row without a token made
         self.end_cause = None  # horizon or stalled, if the run was cut short
         self.events = []
         self.steps = [] if record_steps else None
@@ -674,13 +677,11 @@ class Engine:
         if not self.settings.strict:
             self.remove_unservable(step, request, needed)
             return
-        # The engine would try for ever. Once more without a token made meanwhile, or in the making, proves it.
-        in_the_making = sum(
-            s.gets_token and s.request.outcome is None for flying in self.in_flight for s in flying.scheduled
-        )
-        mark = (request.index, self.num_tokens_made + in_the_making)
-        step.is_livelock = mark == self.last_lone_preemption
+        # The engine would try for ever. A few rounds may find more in the prefix cache than those before.
+        mark = (request.index, self.num_tokens_made)
+        self.num_lone_rounds = self.num_lone_rounds + 1 if mark == self.last_lone_preemption else 0
         self.last_lone_preemption = mark
+        step.is_livelock = self.num_lone_rounds >= LIVELOCK_ROUNDS
 
     def remove_unservable(self, step, request, needed):
         """Drop the waiting `request`, which can never fit."""
