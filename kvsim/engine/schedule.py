@@ -72,6 +72,8 @@ def open_step(s):
     now.is_scheduling = 1
     now.first_entry = now.num_steps % len(s.flights) * cfg.max_num_seqs
     now.num_scheduled = now.num_victims = now.num_dropped = now.num_prefills = now.livelock = 0
+    now.sampled = now.prefill_tokens = now.decode_tokens = 0
+    now.ctx = now.prefill_ctx = now.prefill_pairs = 0
     now.looked_up = -1
     eligible = now.num_running + num_waiting(now)
     now.threshold = cfg.long_prefill_token_threshold if eligible > 1 else 0
@@ -210,6 +212,7 @@ def unschedule(s, victim):
     if k == end:
         return
     n = step[k].tokens
+    add_to_sums(now, row, step[k], -1)
     now.budget += n
     now.num_prefills -= step[k].is_prefill
     now.num_scheduled -= 1
@@ -450,14 +453,30 @@ def put_in_step(now, row, entry, n, is_prefill):
 @inline_njit
 def count_as_computed(s, row, entry):
     """What is scheduled counts as computed from now on (3.18). The request gets a token from the step unless known
-    tokens remain (3.19)."""
+    tokens remain (3.19); with asynchronous scheduling that token is assumed (4.2)."""
     n = entry.tokens
     row.computed += n
     row.scheduled_tokens += n
     s.now[0].held_tokens += n
     entry.emits = row.computed == known_tokens(row) + row.placeholders
+    row.prefilling = not entry.emits
     if s.settings.async_scheduling:
         row.in_flight += n
+        row.placeholders += entry.emits
+    add_to_sums(s.now[0], row, entry, 1)
+
+
+@inline_njit
+def add_to_sums(now, row, entry, sign):
+    """Add (1) what a request has in the step to the step's sums, or take it out again (-1)."""
+    now.sampled += sign * entry.emits
+    now.ctx += sign * row.computed
+    if entry.is_prefill:
+        now.prefill_tokens += sign * entry.tokens
+        now.prefill_ctx += sign * row.computed
+        now.prefill_pairs += sign * pairs(row.computed - entry.tokens, row.computed)
+    else:
+        now.decode_tokens += sign * entry.tokens
 
 
 @inline_njit
@@ -684,25 +703,8 @@ def note_wait(s):
 
 @inline_njit
 def close_step(s):
-    """The scheduled tokens are (being) computed (3.18), their output is assumed (4.2); the step's sums, totals, the
-    cadence's clock (3.17) and the counts for the step log."""
-    now, req, step = s.now[0], s.requests, s.step
-    now.sampled = now.prefill_tokens = now.decode_tokens = 0
-    now.ctx = now.prefill_ctx = now.prefill_pairs = 0
-    for k in range(now.first_entry, now.first_entry + now.num_scheduled):
-        entry = step[k]
-        row = req[entry.request]
-        now.sampled += entry.emits
-        now.ctx += row.computed
-        row.prefilling = not entry.emits
-        if entry.is_prefill:
-            now.prefill_tokens += entry.tokens
-            now.prefill_ctx += row.computed
-            now.prefill_pairs += pairs(row.computed - entry.tokens, row.computed)
-        else:
-            now.decode_tokens += entry.tokens
-        if s.settings.async_scheduling:
-            row.placeholders += entry.emits
+    """Totals, the cadence's clock (3.17) and the counts for the step log."""
+    now = s.now[0]
     scheduled = now.prefill_tokens + now.decode_tokens
     now.total_scheduled += scheduled
     now.total_prefill += now.prefill_tokens
