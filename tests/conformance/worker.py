@@ -18,18 +18,20 @@ build_known = harness.build_scheduler
 
 
 def build_scheduler(config):
-    """The harness knows full and sliding groups; a chunked-local one is built as a full one and changed when the
-    groups are handed to the scheduler."""
+    """The harness knows full and sliding groups; the others are built as full ones, and changed when the groups are
+    handed to the scheduler."""
+    import vllm.config
     from vllm.v1 import kv_cache_interface as kv
 
     groups = config["groups"] or [{"kind": "full"}]
-    known = [{"kind": "full"} if group["kind"] == "chunked" else group for group in groups]
-    make = kv.KVCacheConfig
+    known = [group if group["kind"] == "sliding" else {"kind": "full"} for group in groups]
+    state_mode = "align" if config["enable_prefix_caching"] else "none"
+    make, make_cache = kv.KVCacheConfig, vllm.config.CacheConfig
 
-    def make_chunked(**fields):
+    def make_groups(**fields):
         for group, spec in zip(groups, fields["kv_cache_groups"], strict=True):
+            full = spec.kv_cache_spec
             if group["kind"] == "chunked":
-                full = spec.kv_cache_spec
                 spec.kv_cache_spec = kv.ChunkedLocalAttentionSpec(
                     block_size=full.block_size,
                     num_kv_heads=full.num_kv_heads,
@@ -37,9 +39,22 @@ def build_scheduler(config):
                     dtype=full.dtype,
                     attention_chunk_size=group["window"],
                 )
+            elif group["kind"] == "mamba":
+                # Without prefix caching a state is a block for the whole request.
+                size = full.block_size if state_mode == "align" else config["max_model_len"]
+                spec.kv_cache_spec = kv.MambaSpec(
+                    block_size=size, shapes=((1,),), dtypes=(full.dtype,), mamba_cache_mode=state_mode
+                )
         return make(**fields)
 
-    with mock.patch.object(kv, "KVCacheConfig", make_chunked):
+    def make_cache_config(**fields):
+        has_states = any(group["kind"] == "mamba" for group in groups)
+        return make_cache(**fields, **({"mamba_cache_mode": state_mode} if has_states else {}))
+
+    with (
+        mock.patch.object(kv, "KVCacheConfig", make_groups),
+        mock.patch.object(vllm.config, "CacheConfig", make_cache_config),
+    ):
         return build_known({**config, "groups": known})
 
 
