@@ -269,11 +269,6 @@ MUTATIONS = (
         "now.num_prefills += hit < known_tokens(row)",
     ),
     Mutation(
-        "empty steps count for the cadence", "3.17", SCHEDULE,
-        "    if scheduled > 0:\n        now.executed += 1",
-        "    if scheduled >= 0:\n        now.executed += 1",
-    ),
-    Mutation(
         "a request gets one token more than it asked for", "3.19", LOOP,
         "if row.generated >= row.output:",
         "if row.generated > row.output:",
