@@ -72,15 +72,15 @@ def _groups(rng, block_size, max_model_len) -> list | None:
         widest = rng.choice([2 * block_size, max_model_len, 2 * max_model_len + block_size])
         return {"kind": "sliding", "window": around(rng, 1, widest)}
 
-    full, same, state = {"kind": "full"}, sliding(), {"kind": "mamba"}
+    full, same = {"kind": "full"}, sliding()
     chunk = rng.choice([block_size * rng.randint(1, 4), around(rng, 1, 2 * max_model_len)])
-    chunked = {"kind": "chunked", "window": chunk}
+    chunked, state = {"kind": "chunked", "window": chunk}, {"kind": "mamba"}
     return rng.choice(
-        [None] * 7
+        [None] * 8
         + [[full], [sliding()], [sliding()], [full, sliding()], [full, sliding()], [sliding(), full]]
         + [[full, sliding(), sliding()], [sliding(), sliding(), full], [full, same, same], [same, full, same]]
         + [[chunked], [full, chunked], [chunked, full], [chunked, chunked, full], [full, chunked, sliding()]]
-        + [[full, state], [state, full], [state, state, full]]
+        + [[full, state], [full, state], [state, full], [full, state, state], [full, state, sliding()]]
     )
 
 
@@ -220,7 +220,11 @@ def _few_ids(rng, count, prompt, output, longest, unit):
 def _num_gpu_blocks(rng, is_pressed, config, requests) -> int:
     """A pool between too small and plenty, measured by what the largest request and all that may run need."""
     size, limit = config["block_size"], config["max_model_len"]
-    windows = [group.get("window", limit) + size for group in config["groups"] or [{}]]
+    least = {"mamba": size}
+    windows = [
+        group.get("window", least.get(group["kind"], limit)) + size
+        for group in config["groups"] or [{"kind": "full"}]
+    ]
 
     def blocks(tokens):
         return sum(-(-min(tokens, window) // size) for window in windows)

@@ -18,18 +18,15 @@ build_known = harness.build_scheduler
 
 
 def build_scheduler(config):
-    """The harness knows full and sliding groups; a chunked-local or recurrent one is built as a full one and changed
-    when the groups are handed to the scheduler."""
+    """The harness knows full and sliding groups; the others are built as full ones, and changed when the groups are
+    handed to the scheduler."""
     import vllm.config
     from vllm.v1 import kv_cache_interface as kv
 
     groups = config["groups"] or [{"kind": "full"}]
-    known = [{"kind": "full"} if group["kind"] in ("chunked", "mamba") else group for group in groups]
-    make, make_cache_config = kv.KVCacheConfig, vllm.config.CacheConfig
-    # Without prefix caching a request keeps one state, whatever its length.
-    aligned = config["enable_prefix_caching"]
-    state_blocks = config["block_size"] if aligned else config["max_model_len"]
-    state_mode = "align" if aligned else "none"
+    known = [group if group["kind"] == "sliding" else {"kind": "full"} for group in groups]
+    state_mode = "align" if config["enable_prefix_caching"] else "none"
+    make, make_cache = kv.KVCacheConfig, vllm.config.CacheConfig
 
     def make_groups(**fields):
         for group, spec in zip(groups, fields["kv_cache_groups"], strict=True):
@@ -43,20 +40,20 @@ def build_scheduler(config):
                     attention_chunk_size=group["window"],
                 )
             elif group["kind"] == "mamba":
+                # Without prefix caching a state is a block for the whole request.
+                size = full.block_size if state_mode == "align" else config["max_model_len"]
                 spec.kv_cache_spec = kv.MambaSpec(
-                    block_size=state_blocks, shapes=((16,),), dtypes=(full.dtype,), mamba_cache_mode=state_mode
+                    block_size=size, shapes=((1,),), dtypes=(full.dtype,), mamba_cache_mode=state_mode
                 )
         return make(**fields)
 
-    def cache_config(**fields):
-        made = make_cache_config(**fields)
-        if any(group["kind"] == "mamba" for group in groups):
-            made.mamba_cache_mode = state_mode
-        return made
+    def make_cache_config(**fields):
+        has_states = any(group["kind"] == "mamba" for group in groups)
+        return make_cache(**fields, **({"mamba_cache_mode": state_mode} if has_states else {}))
 
     with (
         mock.patch.object(kv, "KVCacheConfig", make_groups),
-        mock.patch.object(vllm.config, "CacheConfig", cache_config),
+        mock.patch.object(vllm.config, "CacheConfig", make_cache_config),
     ):
         return build_known({**config, "groups": known})
 

@@ -85,8 +85,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a running request leaves the watermark free", "2.2", SCHEDULE,
-        "if lacking * len(s.groups) > now.free_blocks and not",
-        "if lacking and lacking * len(s.groups) + cfg.watermark_blocks > now.free_blocks and not",
+        "        needed = blocks_beyond(s, row.num_blocks, row.num_blocks + lacking, False) if lacking > 0 else 0",
+        "        needed = blocks_beyond(s, row.num_blocks, row.num_blocks + lacking, False) + cfg.watermark_blocks if lacking > 0 else 0",
     ),
     Mutation(
         "the gate asks for the prompt alone", "2.3", SCHEDULE,
@@ -95,8 +95,8 @@ MUTATIONS = (
     ),
     Mutation(
         "the gate takes hits that are free for nothing", "2.3", SCHEDULE,
-        "blocks_beyond(s, blocks_for(known, cfg.block_size), num_hits) + free_hits",
-        "blocks_beyond(s, blocks_for(known, cfg.block_size), num_hits)",
+        "blocks_beyond(s, num_hits, blocks_for(known, cfg.block_size), True) + free_hits",
+        "blocks_beyond(s, num_hits, blocks_for(known, cfg.block_size), True)",
     ),
     Mutation(
         "the gate does not know the watermark", "2.3", SCHEDULE,
@@ -105,8 +105,8 @@ MUTATIONS = (
     ),
     Mutation(
         "hits that are free need no room", "2.4", SCHEDULE,
-        "- num_hits, 0) * len(s.groups) + free_hits",
-        "- num_hits, 0) * len(s.groups)",
+        "blocks_beyond(s, num_hits, blocks_for(tokens, cfg.block_size), False) + free_hits",
+        "blocks_beyond(s, num_hits, blocks_for(tokens, cfg.block_size), False)",
     ),
     Mutation(
         "a request asks for a block ahead", "2.4", SCHEDULE,
@@ -269,11 +269,6 @@ MUTATIONS = (
         "now.num_prefills += hit < known_tokens(row)",
     ),
     Mutation(
-        "empty steps count for the cadence", "3.17", SCHEDULE,
-        "    if scheduled > 0:\n        now.executed += 1",
-        "    if scheduled >= 0:\n        now.executed += 1",
-    ),
-    Mutation(
         "a request gets one token more than it asked for", "3.19", LOOP,
         "if row.generated >= row.output:",
         "if row.generated > row.output:",
@@ -285,8 +280,8 @@ MUTATIONS = (
     ),
     Mutation(
         "requests that arrive as a step ends come a step late", "3.20", LOOP,
-        "        if not receive(s, now.t):\n            return EVENTS_FULL\n        account",
-        "        if now.num_running == 0 and not receive(s, now.t):\n            return EVENTS_FULL\n        account",
+        "        if not receive(s, now.t):\n            return EVENTS_FULL\n        now.rec",
+        "        if now.num_running == 0 and not receive(s, now.t):\n            return EVENTS_FULL\n        now.rec",
     ),
     Mutation(
         "a prompt of the model's length is served", "3.21", LOOP,
@@ -370,7 +365,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a running request keeps what its windows have left behind", "6.5", SCHEDULE,
-        "        if has_windows:\n            free_skipped(s, row)\n",
+        "        if now.has_windows:\n            free_skipped(s, row)\n",
         "",
     ),
     Mutation(
@@ -379,9 +374,9 @@ MUTATIONS = (
         "row.computed), row.num_blocks)",
     ),
     Mutation(
-        "blocks are taken in turn for the groups", "6.6", BLOCKS,
-        "        for group in range(num_groups):\n            start = table_start(s, row, group) + row.num_blocks\n            for k in range(count):\n                pool.table[start + k] = take_front(s)",
-        "        for k in range(count):\n            for group in range(num_groups):\n                pool.table[table_start(s, row, group) + row.num_blocks + k] = take_front(s)",
+        "blocks are taken for the last group first", "6.6", BLOCKS,
+        "    for group in range(len(s.groups)):\n        taken = blocks_to_take",
+        "    for group in range(len(s.groups) - 1, -1, -1):\n        taken = blocks_to_take",
     ),
     Mutation(
         "a window caches the block of the last prompt token too", "6.7", BLOCKS,
@@ -427,5 +422,40 @@ MUTATIONS = (
         "of equal groups only the first is asked", "6.8", BLOCKS,
         "    for group in range(like, len(groups)):\n        if groups[group].kind == groups[like].kind and groups[group].window == groups[like].window:\n            b = ",
         "    for group in range(like, like + 1):\n        if groups[group].kind == groups[like].kind and groups[group].window == groups[like].window:\n            b = ",
+    ),
+    Mutation(
+        "a recurrent group keeps the states of all boundaries", "6.10", BLOCKS,
+        "        return max(0, computed - 1)",
+        "        return 0",
+    ),
+    Mutation(
+        "prefills of recurrent layers end anywhere", "6.10", SCHEDULE,
+        "        if aligned > start or block_size <= most:\n            end = aligned",
+        "        if False:\n            end = aligned",
+    ),
+    Mutation(
+        "a state that this very step caches can be hit", "6.10", SCHEDULE,
+        "        if now.has_states and hits_fresh_state(s, num_hits):\n            needed = cfg.num_gpu_blocks + 1\n        if needed > now.free_blocks:\n            return POOL_FULL_GATE, needed",
+        "        if needed > now.free_blocks:\n            return POOL_FULL_GATE, needed",
+    ),
+    Mutation(
+        "no prefill stops at the last boundary of a prompt", "6.10", SCHEDULE,
+        "        (known_tokens(row) - 1) // block_size * block_size,\n",
+        "        0,\n",
+    ),
+    Mutation(
+        "no prefill stops at a junction", "6.10", SCHEDULE,
+        "start + (junction * block_size - start) // block_size * block_size if junction * block_size < end else 0,",
+        "0,",
+    ),
+    Mutation(
+        "a window that keeps chunks begins a chunk late", "6.4", BLOCKS,
+        "return computed // group.window * group.window",
+        "return (computed - 1) // group.window * group.window",
+    ),
+    Mutation(
+        "chunks that are not needed do not count as found", "6.8", BLOCKS,
+        "    k = skipped_blocks(s, like, tokens)\n    forget",
+        "    k = 0\n    forget",
     ),
 )  # fmt: skip
