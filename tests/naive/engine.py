@@ -404,10 +404,6 @@ class Engine:
         """Blocks that hold `num_tokens`, never more than max_model_len of them."""
         return -(-min(num_tokens, self.settings.max_model_len) // self.settings.block_size)
 
-    def passed_blocks(self, group, num_computed):
-        """Leading blocks that `group` has no use for after `num_computed` tokens (6.4)."""
-        return group.num_passed(min(num_computed, self.settings.max_model_len))
-
     def blocks_to_hold(self, request, num_tokens, hits, is_gate=False):
         """Free blocks that `request` lacks, in all groups, to hold `num_tokens` once it has `hits` (6.4).
 
@@ -417,17 +413,15 @@ class Engine:
         for group, table, hit in zip(self.groups, request.tables, hits.tables, strict=True):
             required = self.num_blocks(num_tokens)
             if is_gate:
-                required = min(required, self.most_blocks(group))
+                most = group.most_blocks(self.max_in_flight_tokens, self.settings.max_model_len)
+                required = min(required, most)
             if table:
                 total += max(required - len(table), 0)
             else:
-                passed = self.passed_blocks(group, hits.num_tokens)
+                passed = group.num_passed(hits.num_tokens)
                 total += max(required - max(passed, len(hit)), 0)
                 total += sum(block != NULL and self.pool.num_owners[block] == 0 for block in hit[passed:])
         return total
-
-    def most_blocks(self, group):
-        return group.most_blocks(self.max_in_flight_tokens, self.settings.max_model_len)
 
     def blocks_to_grow(self, request, num_new, hits):
         """Free blocks `request` lacks to compute `num_new` more tokens after `hits` (2.1, 2.4)."""
@@ -477,7 +471,7 @@ class Engine:
     def hold(self, request, hits):
         """Start the tables of the waiting `request` with `hits`, without those that no token sees any more."""
         for g, group in enumerate(self.groups):
-            passed = self.passed_blocks(group, hits.num_tokens)
+            passed = group.num_passed(hits.num_tokens)
             seen = hits.tables[g][passed:]
             self.pool.touch(seen)
             request.tables[g] = [NULL] * passed + seen
@@ -490,7 +484,7 @@ class Engine:
         num_settled = request.num_computed_tokens - request.num_in_flight_tokens
         for group, table in zip(self.groups, request.tables, strict=True):
             passed = []
-            for k in reversed(range(min(self.passed_blocks(group, num_settled), len(table)))):
+            for k in reversed(range(min(group.num_passed(num_settled), len(table)))):
                 if table[k] == NULL:  # and all before it
                     break
                 passed.append(table[k])
