@@ -143,6 +143,31 @@ class Sliding:
         return 0, run
 
 
+@dataclass(frozen=True, kw_only=True)
+class Chunked:
+    """Layers that see a token and what is before it in its chunk of `window` tokens."""
+
+    block_size: int
+    window: int
+
+    def num_passed(self, num_computed):
+        return num_computed // self.window * self.window // self.block_size
+
+    def most_blocks(self, max_in_flight_tokens, max_model_len):
+        return -(-min(self.window + max_in_flight_tokens, max_model_len) // self.block_size)
+
+    def is_kept(self, k, prompt_tokens, junction):
+        return True
+
+    def longest_hit(self, limit, is_present):
+        """All before the chunk of the last place, of which nothing is needed, and what there is of that chunk."""
+        first = self.num_passed(limit * self.block_size)
+        end = first
+        while end < limit and is_present(end):
+            end += 1
+        return first, end
+
+
 def make_groups(groups, block_size, retention_interval):
     """The KV groups of settings: their specs in order."""
     assert retention_interval in (0, None), "other retention intervals are not in the rules"
@@ -154,6 +179,9 @@ def make_groups(groups, block_size, retention_interval):
             case {"kind": "sliding", "window": window}:
                 is_sparse = retention_interval == 0
                 made.append(Sliding(block_size=block_size, window=window, is_sparse=is_sparse))
+            case {"kind": "chunked", "window": window}:
+                assert window % block_size == 0, "a chunk is of whole blocks"
+                made.append(Chunked(block_size=block_size, window=window))
             case _:
                 raise ValueError(f"not a KV group: {group}")
     return made
