@@ -9,7 +9,7 @@ Time is int nanoseconds, or the step index in lockstep; `now` is always such a t
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
-from .pool import NULL, BlockPool, Full, make_groups
+from .pool import NULL, BlockPool, Full, Mamba, make_groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +206,8 @@ class Engine:
         self.groups = make_groups(
             settings.groups, settings.block_size, settings.prefix_cache_retention_interval
         )
+        has_state = any(isinstance(group, Mamba) for group in self.groups)
+        assert not (has_state and settings.enable_prefix_caching), "prefix caching of states is not in here"
         for request in self.requests:
             self.clear_tables(request)
         self.no_hits = Hits([[] for _ in self.groups])
@@ -400,9 +402,9 @@ class Engine:
 
     # ---- blocks ---------------------------------------------------------------------------------
 
-    def num_blocks(self, num_tokens):
-        """Blocks that hold `num_tokens`, never more than max_model_len of them."""
-        return -(-min(num_tokens, self.settings.max_model_len) // self.settings.block_size)
+    def num_blocks(self, group, num_tokens):
+        """Entries of a table of `group` for `num_tokens`, of which no more than max_model_len count."""
+        return group.num_blocks(min(num_tokens, self.settings.max_model_len))
 
     def blocks_to_hold(self, request, num_tokens, hits, is_gate=False):
         """Free blocks that `request` lacks, in all groups, to hold `num_tokens` once it has `hits` (6.4).
@@ -411,7 +413,7 @@ class Engine:
         """
         total = 0
         for group, table, hit in zip(self.groups, request.tables, hits.tables, strict=True):
-            required = self.num_blocks(num_tokens)
+            required = self.num_blocks(group, num_tokens)
             if is_gate:
                 most = group.most_blocks(self.max_in_flight_tokens, self.settings.max_model_len)
                 required = min(required, most)
@@ -461,8 +463,8 @@ class Engine:
         if request.status != "running":
             self.hold(request, hits)
         num_tokens = request.num_computed_tokens + num_new
-        for table in request.tables:
-            table += self.pool.take(max(self.num_blocks(num_tokens) - len(table), 0))
+        for group, table in zip(self.groups, request.tables, strict=True):
+            table += self.pool.take(max(self.num_blocks(group, num_tokens) - len(table), 0))
         request.peak_blocks = max(request.peak_blocks, request.num_blocks)
         if self.settings.enable_prefix_caching:
             self.label(request, num_tokens)
@@ -521,7 +523,7 @@ class Engine:
         at least that one is left to compute."""
         if not self.settings.enable_prefix_caching:
             return self.no_hits
-        specs = sorted(dict.fromkeys(self.groups), key=lambda spec: not isinstance(spec, Full))
+        specs = sorted(dict.fromkeys(self.groups), key=lambda spec: type(spec) is not Full)
         limit, longest, settled = (request.num_tokens - 1) // self.settings.block_size, 0, None
         while limit != settled:  # a shorter hit in one group may be none in another
             settled = limit

@@ -78,9 +78,14 @@ class BlockPool:
 
 @dataclass(frozen=True, kw_only=True)
 class Full:
-    """Layers that see every token before. Equal groups are of one spec, and looked up together (6.8)."""
+    """Layers that see every token before; the other kinds say where they differ. Equal groups are of one spec, and
+    looked up together (6.8)."""
 
     block_size: int
+
+    def num_blocks(self, num_tokens):
+        """Entries of a table that holds `num_tokens`."""
+        return -(-num_tokens // self.block_size)
 
     def num_passed(self, num_computed):
         """Leading blocks that nothing after the first `num_computed` tokens sees (6.4)."""
@@ -88,7 +93,7 @@ class Full:
 
     def most_blocks(self, max_in_flight_tokens, max_model_len):
         """More than this one request never holds at once, for all the gate knows (6.4)."""
-        return -(-max_model_len // self.block_size)
+        return self.num_blocks(max_model_len)
 
     def is_kept(self, k, prompt_tokens, junction):
         """Whether block `k` of a request is worth a content key (6.7)."""
@@ -104,24 +109,23 @@ class Full:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sliding:
+class Sliding(Full):
     """Layers that see a token and the `window` - 1 before it."""
 
-    block_size: int
     window: int
     is_sparse: bool  # keeps only what a follow-up is likely to hit (6.7)
 
     @property
     def num_seen(self):
         """Blocks with what a token at the start of a block sees before it."""
-        return -(-(self.window - 1) // self.block_size)
+        return self.num_blocks(self.window - 1)
 
     def num_passed(self, num_computed):
         return max(0, num_computed - self.window + 1) // self.block_size
 
     def most_blocks(self, max_in_flight_tokens, max_model_len):
         # One more, as the window need not start where a block does.
-        return -(-min(self.window - 1 + max_in_flight_tokens, max_model_len) // self.block_size) + 1
+        return self.num_blocks(min(self.window - 1 + max_in_flight_tokens, max_model_len)) + 1
 
     def is_kept(self, k, prompt_tokens, junction):
         """Sparse: what the last token of the prompt sees, or the token after the junction. A window of the token
@@ -144,20 +148,16 @@ class Sliding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chunked:
+class Chunked(Full):
     """Layers that see a token and what is before it in its chunk of `window` tokens."""
 
-    block_size: int
     window: int
 
     def num_passed(self, num_computed):
         return num_computed // self.window * self.window // self.block_size
 
     def most_blocks(self, max_in_flight_tokens, max_model_len):
-        return -(-min(self.window + max_in_flight_tokens, max_model_len) // self.block_size)
-
-    def is_kept(self, k, prompt_tokens, junction):
-        return True
+        return self.num_blocks(min(self.window + max_in_flight_tokens, max_model_len))
 
     def longest_hit(self, limit, is_present):
         """All before the chunk of the last place, of which nothing is needed, and what there is of that chunk."""
@@ -166,6 +166,14 @@ class Chunked:
         while end < limit and is_present(end):
             end += 1
         return first, end
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba(Full):
+    """Layers with one state of fixed size, without prefix caching."""
+
+    def num_blocks(self, num_tokens):
+        return 1 if num_tokens > 0 else 0
 
 
 def make_groups(groups, block_size, retention_interval):
@@ -182,6 +190,8 @@ def make_groups(groups, block_size, retention_interval):
             case {"kind": "chunked", "window": window}:
                 assert window % block_size == 0, "a chunk is of whole blocks"
                 made.append(Chunked(block_size=block_size, window=window))
+            case {"kind": "mamba"}:
+                made.append(Mamba(block_size=block_size))
             case _:
                 raise ValueError(f"not a KV group: {group}")
     return made
