@@ -9,7 +9,7 @@ Time is int nanoseconds, or the step index in lockstep; `now` is always such a t
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
-from .pool import NULL, BlockPool, Full, Mamba, make_groups
+from .pool import NULL, AlignedMamba, BlockPool, Full, make_groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,10 +204,12 @@ class Engine:
         self.running = []
         self.pool = BlockPool(settings.num_gpu_blocks)
         self.groups = make_groups(
-            settings.groups, settings.block_size, settings.prefix_cache_retention_interval
+            settings.groups,
+            settings.block_size,
+            settings.enable_prefix_caching,
+            settings.prefix_cache_retention_interval,
         )
-        has_state = any(isinstance(group, Mamba) for group in self.groups)
-        assert not (has_state and settings.enable_prefix_caching), "prefix caching of states is not in here"
+        self.has_aligned_states = any(isinstance(group, AlignedMamba) for group in self.groups)
         for request in self.requests:
             self.clear_tables(request)
         self.no_hits = Hits([[] for _ in self.groups])
@@ -223,6 +225,7 @@ class Engine:
         self.executed = 0  # 3.2
         self.last_prefill = -settings.prefill_schedule_interval
         self.cap_bound = False
+        self.labelled_in_step = set()  # keys given by the schedule() call under way
 
         self.clock = 0
         self.device_free = 0  # when the device has run all that is scheduled
@@ -412,18 +415,27 @@ class Engine:
         Hits that are free now would not be any more.
         """
         total = 0
-        for group, table, hit in zip(self.groups, request.tables, hits.tables, strict=True):
+        for g, group in enumerate(self.groups):
+            table, hit = request.tables[g], hits.tables[g]
             required = self.num_blocks(group, num_tokens)
             if is_gate:
                 most = group.most_blocks(self.max_in_flight_tokens, self.settings.max_model_len)
                 required = min(required, most)
             if table:
-                total += max(required - len(table), 0)
+                total += group.num_real(max(required - len(table), 0))
             else:
                 passed = group.num_passed(hits.num_tokens)
-                total += max(required - max(passed, len(hit)), 0)
+                total += group.num_real(max(required - max(passed, len(hit)), 0))
                 total += sum(block != NULL and self.pool.num_owners[block] == 0 for block in hit[passed:])
+                if self.is_too_fresh(request, g, hit):
+                    total += self.pool.num_usable + 1  # not in this step
         return total
+
+    def is_too_fresh(self, request, g, hit):
+        """Whether `hit` ends with a state that this very step computes (6.10)."""
+        if not hit or not isinstance(self.groups[g], AlignedMamba):
+            return False
+        return (g, self.content_key(request, len(hit) - 1)) in self.labelled_in_step
 
     def blocks_to_grow(self, request, num_new, hits):
         """Free blocks `request` lacks to compute `num_new` more tokens after `hits` (2.1, 2.4)."""
@@ -464,7 +476,9 @@ class Engine:
             self.hold(request, hits)
         num_tokens = request.num_computed_tokens + num_new
         for group, table in zip(self.groups, request.tables, strict=True):
-            table += self.pool.take(max(self.num_blocks(group, num_tokens) - len(table), 0))
+            num_entries = max(self.num_blocks(group, num_tokens) - len(table), 0)
+            num_real = group.num_real(num_entries)
+            table += [NULL] * (num_entries - num_real) + self.pool.take(num_real)
         request.peak_blocks = max(request.peak_blocks, request.num_blocks)
         if self.settings.enable_prefix_caching:
             self.label(request, num_tokens)
@@ -485,13 +499,9 @@ class Engine:
         """Free what no token of the running `request` sees any more, nor any in flight, last first (6.5)."""
         num_settled = request.num_computed_tokens - request.num_in_flight_tokens
         for group, table in zip(self.groups, request.tables, strict=True):
-            passed = []
-            for k in reversed(range(min(group.num_passed(num_settled), len(table)))):
-                if table[k] == NULL:  # and all before it
-                    break
-                passed.append(table[k])
-                table[k] = NULL
-            self.pool.release(passed)
+            num_passed = min(group.num_passed(num_settled), len(table))
+            self.pool.release([block for block in reversed(table[:num_passed]) if block != NULL])
+            table[:num_passed] = [NULL] * num_passed
 
     def free(self, request):
         """Release all tables, one after the other, tail first (1.7): without keys the tail becomes the head of the
@@ -554,6 +564,7 @@ class Engine:
             for k in range(request.num_labelled[g], num_full):
                 if table[k] != NULL and group.is_kept(k, request.prompt_tokens, request.junction):
                     self.pool.label(table[k], (g, self.content_key(request, k)))
+                    self.labelled_in_step.add((g, self.content_key(request, k)))
             request.num_labelled[g] = max(request.num_labelled[g], num_full)
 
     # ---- schedule() -----------------------------------------------------------------------------
@@ -571,6 +582,7 @@ class Engine:
     def begin_step(self, now):
         """The step's budget, threshold (3.1) and whether it defers prefills (3.2)."""
         s = self.settings
+        self.labelled_in_step = set()
         eligible = len(self.running) + len(self.waiting)
         threshold = s.long_prefill_token_threshold if eligible > 1 else 0
         if s.long_prefill_token_threshold_adaptive and threshold > 0:
@@ -611,7 +623,8 @@ class Engine:
         n = request.num_tokens + placeholders - computed
         if 0 < step.threshold < n:
             n = step.threshold
-        return min(n, step.budget, self.settings.max_model_len - computed - 1)
+        n = min(n, step.budget, self.settings.max_model_len - computed - 1)
+        return self.cut_for_states(request, computed, n, request.junction)
 
     def make_room(self, step, request, num_new):
         """Preempt victims until `num_new` tokens of `request` fit (3.6); False: it went too."""
@@ -708,9 +721,36 @@ class Engine:
             self.cap_bound = len(self.waiting) > 0
 
     def first_chunk(self, step, request, hits):
-        """Tokens of `request` to schedule on admission, before the budget cuts them (3.13)."""
+        """Tokens of `request` to schedule on admission, 0 if it has to wait for more budget (3.13)."""
         n = request.num_tokens - hits.num_tokens
-        return step.threshold if 0 < step.threshold < n else n
+        if 0 < step.threshold < n:
+            n = step.threshold
+        if not self.settings.enable_chunked_prefill and n > step.budget:
+            return 0
+        return self.cut_for_states(request, hits.num_tokens, min(n, step.budget), hits.junction)
+
+    def cut_for_states(self, request, start, n, junction):
+        """How many of the `n` tokens of `request` from `start` on to schedule, so that states are at the ends of
+        blocks where they are kept (6.10)."""
+        s = self.settings
+        prefill_end = max(request.prompt_tokens, request.num_tokens - 1)
+        if not self.has_aligned_states or start >= prefill_end:
+            return n
+        end, size = start + n, s.block_size
+        if end < prefill_end:
+            most = s.max_num_batched_tokens
+            if s.long_prefill_token_threshold > 0:
+                most = min(most, s.long_prefill_token_threshold)
+            aligned = end // size * size
+            if aligned > start or size <= most:  # else a block takes several chunks
+                end = aligned
+        stops = [(request.num_tokens - 1) // size * size]
+        if start % size:
+            stops.append((start // size + 1) * size)
+        if junction is not None and start < junction < end:
+            stops.append(start + (junction - start) // size * size)
+        end = min((stop for stop in stops if start < stop < end), default=end)
+        return max(end - start, 0)
 
     def has_prefill(self, request, hits):
         """Whether more than the last token of the waiting `request` is left to compute after `hits`."""
@@ -721,19 +761,19 @@ class Engine:
         n = self.first_chunk(step, request, hits)
         if step.preempted:
             return "preemption_in_step", 0
-        if step.budget == 0 or (not self.settings.enable_chunked_prefill and n > step.budget):
+        if n == 0:
             return "token_budget", 0
         if len(self.running) >= self.max_running:
             return "max_num_seqs", 0
         if step.defer and self.has_prefill(request, hits):  # 3.12
             return "prefill_interval", 0
-        return self.shortage(request, min(n, step.budget), hits) or (None, 0)
+        return self.shortage(request, n, hits) or (None, 0)
 
     def admit(self, step, request, hits):
         """Move `request` from the queue to the end of the running list, with its first chunk after `hits`
         (3.15)."""
         self.waiting.remove(request)
-        n = min(self.first_chunk(step, request, hits), step.budget)
+        n = self.first_chunk(step, request, hits)
         kind = "admit" if request.scheduled_ns is None else "resume"
         free_before = self.pool.num_free
         advances_prefill = self.has_prefill(request, hits)

@@ -87,6 +87,10 @@ class Full:
         """Entries of a table that holds `num_tokens`."""
         return -(-num_tokens // self.block_size)
 
+    def num_real(self, num_entries):
+        """How many of new entries of a table are blocks; those before them are null."""
+        return num_entries
+
     def num_passed(self, num_computed):
         """Leading blocks that nothing after the first `num_computed` tokens sees (6.4)."""
         return 0
@@ -106,6 +110,15 @@ class Full:
         while end < limit and is_present(end):
             end += 1
         return 0, end
+
+
+def is_reachable(k, num_seen, block_size, prompt_tokens, junction):
+    """Whether block `k` is of the `num_seen` that the last token of the prompt sees, or the one after the
+    junction."""
+    ends = [(prompt_tokens - 1) // block_size]
+    if junction is not None:
+        ends.append(junction // block_size)
+    return any(end - num_seen <= k < end for end in ends)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,14 +141,10 @@ class Sliding(Full):
         return self.num_blocks(min(self.window - 1 + max_in_flight_tokens, max_model_len)) + 1
 
     def is_kept(self, k, prompt_tokens, junction):
-        """Sparse: what the last token of the prompt sees, or the token after the junction. A window of the token
-        alone needs nothing, and keeps nothing."""
+        """A window of the token alone needs nothing, and keeps nothing."""
         if not self.is_sparse:
             return self.num_seen > 0
-        ends = [(prompt_tokens - 1) // self.block_size]
-        if junction is not None:
-            ends.append(junction // self.block_size)
-        return any(end - self.num_seen <= k < end for end in ends)
+        return is_reachable(k, self.num_seen, self.block_size, prompt_tokens, junction)
 
     def longest_hit(self, limit, is_present):
         """The last place that has all it sees; else what there is from the start."""
@@ -176,20 +185,49 @@ class Mamba(Full):
         return 1 if num_tokens > 0 else 0
 
 
-def make_groups(groups, block_size, retention_interval):
+@dataclass(frozen=True, kw_only=True)
+class AlignedMamba(Full):
+    """Layers with one state, of which copies are kept at ends of blocks for prefix caching (6.10).
+
+    The last entry of a table is the running state, the one before it what that started from; a chunk over
+    several blocks leaves null entries.
+    """
+
+    is_sparse: bool
+
+    def num_real(self, num_entries):
+        return min(num_entries, 1)
+
+    def num_passed(self, num_computed):
+        return max(0, num_computed - 1) // self.block_size
+
+    def is_kept(self, k, prompt_tokens, junction):
+        return not self.is_sparse or is_reachable(k, 1, self.block_size, prompt_tokens, junction)
+
+    def longest_hit(self, limit, is_present):
+        """The last state there is."""
+        for k in reversed(range(limit)):
+            if is_present(k):
+                return k, k + 1
+        return 0, 0
+
+
+def make_groups(groups, block_size, has_prefix_caching, retention_interval):
     """The KV groups of settings: their specs in order."""
     assert retention_interval in (0, None), "other retention intervals are not in the rules"
+    is_sparse = retention_interval == 0
     made = []
     for group in groups or [{"kind": "full"}]:
         match group:
             case {"kind": "full"}:
                 made.append(Full(block_size=block_size))
             case {"kind": "sliding", "window": window}:
-                is_sparse = retention_interval == 0
                 made.append(Sliding(block_size=block_size, window=window, is_sparse=is_sparse))
             case {"kind": "chunked", "window": window}:
                 assert window % block_size == 0, "a chunk is of whole blocks"
                 made.append(Chunked(block_size=block_size, window=window))
+            case {"kind": "mamba"} if has_prefix_caching:
+                made.append(AlignedMamba(block_size=block_size, is_sparse=is_sparse))
             case {"kind": "mamba"}:
                 made.append(Mamba(block_size=block_size))
             case _:
