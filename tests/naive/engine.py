@@ -1,8 +1,8 @@
 """The scheduler and its clock as plain objects: the slow twin the compiled engine must equal.
 
 Written from the rules alone (the numbers in comments are those of spec/scheduler.md) and sharing no
-code with kvsim. Covers Parts 0-4 and 6 up to 6.9: FCFS or priority, sync or async, one or several KV groups of
-full or sliding-window attention, with or without prefix caching. Blocks and groups are in pool.py.
+code with kvsim. Covers Parts 0-4 and 6: FCFS or priority, sync or async, with or without prefix caching, one or
+several KV groups of equal block size. Blocks and the kinds of group are in pool.py.
 Time is int nanoseconds, or the step index in lockstep; `now` is always such a time.
 """
 
@@ -30,8 +30,10 @@ class Settings:
     prefill_schedule_interval: int = 1
     policy: str = "fcfs"  # or priority: smaller is earlier
     async_scheduling: bool = False
-    groups: tuple | None = None  # dicts: {"kind": "full"}, {"kind": "sliding", "window": 256}; None: one full
-    prefix_cache_retention_interval: int | None = 0  # None: sliding groups keep every block (6.7)
+    # Dicts: {"kind": "full"}, {"kind": "sliding", "window": 256}, {"kind": "chunked", "window": 256},
+    # {"kind": "mamba"}. None: one full.
+    groups: tuple | None = None
+    prefix_cache_retention_interval: int | None = 0  # None: sliding and mamba keep every block (6.7)
     max_num_queued_reqs: int | None = None
     max_num_queued_tokens: int | None = None
     enable_prefix_caching: bool = False
@@ -410,26 +412,24 @@ class Engine:
         return group.num_blocks(min(num_tokens, self.settings.max_model_len))
 
     def blocks_to_hold(self, request, num_tokens, hits, is_gate=False):
-        """Free blocks that `request` lacks, in all groups, to hold `num_tokens` once it has `hits` (6.4).
+        """Free blocks that `request` lacks, in all groups, to hold `num_tokens` once it has `hits` (6.4)."""
+        groups = range(len(self.groups))
+        return sum(self.blocks_to_hold_in(g, request, num_tokens, hits, is_gate) for g in groups)
 
-        Hits that are free now would not be any more.
-        """
-        total = 0
-        for g, group in enumerate(self.groups):
-            table, hit = request.tables[g], hits.tables[g]
-            required = self.num_blocks(group, num_tokens)
-            if is_gate:
-                most = group.most_blocks(self.max_in_flight_tokens, self.settings.max_model_len)
-                required = min(required, most)
-            if table:
-                total += group.num_real(max(required - len(table), 0))
-            else:
-                passed = group.num_passed(hits.num_tokens)
-                total += group.num_real(max(required - max(passed, len(hit)), 0))
-                total += sum(block != NULL and self.pool.num_owners[block] == 0 for block in hit[passed:])
-                if self.is_too_fresh(request, g, hit):
-                    total += self.pool.num_usable + 1  # not in this step
-        return total
+    def blocks_to_hold_in(self, g, request, num_tokens, hits, is_gate):
+        """The share of group `g` in that. Hits that are free now would not be any more."""
+        group, table, hit = self.groups[g], request.tables[g], hits.tables[g]
+        required = self.num_blocks(group, num_tokens)
+        if is_gate:
+            most = group.most_blocks(self.max_in_flight_tokens, self.settings.max_model_len)
+            required = min(required, most)
+        if table:
+            return group.num_real(max(required - len(table), 0))
+        if self.is_too_fresh(request, g, hit):
+            return self.settings.num_gpu_blocks + 1  # not in this step
+        passed = group.num_passed(hits.num_tokens)
+        num_new = group.num_real(max(required - max(passed, len(hit)), 0))
+        return num_new + sum(block != NULL and self.pool.num_owners[block] == 0 for block in hit[passed:])
 
     def is_too_fresh(self, request, g, hit):
         """Whether `hit` ends with a state that this very step computes (6.10)."""

@@ -5,11 +5,15 @@ import pytest
 
 from .engine import Settings, run
 
-FULL = {"kind": "full"}
+FULL, MAMBA = {"kind": "full"}, {"kind": "mamba"}
 
 
 def sliding(window):
     return {"kind": "sliding", "window": window}
+
+
+def chunked(window):
+    return {"kind": "chunked", "window": window}
 
 
 def simulate(rows, block_size=2, **settings):
@@ -164,6 +168,12 @@ THREE_TURNS = with_content(
         ([sliding(4)], None, [0, 6, 6]),
         ([FULL, sliding(1)], None, [0, 0, 0]),  # a window of one token keeps nothing at all
         ([FULL, FULL], 0, [0, 6, 6]),
+        ([FULL, chunked(4)], 0, [0, 6, 6]),
+        ([FULL, chunked(6), sliding(4)], 0, [0, 0, 6]),
+        ([FULL, MAMBA], None, [0, 0, 6]),  # a chunk leaves one state: the prompt's, or the junction's
+        ([FULL, MAMBA], 0, [0, 0, 6]),
+        ([FULL, MAMBA, sliding(4)], 0, [0, 0, 6]),
+        ([MAMBA], 0, [0, 0, 0]),
     ],
 )
 def test_what_a_group_keeps_is_what_all_can_hit(groups, retention, hits):
@@ -179,3 +189,43 @@ def test_blocks_of_a_hit_outside_the_window_are_null():
     assert got.steps[2]["blk"] == {"2": [[1, 2, 3, 22, 19, 16, 15], [0, 17, 18, 23, 24, 25, 26]]}
     # Of each the two before its last block, and of the second the two before it parted from the first.
     assert sorted(k for _, group, (_, k) in got.prefix_map if group == 1) == [1, 2, 4, 4, 4, 5, 5, 5]
+
+
+def test_a_chunk_is_free_when_the_next_one_starts():
+    got = simulate(
+        [(0, 6, 8)], num_gpu_blocks=9, groups=[chunked(4)], max_num_batched_tokens=4, max_num_seqs=2
+    )
+    new_blocks = [step.get("blk", {"0": [[]]})["0"][0] for step in got.steps]
+    assert new_blocks == [[1, 2], [2], [1], [], [1], [], [2], [], [2]]
+    assert column(got, "peak_blocks") == [2] and got.free_list == [2, 1, 3, 4, 5, 6, 7, 8]
+
+
+def test_chunked_layers_alone_hit_what_nobody_computed():
+    """They need nothing before the last token's chunk, and take that for a hit."""
+    got = simulate([(0, 13, 1)], num_gpu_blocks=9, groups=[chunked(4)], enable_prefix_caching=True)
+    assert got.steps[0]["hit"] == [0, 12] and got.steps[0]["blk"] == {"0": [[0, 0, 0, 0, 0, 0, 1]]}
+
+
+def test_a_state_is_one_block_whatever_the_length():
+    got = simulate([(0, 6, 3), (0, 4, 3)], num_gpu_blocks=20, groups=[FULL, MAMBA])
+    assert got.steps[0]["blk"] == {"0": [[1, 2, 3], [4]], "1": [[5, 6], [7]]}
+    assert got.steps[1]["blk"] == {"0": [[8], []], "1": [[9], []]}
+
+
+def test_chunks_end_where_states_are_kept():
+    """At the end of a block, where the prompt's last whole block ends and where it parts from others; tables keep
+    the running state and the one it started from."""
+    got = simulate(
+        THREE_TURNS[:2], num_gpu_blocks=60, groups=[FULL, MAMBA], enable_prefix_caching=True,
+        max_num_batched_tokens=11, max_num_seqs=2,
+    )  # fmt: skip
+    assert [step["sch"] for step in got.steps] == [[0, 10], [0, 2], [0, 1, 1, 6], [1, 6], [1, 1]]
+    assert [step["blk"]["0"][1] for step in got.steps[:3]] == [[0, 0, 0, 0, 6], [8], [9]]
+    assert [k for _, group, (_, k) in got.prefix_map if group == 1] == [5, 2, 5]
+
+
+def test_a_state_is_not_hit_in_the_step_that_computes_it():
+    rows = with_content((0, 13, 1, (1, 2, 3, 4, 5, 6)), (0, 13, 1, (1, 2, 3, 4, 5, 6)))
+    got = simulate(rows, num_gpu_blocks=60, groups=[FULL, MAMBA], enable_prefix_caching=True)
+    assert [step["sch"] for step in got.steps] == [[0, 12], [0, 1, 1, 1]] and got.steps[1]["hit"] == [1, 12]
+    assert [e[4] for e in events_of(got, "wait")] == ["pool_full_gate"]
