@@ -837,7 +837,8 @@ class Engine:
             self.counters["prefill_tokens" if s.is_prefill else "decode_tokens"] += s.num_tokens
             self.counters["num_scheduled_tokens"] += s.num_tokens
         self.counters["peak_blocks_used"] = max(self.counters["peak_blocks_used"], self.pool.num_used)
-        step.row = self.step_row(step)
+        if self.steps is not None:
+            step.row = self.step_row(step)
         self.num_steps += 1
 
     # ---- the rest of a step ---------------------------------------------------------------------
@@ -848,8 +849,6 @@ class Engine:
         step.end = step.start + self.step_duration(step)
         if step.scheduled:
             self.device_free = step.end
-        if self.settings.async_scheduling:
-            step.row.update(g=step.start, e=step.end)
         self.in_flight.append(step)
         if self.settings.check:
             self.check_integrity()
@@ -868,8 +867,8 @@ class Engine:
         return self.duration(step.num_tokens, ctx, pairs, sum(c for _, c in prefills), sampled)
 
     def update(self, step, now, num_late):
-        """Process the output of `step` (3.19, 4.3); what stops frees its blocks at once. num_late: those in the
-        queue that were received while the last step in question ran."""
+        """Process the output of `step` (3.19, 4.3); what stops frees its blocks at once. num_late of the queue came
+        after the last schedule() call."""
         for s in step.scheduled:
             if s.request.outcome is not None:  # ended while this was in flight
                 continue
@@ -882,13 +881,7 @@ class Engine:
         self.running = [r for r in self.running if r.outcome is None]
         self.waiting = deque(r for r in self.waiting if r.outcome is None)  # stopped by a stale output
         if self.steps is not None:
-            if step.finished:
-                step.row["fin"] = [r.index for r in step.finished]
-            # Whoever arrived during the step joins, for the oracle, just before the next schedule().
-            step.row.update(
-                run2=len(self.running), wait2=len(self.waiting) - num_late, free2=self.pool.num_free
-            )
-            self.steps.append(step.row)
+            self.steps.append(self.finished_row(step, num_late))
         if self.settings.check:
             self.check_integrity()
 
@@ -936,6 +929,17 @@ class Engine:
         blocks = {str(s.request.index): s.new_blocks for s in step.scheduled if any(s.new_blocks)}
         if blocks:
             row["blk"] = blocks
+        return row
+
+    def finished_row(self, step, num_late):
+        """The row with what its output changed."""
+        row = dict(step.row)
+        if self.settings.async_scheduling:
+            row.update(g=step.start, e=step.end)
+        if step.finished:
+            row["fin"] = [r.index for r in step.finished]
+        # Whoever arrived meanwhile joins, for the oracle, just before the next schedule().
+        row.update(run2=len(self.running), wait2=len(self.waiting) - num_late, free2=self.pool.num_free)
         return row
 
     # ---- the end --------------------------------------------------------------------------------
