@@ -107,6 +107,7 @@ class Request:
     is_prefill_chunk: bool = False  # left in mid-prefill by the last step that scheduled it (3.18)
     tables: list = field(default_factory=list)  # one of each group, NULL for what left its window
     num_labelled: list = field(default_factory=list)  # leading blocks of each considered for a key: `cached`
+    keys: dict = field(default_factory=dict)  # of its blocks, as they are asked for
     junction: int | None = None  # tokens after which its last look-up parted from some group's content (6.8)
 
     scheduled_ns: int | None = None
@@ -522,11 +523,12 @@ class Engine:
         That is the ids of the units they lie in. If one of these has no id, nobody else has such a block, but
         `request` itself can find it again after a preemption.
         """
-        end = (k + 1) * self.settings.block_size
-        num_units = -(-end // self.settings.prefix_unit)
-        if num_units > len(request.content_ids):
-            return request.index, k
-        return request.content_ids[:num_units], k
+        if k not in request.keys:
+            end = (k + 1) * self.settings.block_size
+            num_units = -(-end // self.settings.prefix_unit)
+            is_shared = num_units <= len(request.content_ids)
+            request.keys[k] = (request.content_ids[:num_units] if is_shared else request.index, k)
+        return request.keys[k]
 
     def look_up(self, request):
         """The start of the waiting `request` that all groups have (3.11, 6.8). Its last token is not looked up:
