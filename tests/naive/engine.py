@@ -1,15 +1,15 @@
 """The scheduler and its clock as plain objects: the slow twin the compiled engine must equal.
 
 Written from the rules alone (the numbers in comments are those of spec/scheduler.md) and sharing no
-code with kvsim. Covers Parts 0-4 and 6 up to 6.9: FCFS or priority, sync or async, one or several KV groups of
-full or sliding-window attention, with or without prefix caching. Blocks and groups are in pool.py.
+code with kvsim. Covers Parts 0-4 and 6: FCFS or priority, sync or async, with or without prefix caching, one or
+several KV groups of equal block size. Blocks and the kinds of group are in pool.py.
 Time is int nanoseconds, or the step index in lockstep; `now` is always such a time.
 """
 
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
-from .pool import NULL, BlockPool, Full, make_groups
+from .pool import NULL, AlignedMamba, BlockPool, Full, make_groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,10 @@ class Settings:
     prefill_schedule_interval: int = 1
     policy: str = "fcfs"  # or priority: smaller is earlier
     async_scheduling: bool = False
-    groups: tuple | None = None  # dicts: {"kind": "full"}, {"kind": "sliding", "window": 256}; None: one full
-    prefix_cache_retention_interval: int | None = 0  # None: sliding groups keep every block (6.7)
+    # Dicts: {"kind": "full"}, {"kind": "sliding", "window": 256}, {"kind": "chunked", "window": 256},
+    # {"kind": "mamba"}. None: one full.
+    groups: tuple | None = None
+    prefix_cache_retention_interval: int | None = 0  # None: sliding and mamba keep every block (6.7)
     max_num_queued_reqs: int | None = None
     max_num_queued_tokens: int | None = None
     enable_prefix_caching: bool = False
@@ -105,6 +107,7 @@ class Request:
     is_prefill_chunk: bool = False  # left in mid-prefill by the last step that scheduled it (3.18)
     tables: list = field(default_factory=list)  # one of each group, NULL for what left its window
     num_labelled: list = field(default_factory=list)  # leading blocks of each considered for a key: `cached`
+    keys: dict = field(default_factory=dict)  # of its blocks, as they are asked for
     junction: int | None = None  # tokens after which its last look-up parted from some group's content (6.8)
 
     scheduled_ns: int | None = None
@@ -206,8 +209,12 @@ class Engine:
         self.running = []
         self.pool = BlockPool(settings.num_gpu_blocks)
         self.groups = make_groups(
-            settings.groups, settings.block_size, settings.prefix_cache_retention_interval
+            settings.groups,
+            settings.block_size,
+            settings.enable_prefix_caching,
+            settings.prefix_cache_retention_interval,
         )
+        self.has_aligned_states = any(isinstance(group, AlignedMamba) for group in self.groups)
         for request in self.requests:
             self.clear_tables(request)
         self.no_hits = Hits([[] for _ in self.groups])
@@ -223,6 +230,7 @@ class Engine:
         self.executed = 0  # 3.2
         self.last_prefill = -settings.prefill_schedule_interval
         self.cap_bound = False
+        self.labelled_in_step = set()  # keys given by the schedule() call under way
 
         self.clock = 0
         self.device_free = 0  # when the device has run all that is scheduled
@@ -403,34 +411,35 @@ class Engine:
 
     # ---- blocks ---------------------------------------------------------------------------------
 
-    def num_blocks(self, num_tokens):
-        """Blocks that hold `num_tokens`, never more than max_model_len of them."""
-        return -(-min(num_tokens, self.settings.max_model_len) // self.settings.block_size)
-
-    def passed_blocks(self, group, num_computed):
-        """Leading blocks that `group` has no use for after `num_computed` tokens (6.4)."""
-        return group.num_passed(min(num_computed, self.settings.max_model_len))
+    def num_blocks(self, group, num_tokens):
+        """Entries of a table of `group` for `num_tokens`, of which no more than max_model_len count."""
+        return group.num_blocks(min(num_tokens, self.settings.max_model_len))
 
     def blocks_to_hold(self, request, num_tokens, hits, is_gate=False):
-        """Free blocks that `request` lacks, in all groups, to hold `num_tokens` once it has `hits` (6.4).
+        """Free blocks that `request` lacks, in all groups, to hold `num_tokens` once it has `hits` (6.4)."""
+        groups = range(len(self.groups))
+        return sum(self.blocks_to_hold_in(g, request, num_tokens, hits, is_gate) for g in groups)
 
-        Hits that are free now would not be any more.
-        """
-        total = 0
-        for group, table, hit in zip(self.groups, request.tables, hits.tables, strict=True):
-            required = self.num_blocks(num_tokens)
-            if is_gate:
-                required = min(required, self.most_blocks(group))
-            if table:
-                total += max(required - len(table), 0)
-            else:
-                passed = self.passed_blocks(group, hits.num_tokens)
-                total += max(required - max(passed, len(hit)), 0)
-                total += sum(block != NULL and self.pool.num_owners[block] == 0 for block in hit[passed:])
-        return total
+    def blocks_to_hold_in(self, g, request, num_tokens, hits, is_gate):
+        """The share of group `g` in that. Hits that are free now would not be any more."""
+        group, table, hit = self.groups[g], request.tables[g], hits.tables[g]
+        required = self.num_blocks(group, num_tokens)
+        if is_gate:
+            most = group.most_blocks(self.max_in_flight_tokens, self.settings.max_model_len)
+            required = min(required, most)
+        if table:
+            return group.num_real(max(required - len(table), 0))
+        if self.is_too_fresh(request, g, hit):
+            return self.settings.num_gpu_blocks + 1  # not in this step
+        passed = group.num_passed(hits.num_tokens)
+        num_new = group.num_real(max(required - max(passed, len(hit)), 0))
+        return num_new + sum(block != NULL and self.pool.num_owners[block] == 0 for block in hit[passed:])
 
-    def most_blocks(self, group):
-        return group.most_blocks(self.max_in_flight_tokens, self.settings.max_model_len)
+    def is_too_fresh(self, request, g, hit):
+        """Whether `hit` ends with a state that this very step computes (6.10)."""
+        if not hit or not isinstance(self.groups[g], AlignedMamba):
+            return False
+        return (g, self.content_key(request, len(hit) - 1)) in self.labelled_in_step
 
     def blocks_to_grow(self, request, num_new, hits):
         """Free blocks `request` lacks to compute `num_new` more tokens after `hits` (2.1, 2.4)."""
@@ -470,8 +479,10 @@ class Engine:
         if request.status != "running":
             self.hold(request, hits)
         num_tokens = request.num_computed_tokens + num_new
-        for table in request.tables:
-            table += self.pool.take(max(self.num_blocks(num_tokens) - len(table), 0))
+        for group, table in zip(self.groups, request.tables, strict=True):
+            num_entries = max(self.num_blocks(group, num_tokens) - len(table), 0)
+            num_real = group.num_real(num_entries)
+            table += [NULL] * (num_entries - num_real) + self.pool.take(num_real)
         request.peak_blocks = max(request.peak_blocks, request.num_blocks)
         if self.settings.enable_prefix_caching:
             self.label(request, num_tokens)
@@ -480,7 +491,7 @@ class Engine:
     def hold(self, request, hits):
         """Start the tables of the waiting `request` with `hits`, without those that no token sees any more."""
         for g, group in enumerate(self.groups):
-            passed = self.passed_blocks(group, hits.num_tokens)
+            passed = group.num_passed(hits.num_tokens)
             seen = hits.tables[g][passed:]
             self.pool.touch(seen)
             request.tables[g] = [NULL] * passed + seen
@@ -492,13 +503,9 @@ class Engine:
         """Free what no token of the running `request` sees any more, nor any in flight, last first (6.5)."""
         num_settled = request.num_computed_tokens - request.num_in_flight_tokens
         for group, table in zip(self.groups, request.tables, strict=True):
-            passed = []
-            for k in reversed(range(min(self.passed_blocks(group, num_settled), len(table)))):
-                if table[k] == NULL:  # and all before it
-                    break
-                passed.append(table[k])
-                table[k] = NULL
-            self.pool.release(passed)
+            num_passed = min(group.num_passed(num_settled), len(table))
+            self.pool.release([block for block in reversed(table[:num_passed]) if block != NULL])
+            table[:num_passed] = [NULL] * num_passed
 
     def free(self, request):
         """Release all tables, one after the other, tail first (1.7): without keys the tail becomes the head of the
@@ -519,18 +526,19 @@ class Engine:
         That is the ids of the units they lie in. If one of these has no id, nobody else has such a block, but
         `request` itself can find it again after a preemption.
         """
-        end = (k + 1) * self.settings.block_size
-        num_units = -(-end // self.settings.prefix_unit)
-        if num_units > len(request.content_ids):
-            return request.index, k
-        return request.content_ids[:num_units], k
+        if k not in request.keys:
+            end = (k + 1) * self.settings.block_size
+            num_units = -(-end // self.settings.prefix_unit)
+            is_shared = num_units <= len(request.content_ids)
+            request.keys[k] = (request.content_ids[:num_units] if is_shared else request.index, k)
+        return request.keys[k]
 
     def look_up(self, request):
         """The start of the waiting `request` that all groups have (3.11, 6.8). Its last token is not looked up:
         at least that one is left to compute."""
         if not self.settings.enable_prefix_caching:
             return self.no_hits
-        specs = sorted(dict.fromkeys(self.groups), key=lambda spec: not isinstance(spec, Full))
+        specs = sorted(dict.fromkeys(self.groups), key=lambda spec: type(spec) is not Full)
         limit, longest, settled = (request.num_tokens - 1) // self.settings.block_size, 0, None
         while limit != settled:  # a shorter hit in one group may be none in another
             settled = limit
@@ -561,6 +569,7 @@ class Engine:
             for k in range(request.num_labelled[g], num_full):
                 if table[k] != NULL and group.is_kept(k, request.prompt_tokens, request.junction):
                     self.pool.label(table[k], (g, self.content_key(request, k)))
+                    self.labelled_in_step.add((g, self.content_key(request, k)))
             request.num_labelled[g] = max(request.num_labelled[g], num_full)
 
     # ---- schedule() -----------------------------------------------------------------------------
@@ -578,6 +587,7 @@ class Engine:
     def begin_step(self, now):
         """The step's budget, threshold (3.1) and whether it defers prefills (3.2)."""
         s = self.settings
+        self.labelled_in_step = set()
         eligible = len(self.running) + len(self.waiting)
         threshold = s.long_prefill_token_threshold if eligible > 1 else 0
         if s.long_prefill_token_threshold_adaptive and threshold > 0:
@@ -618,7 +628,8 @@ class Engine:
         n = request.num_tokens + placeholders - computed
         if 0 < step.threshold < n:
             n = step.threshold
-        return min(n, step.budget, self.settings.max_model_len - computed - 1)
+        n = min(n, step.budget, self.settings.max_model_len - computed - 1)
+        return self.cut_for_states(request, computed, n, request.junction)
 
     def make_room(self, step, request, num_new):
         """Preempt victims until `num_new` tokens of `request` fit (3.6); False: it went too."""
@@ -713,9 +724,36 @@ class Engine:
             self.cap_bound = len(self.waiting) > 0
 
     def first_chunk(self, step, request, hits):
-        """Tokens of `request` to schedule on admission, before the budget cuts them (3.13)."""
+        """Tokens of `request` to schedule on admission, 0 if it has to wait for more budget (3.13)."""
         n = request.num_tokens - hits.num_tokens
-        return step.threshold if 0 < step.threshold < n else n
+        if 0 < step.threshold < n:
+            n = step.threshold
+        if not self.settings.enable_chunked_prefill and n > step.budget:
+            return 0
+        return self.cut_for_states(request, hits.num_tokens, min(n, step.budget), hits.junction)
+
+    def cut_for_states(self, request, start, n, junction):
+        """How many of the `n` tokens of `request` from `start` on to schedule, so that states are at the ends of
+        blocks where they are kept (6.10)."""
+        s = self.settings
+        prefill_end = max(request.prompt_tokens, request.num_tokens - 1)
+        if not self.has_aligned_states or start >= prefill_end:
+            return n
+        end, size = start + n, s.block_size
+        if end < prefill_end:
+            most = s.max_num_batched_tokens
+            if s.long_prefill_token_threshold > 0:
+                most = min(most, s.long_prefill_token_threshold)
+            aligned = end // size * size
+            if aligned > start or size <= most:  # else a block takes several chunks
+                end = aligned
+        stops = [(request.num_tokens - 1) // size * size]
+        if start % size:
+            stops.append((start // size + 1) * size)
+        if junction is not None and start < junction < end:
+            stops.append(start + (junction - start) // size * size)
+        end = min((stop for stop in stops if start < stop < end), default=end)
+        return max(end - start, 0)
 
     def has_prefill(self, request, hits):
         """Whether more than the last token of the waiting `request` is left to compute after `hits`."""
@@ -726,19 +764,19 @@ class Engine:
         n = self.first_chunk(step, request, hits)
         if step.preempted:
             return "preemption_in_step", 0
-        if step.budget == 0 or (not self.settings.enable_chunked_prefill and n > step.budget):
+        if n == 0:
             return "token_budget", 0
         if len(self.running) >= self.max_running:
             return "max_num_seqs", 0
         if step.defer and self.has_prefill(request, hits):  # 3.12
             return "prefill_interval", 0
-        return self.shortage(request, min(n, step.budget), hits) or (None, 0)
+        return self.shortage(request, n, hits) or (None, 0)
 
     def admit(self, step, request, hits):
         """Move `request` from the queue to the end of the running list, with its first chunk after `hits`
         (3.15)."""
         self.waiting.remove(request)
-        n = min(self.first_chunk(step, request, hits), step.budget)
+        n = self.first_chunk(step, request, hits)
         kind = "admit" if request.scheduled_ns is None else "resume"
         free_before = self.pool.num_free
         advances_prefill = self.has_prefill(request, hits)
@@ -802,7 +840,8 @@ class Engine:
             self.counters["prefill_tokens" if s.is_prefill else "decode_tokens"] += s.num_tokens
             self.counters["num_scheduled_tokens"] += s.num_tokens
         self.counters["peak_blocks_used"] = max(self.counters["peak_blocks_used"], self.pool.num_used)
-        step.row = self.step_row(step)
+        if self.steps is not None:
+            step.row = self.step_row(step)
         self.num_steps += 1
 
     # ---- the rest of a step ---------------------------------------------------------------------
@@ -813,8 +852,6 @@ class Engine:
         step.end = step.start + self.step_duration(step)
         if step.scheduled:
             self.device_free = step.end
-        if self.settings.async_scheduling:
-            step.row.update(g=step.start, e=step.end)
         self.in_flight.append(step)
         if self.settings.check:
             self.check_integrity()
@@ -833,8 +870,8 @@ class Engine:
         return self.duration(step.num_tokens, ctx, pairs, sum(c for _, c in prefills), sampled)
 
     def update(self, step, now, num_late):
-        """Process the output of `step` (3.19, 4.3); what stops frees its blocks at once. num_late: those in the
-        queue that were received while the last step in question ran."""
+        """Process the output of `step` (3.19, 4.3); what stops frees its blocks at once. num_late of the queue came
+        after the last schedule() call."""
         for s in step.scheduled:
             if s.request.outcome is not None:  # ended while this was in flight
                 continue
@@ -847,13 +884,7 @@ class Engine:
         self.running = [r for r in self.running if r.outcome is None]
         self.waiting = deque(r for r in self.waiting if r.outcome is None)  # stopped by a stale output
         if self.steps is not None:
-            if step.finished:
-                step.row["fin"] = [r.index for r in step.finished]
-            # Whoever arrived during the step joins, for the oracle, just before the next schedule().
-            step.row.update(
-                run2=len(self.running), wait2=len(self.waiting) - num_late, free2=self.pool.num_free
-            )
-            self.steps.append(step.row)
+            self.steps.append(self.finished_row(step, num_late))
         if self.settings.check:
             self.check_integrity()
 
@@ -901,6 +932,17 @@ class Engine:
         blocks = {str(s.request.index): s.new_blocks for s in step.scheduled if any(s.new_blocks)}
         if blocks:
             row["blk"] = blocks
+        return row
+
+    def finished_row(self, step, num_late):
+        """The row with what its output changed."""
+        row = dict(step.row)
+        if self.settings.async_scheduling:
+            row.update(g=step.start, e=step.end)
+        if step.finished:
+            row["fin"] = [r.index for r in step.finished]
+        # Whoever arrived meanwhile joins, for the oracle, just before the next schedule().
+        row.update(run2=len(self.running), wait2=len(self.waiting) - num_late, free2=self.pool.num_free)
         return row
 
     # ---- the end --------------------------------------------------------------------------------

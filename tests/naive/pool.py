@@ -78,9 +78,18 @@ class BlockPool:
 
 @dataclass(frozen=True, kw_only=True)
 class Full:
-    """Layers that see every token before. Equal groups are of one spec, and looked up together (6.8)."""
+    """Layers that see every token before; the other kinds say where they differ. Equal groups are of one spec, and
+    looked up together (6.8)."""
 
     block_size: int
+
+    def num_blocks(self, num_tokens):
+        """Entries of a table that holds `num_tokens`."""
+        return -(-num_tokens // self.block_size)
+
+    def num_real(self, num_entries):
+        """How many of new entries of a table are blocks; those before them are null."""
+        return num_entries
 
     def num_passed(self, num_computed):
         """Leading blocks that nothing after the first `num_computed` tokens sees (6.4)."""
@@ -88,7 +97,7 @@ class Full:
 
     def most_blocks(self, max_in_flight_tokens, max_model_len):
         """More than this one request never holds at once, for all the gate knows (6.4)."""
-        return -(-max_model_len // self.block_size)
+        return self.num_blocks(max_model_len)
 
     def is_kept(self, k, prompt_tokens, junction):
         """Whether block `k` of a request is worth a content key (6.7)."""
@@ -103,35 +112,39 @@ class Full:
         return 0, end
 
 
+def is_reachable(k, num_seen, block_size, prompt_tokens, junction):
+    """Whether block `k` is of the `num_seen` that the last token of the prompt sees, or the one after the
+    junction."""
+    ends = [(prompt_tokens - 1) // block_size]
+    if junction is not None:
+        ends.append(junction // block_size)
+    return any(end - num_seen <= k < end for end in ends)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Sliding:
+class Sliding(Full):
     """Layers that see a token and the `window` - 1 before it."""
 
-    block_size: int
     window: int
     is_sparse: bool  # keeps only what a follow-up is likely to hit (6.7)
 
     @property
     def num_seen(self):
         """Blocks with what a token at the start of a block sees before it."""
-        return -(-(self.window - 1) // self.block_size)
+        return self.num_blocks(self.window - 1)
 
     def num_passed(self, num_computed):
         return max(0, num_computed - self.window + 1) // self.block_size
 
     def most_blocks(self, max_in_flight_tokens, max_model_len):
         # One more, as the window need not start where a block does.
-        return -(-min(self.window - 1 + max_in_flight_tokens, max_model_len) // self.block_size) + 1
+        return self.num_blocks(min(self.window - 1 + max_in_flight_tokens, max_model_len)) + 1
 
     def is_kept(self, k, prompt_tokens, junction):
-        """Sparse: what the last token of the prompt sees, or the token after the junction. A window of the token
-        alone needs nothing, and keeps nothing."""
+        """A window of the token alone needs nothing, and keeps nothing."""
         if not self.is_sparse:
             return self.num_seen > 0
-        ends = [(prompt_tokens - 1) // self.block_size]
-        if junction is not None:
-            ends.append(junction // self.block_size)
-        return any(end - self.num_seen <= k < end for end in ends)
+        return is_reachable(k, self.num_seen, self.block_size, prompt_tokens, junction)
 
     def longest_hit(self, limit, is_present):
         """The last place that has all it sees; else what there is from the start."""
@@ -143,17 +156,80 @@ class Sliding:
         return 0, run
 
 
-def make_groups(groups, block_size, retention_interval):
+@dataclass(frozen=True, kw_only=True)
+class Chunked(Full):
+    """Layers that see a token and what is before it in its chunk of `window` tokens."""
+
+    window: int
+
+    def num_passed(self, num_computed):
+        return num_computed // self.window * self.window // self.block_size
+
+    def most_blocks(self, max_in_flight_tokens, max_model_len):
+        return self.num_blocks(min(self.window + max_in_flight_tokens, max_model_len))
+
+    def longest_hit(self, limit, is_present):
+        """All before the chunk of the last place, of which nothing is needed, and what there is of that chunk."""
+        first = self.num_passed(limit * self.block_size)
+        end = first
+        while end < limit and is_present(end):
+            end += 1
+        return first, end
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba(Full):
+    """Layers with one state of fixed size, without prefix caching."""
+
+    def num_blocks(self, num_tokens):
+        return 1 if num_tokens > 0 else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignedMamba(Full):
+    """Layers with one state, of which copies are kept at ends of blocks for prefix caching (6.10).
+
+    The last entry of a table is the running state, the one before it what that started from; a chunk over
+    several blocks leaves null entries.
+    """
+
+    is_sparse: bool
+
+    def num_real(self, num_entries):
+        return min(num_entries, 1)
+
+    def num_passed(self, num_computed):
+        return max(0, num_computed - 1) // self.block_size
+
+    def is_kept(self, k, prompt_tokens, junction):
+        return not self.is_sparse or is_reachable(k, 1, self.block_size, prompt_tokens, junction)
+
+    def longest_hit(self, limit, is_present):
+        """The last state there is."""
+        for k in reversed(range(limit)):
+            if is_present(k):
+                return k, k + 1
+        return 0, 0
+
+
+def make_groups(groups, block_size, has_prefix_caching, retention_interval):
     """The KV groups of settings: their specs in order."""
     assert retention_interval in (0, None), "other retention intervals are not in the rules"
+    is_sparse = retention_interval == 0
     made = []
     for group in groups or [{"kind": "full"}]:
         match group:
             case {"kind": "full"}:
                 made.append(Full(block_size=block_size))
             case {"kind": "sliding", "window": window}:
-                is_sparse = retention_interval == 0
                 made.append(Sliding(block_size=block_size, window=window, is_sparse=is_sparse))
+            case {"kind": "chunked", "window": window}:
+                assert window % block_size == 0, "a chunk is of whole blocks"
+                made.append(Chunked(block_size=block_size, window=window))
+            case {"kind": "mamba"} if has_prefix_caching:
+                made.append(AlignedMamba(block_size=block_size, is_sparse=is_sparse))
+            case {"kind": "mamba"}:
+                made.append(Mamba(block_size=block_size))
             case _:
                 raise ValueError(f"not a KV group: {group}")
     return made
