@@ -145,9 +145,13 @@ def _check_groups(path: str, groups) -> None:
         raise UserError(f'{path}: groups is not a list such as [{{"kind": "full"}}]')
     for group in groups:
         if group.get("kind") not in ("full", "mamba", *_WINDOWED):
-            raise UserError(f"{path}: group kind {group.get('kind')!r} is not full, mamba, {' or '.join(_WINDOWED)}")
+            raise UserError(
+                f"{path}: group kind {group.get('kind')!r} is not full, mamba, {' or '.join(_WINDOWED)}"
+            )
         if group["kind"] in _WINDOWED and not (type(group.get("window")) is int and group["window"] >= 1):
-            raise UserError(f"{path}: a {group['kind']} group has the window {group.get('window')!r}; give tokens")
+            raise UserError(
+                f"{path}: a {group['kind']} group has the window {group.get('window')!r}; give tokens"
+            )
 
 
 def _are_numbers(values, count: int) -> bool:
@@ -171,6 +175,10 @@ def _request(path: str, i: int, row) -> list:
     lengths = row[1:3]
     if not _are_numbers(row[:1], 1) or not all(type(x) is int and -(2**31) <= x < 2**31 for x in lengths):
         raise UserError(f"{path}: request {i} is not [arrival, prompt_tokens, output_tokens, ...]")
+    if type(row[3]) is not int or abs(row[3]) >= 2**31:
+        raise UserError(f"{path}: request {i} has the priority {row[3]!r}, which is not a whole number")
+    if not isinstance(row[4], list) or not all(type(x) is int and abs(x) < 2**63 for x in row[4]):
+        raise UserError(f"{path}: request {i} has content ids that are not a list of whole numbers")
     return row
 
 

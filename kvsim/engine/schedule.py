@@ -8,8 +8,8 @@ from __future__ import annotations
 from kvsim._jit import inline_njit, inner_njit
 from kvsim.engine.blocks import (
     blocks_for,
-    cache,
     blocks_to_take,
+    cache,
     free_skipped,
     hits_fresh_state,
     look_up,
@@ -44,7 +44,6 @@ from kvsim.engine.state import (
     TOKEN_BUDGET,
     UNSERVABLE,
 )
-
 
 LIVELOCK_ROUNDS = 16
 
@@ -544,7 +543,9 @@ def chunk_to_boundary(s, row, start, n, junction):
     for stop in (
         (start // block_size + 1) * block_size if start % block_size > 0 else 0,
         (known_tokens(row) - 1) // block_size * block_size,
-        start + (junction * block_size - start) // block_size * block_size if junction * block_size < end else 0,
+        start + (junction * block_size - start) // block_size * block_size
+        if junction * block_size < end
+        else 0,
     ):
         if start < stop < first_stop:
             first_stop = stop
@@ -645,7 +646,9 @@ def admit(s, r, n, num_hits):
     now.held_tokens += hit
     entry.request = r
     put_in_step(now, row, entry, n, True)
-    now.num_prefills += hit < known_tokens(row) - 1  # one token to compute does not count for the cadence (3.17)
+    now.num_prefills += (
+        hit < known_tokens(row) - 1
+    )  # one token to compute does not count for the cadence (3.17)
     count_as_computed(s, row, entry)
     take(s, row, entry, lacking)
     entry.hit_tokens = hit

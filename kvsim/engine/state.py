@@ -87,7 +87,9 @@ class Settings(NamedTuple):
     max_model_len: int
     enable_chunked_prefill: int
     enable_prefix_caching: int  # needs identities
-    cache_every_block: int  # 1: windows keep all their blocks findable, not only those before a prompt's end (6.7)
+    cache_every_block: (
+        int  # 1: windows keep all their blocks findable, not only those before a prompt's end (6.7)
+    )
     policy: int
     async_scheduling: int
     long_prefill_token_threshold: int
@@ -143,7 +145,10 @@ REQUEST = np.dtype(
         ("held_blocks", np.int32),  # blocks that it holds, over all groups
         ("num_cached", np.int32),  # leading blocks already considered for the prefix map
         ("num_retired", np.int32),  # leading blocks whose recurrent states were given back
-        ("junction", np.int32),  # block at which a look-up of its latest admission ended beyond the hit, 0: none (6.8)
+        (
+            "junction",
+            np.int32,
+        ),  # block at which a look-up of its latest admission ended beyond the hit, 0: none (6.8)
         ("peak_blocks", np.int32),
         ("num_preemptions", np.int32),
         ("slot", np.int32),  # row of the block tables, -1: none
@@ -231,7 +236,9 @@ class Pool(NamedTuple):
     blocks: np.ndarray  # BLOCK[num_gpu_blocks]
     table: np.ndarray  # int32, for each slot and group `table_stride` entries; 0 is the null block
     free_slots: np.ndarray  # int32 stack
-    hits: np.ndarray  # int32, blocks found by the last look-up, `table_stride` for each group; 0 is the null block
+    hits: (
+        np.ndarray
+    )  # int32, blocks found by the last look-up, `table_stride` for each group; 0 is the null block
     owners: np.ndarray  # int32[num_gpu_blocks], scratch of `check_integrity`
 
 
@@ -319,7 +326,8 @@ NOW = np.dtype(
             # the step being scheduled
             "budget", "threshold", "defer", "cap_bound", "last_prefill", "num_scheduled", "num_victims",
             "first_entry", "num_dropped", "sampled", "prefill_tokens", "decode_tokens", "ctx",
-            "prefill_ctx", "prefill_pairs", "num_prefills", "received_in_step", "looked_up", "num_hits", "free_hits", "junction",
+            "prefill_ctx", "prefill_pairs", "num_prefills", "received_in_step", "looked_up", "num_hits",
+            "free_hits", "junction",
             # rows of the step log
             "log_running", "log_waiting", "log_free", "log_running_after", "log_waiting_after", "log_free_after",
             "finished_entry", "num_finished_entries",

@@ -247,7 +247,6 @@ def _stage_budget(dep: Deployment, groups: tuple[KvGroup, ...], stage: int) -> B
         planned = plan_groups(planned.groups, num_gpu_blocks_override=s.num_gpu_blocks_override, **options)
     elif failure is None:
         failure = _one_request_failure(dep, planned, kv_bytes)
-    notes += _group_notes(groups)
     tight = planned.max_concurrency < 2
     return Budget(
         total_bytes=dep.gpu.total_bytes,
@@ -431,14 +430,6 @@ def _logged_tokens(dep: Deployment, planned: Plan) -> int:
     if dep.settings.version >= (0, 21):
         return planned.kv_cache_tokens
     return planned.num_blocks // len(planned.groups) * min(g.block_size for g in planned.groups)
-
-
-def _group_notes(groups: tuple[KvGroup, ...]) -> list[str]:
-    kinds = {g.kind for g in groups}
-    names = [
-        name for kind, name in (("chunked", "chunked-local"), ("mamba", "recurrent-state")) if kind in kinds
-    ]
-    return [f"scheduling of {name} layers is not compared with the engine" for name in names]
 
 
 def _used(dep: Deployment) -> str:

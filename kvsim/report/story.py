@@ -475,15 +475,24 @@ def _queued_tokens_full(result, row, events):
 
 def _never_fits(result, row, events):
     block_size, usable = _limits(result)["block_size"], result.summary()["num_gpu_blocks"] - 1
-    known = row["prompt_tokens"] + row["generated_tokens"]
-    needed = [event["blocks_needed"] for event in events if event["kind"] == "unservable"]
-    needed = max([-(-known // block_size), row["peak_blocks"], *needed])
-    tokens = row["prompt_tokens"] + row["output_tokens"]
-    whole = -(-(tokens - 1) // block_size)  # the last token made is never computed
+    needed = [row["peak_blocks"]]
+    needed += [event["blocks_needed"] for event in events if event["kind"] == "unservable"]
+    needed += [
+        event["blocks_free_after"]
+        - event["blocks_free_before"]
+        + event["blocks_needed"]  # held, and one more
+        for event in events
+        if event["cause"] == "self_preempted"
+    ]
+    change = _larger_pool(result)
+    if all(group["kind"] in ("full", "mla") for group in result.deployment["budget"]["groups"]):
+        tokens = row["prompt_tokens"] + row["output_tokens"]
+        whole = -(-(tokens - 1) // block_size)  # the last token made is never computed
+        change += f": {max(whole, *needed):,} blocks and the null block hold all its tokens"
     return (
-        f"it needs {needed:,} blocks of {block_size} tokens at least, and the whole pool has {usable:,}:"
+        f"it needs {max(needed):,} blocks of {block_size} tokens at least, and the whole pool has {usable:,}:"
         " waiting would not help, so it was removed to let the others pass",
-        f"{_larger_pool(result)}: {max(whole, needed):,} blocks and the null block hold all its tokens",
+        change,
     )
 
 

@@ -24,6 +24,13 @@ GROUPS = (
     ("full", "sliding", "sliding"),
     ("sliding", "full", "sliding"),
     ("sliding", "sliding", "sliding"),
+    ("chunked",),
+    ("full", "chunked"),
+    ("chunked", "full", "sliding"),
+    ("full", "mamba"),
+    ("mamba", "full"),
+    ("full", "mamba", "mamba"),
+    ("mamba", "sliding", "full"),
 )
 
 
@@ -82,10 +89,8 @@ def workloads(draw):
     groups = draw(some.sampled_from((None, None, *GROUPS)))
     if groups is not None:
         windows = some.integers(1, max_model_len + 8)
-        groups = tuple({"kind": kind, "window": draw(windows)} if kind != "full" else {"kind": kind} for kind in groups)
-        if draw(some.booleans()):  # groups that are alike are looked up together
-            first = next((group for group in groups if group["kind"] != "full"), None)
-            groups = tuple(first if group["kind"] != "full" else group for group in groups)
+        same = draw(some.none() | windows)  # groups that are alike are looked up together
+        groups = tuple(_group(kind, same or draw(windows), block_size) for kind in groups)
     settings = naive.Settings(
         policy=policy,
         async_scheduling=draw(some.booleans()),
@@ -116,6 +121,13 @@ def workloads(draw):
         check=True,
     )
     return rows, settings
+
+
+def _group(kind, window, block_size):
+    """One KV group; a chunk is of whole blocks."""
+    if kind == "chunked":
+        window = -(-window // block_size) * block_size
+    return {"kind": kind, "window": window} if kind in ("sliding", "chunked") else {"kind": kind}
 
 
 def columns_of(rows):
