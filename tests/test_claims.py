@@ -94,3 +94,34 @@ def test_E10_there_is_a_third_option():
     assert summary["outcomes"]["finished"] == n - n // 10
     assert summary["outcomes"]["oom"] == 0
     assert summary["verdict"] == "overloaded"
+
+
+@pytest.mark.parametrize("shared_tokens", [0, 1, 512, 1000])
+def test_C13_weights_are_shared_and_kv_is_not_except_a_prefix(shared_tokens):
+    """k requests that share P tokens hold P + k * rest, not k * (P + rest), in whole blocks: a prefix is shared as far
+    as blocks are full of it."""
+    k, rest, output, unit = 40, 300, 20, 16
+    prompt = shared_tokens + rest
+    ids = np.arange(k * (prompt // unit), dtype=np.int64).reshape(k, -1)  # each its own
+    ids[:, : shared_tokens // unit] = ids[0, : shared_tokens // unit]  # but for everybody's
+    trace = made(
+        prompt,
+        output,
+        1e-9,
+        n=k,
+        prefix_offsets=np.arange(k + 1) * (prompt // unit),
+        prefix_ids=ids.ravel(),
+        prefix_unit=unit,
+    )
+
+    def peak(**settings):  # all are prefilled in one step, so that all hold their blocks at the same time
+        dep = deployment(20_000, max_model_len=2048, max_num_batched_tokens=2**16, **settings)
+        run = kv.simulate(trace, dep, check=True)
+        assert run.summary()["outcomes"]["finished"] == k and run.summary()["num_preemptions"] == 0
+        return run.summary()["peak_blocks_used"]
+
+    whole, common = -(-(prompt + output - 1) // 16), shared_tokens // 16
+    assert peak(enable_prefix_caching=True) == common + k * (whole - common)
+    assert peak(enable_prefix_caching=False) == k * whole
+    one, many = (kv.fit(deployment(20_000, max_model_len=2048, max_num_seqs=n)) for n in (1, k))
+    assert one.weights_bytes == many.weights_bytes
