@@ -131,6 +131,22 @@ def test_a_pasted_command_line(trace, capsys):
     assert "--port" in said.err
 
 
+@pytest.mark.parametrize(
+    ("flags", "is_async", "policy", "has_cache"),
+    [
+        ((), True, "fcfs", True),
+        (("--no-async-scheduling", "--scheduling-policy", "priority"), False, "priority", True),
+        (("--scheduling_policy=priority", "--no-enable-prefix-caching"), True, "priority", False),
+    ],
+)
+def test_a_pasted_command_line_chooses_the_scheduler(flags, is_async, policy, has_cache, trace, tmp_path):
+    words = ["run", str(trace), "--gpu", "h200", "-o", str(tmp_path / "out"), "--quiet"]
+    assert main([*words, "--", "vllm", "serve", "google/gemma-3-27b-it", *flags]) == 0
+    used = json.loads((tmp_path / "out" / "deployment.json").read_text())["deployment"]["settings"]
+    assert (used["async_scheduling"], used["scheduling_policy"]) == (is_async, policy)
+    assert used["enable_prefix_caching"] == has_cache
+
+
 WRONG = [
     (["run", "no-such-file.csv"], "no-such-file.csv"),
     (["run", "azure-conv-lik"], "azure-conv-like"),
