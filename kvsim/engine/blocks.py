@@ -35,9 +35,9 @@ def take(s, row, entry, count):
         total += taken
         if s.settings.identities:
             start = table_start(s, row, group) + row.num_blocks
-            for k in range(count - taken):  # a state is that of the last token, or the only one
-                pool.table[start + k + (s.groups[group].kind == STATE) * taken] = 0
-            start += (s.groups[group].kind != STATE) * (count - taken)
+            if taken < count:  # the new state is that of the last token, null blocks lie before it
+                pool.table[start : start + count] = 0
+                start += count - taken
             for k in range(taken):
                 pool.table[start + k] = take_front(s)
     now.free_blocks -= total
