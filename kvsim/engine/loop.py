@@ -395,6 +395,7 @@ def hand_out_tokens(s, index, first, end):
             continue
         row.generated += 1
         now.total_generated += 1
+        now.preemptions_at_token = now.total_preemptions
         if s.settings.async_scheduling and not is_stale:
             row.placeholders -= 1
             cache_full(s, row, r, row.computed - row.in_flight)  # 4.3

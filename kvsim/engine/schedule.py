@@ -45,7 +45,10 @@ from kvsim.engine.state import (
     UNSERVABLE,
 )
 
+# Preemptions of a lone request in a row, and under the priority policy of anybody, without a token made: from then on
+# it is a livelock.
 LIVELOCK_ROUNDS = 16
+LIVELOCK_PREEMPTIONS = 20_000
 
 
 @inline_njit
@@ -244,9 +247,11 @@ def preempt(s, victim, for_request, needed):
     s.queues.victims[now.num_victims] = victim
     now.num_victims += 1
     now.total_preemptions += 1
-    cause = SELF_PREEMPTED
-    if victim != for_request:
-        cause = PRIORITY_VICTIM if s.settings.policy == PRIORITY else POOL_FULL_GROWTH
+    cause = SELF_PREEMPTED if victim == for_request else POOL_FULL_GROWTH
+    if s.settings.policy == PRIORITY:
+        # Without the gate, equal ranks can preempt each other for ever.
+        now.livelock |= now.total_preemptions - now.preemptions_at_token >= LIVELOCK_PREEMPTIONS
+        cause = SELF_PREEMPTED if victim == for_request else PRIORITY_VICTIM
     record(s, now.t, now.num_steps, EVENT_PREEMPT, victim, cause, free_before, needed, lost, for_request)
 
 
@@ -261,7 +266,7 @@ def alone_and_too_big(s, r, needed):
         return
     is_same = now.lonely_request == r and now.lonely_tokens == now.total_generated
     now.lonely_rounds = now.lonely_rounds + 1 if is_same else 0
-    now.livelock = now.lonely_rounds >= LIVELOCK_ROUNDS
+    now.livelock |= now.lonely_rounds >= LIVELOCK_ROUNDS
     now.lonely_request = r
     now.lonely_tokens = now.total_generated
 

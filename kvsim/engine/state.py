@@ -333,8 +333,8 @@ NOW = np.dtype(
             "finished_entry", "num_finished_entries",
             # last `wait` event
             "wait_request", "wait_cause",
-            # livelock of a lonely request (strict)
-            "lonely_request", "lonely_tokens", "lonely_rounds", "livelock",
+            # livelock, of a lonely request (strict) or of equal ranks
+            "lonely_request", "lonely_tokens", "lonely_rounds", "preemptions_at_token", "livelock",
             # totals
             "num_events", "total_preemptions", "total_admissions", "total_scheduled", "total_prefill",
             "total_decode", "total_generated", "total_rejected", "prefix_queries", "prefix_hits", "gap_sum",

@@ -138,7 +138,8 @@ REQUEST_COLUMNS = (
 )  # fmt: skip
 
 
-LIVELOCK_ROUNDS = 16
+LIVELOCK_ROUNDS = 16  # preemptions of a lone request in a row without a token made
+LIVELOCK_PREEMPTIONS = 20_000  # of anybody, with priorities
 
 COMPLETE = ("finish", "finished", None)  # event, outcome, cause of a stop
 CAPPED = ("cap", "capped", "max_model_len")
@@ -237,6 +238,7 @@ class Engine:
         self.in_flight = deque()  # steps whose output is not processed yet, oldest first
         self.num_steps = 0  # schedule() calls made
         self.num_tokens_made = 0
+        self.num_preemptions_at_token = 0
         self.last_wait = None  # (request, cause) of the last `wait` event
         self.last_lone_preemption = None  # (request, tokens made) then
         self.num_lone_rounds = 0  # such preemptions in a row without a token made
@@ -674,6 +676,10 @@ class Engine:
         victim.num_preemptions += 1
         victim.recomputed_tokens += lost
         self.counters["num_preemptions"] += 1
+        # Without the gate, requests of equal rank can preempt each other for ever.
+        num_in_vain = self.counters["num_preemptions"] - self.num_preemptions_at_token
+        if self.settings.policy == "priority" and num_in_vain >= LIVELOCK_PREEMPTIONS:
+            step.is_livelock = True
         self.waiting.appendleft(victim)
         step.preempted.append(victim)
 
@@ -692,7 +698,8 @@ class Engine:
         mark = (request.index, self.num_tokens_made)
         self.num_lone_rounds = self.num_lone_rounds + 1 if mark == self.last_lone_preemption else 0
         self.last_lone_preemption = mark
-        step.is_livelock = self.num_lone_rounds >= LIVELOCK_ROUNDS
+        if self.num_lone_rounds >= LIVELOCK_ROUNDS:
+            step.is_livelock = True
 
     def remove_unservable(self, step, request, needed):
         """Drop the waiting `request`, which can never fit."""
@@ -892,6 +899,7 @@ class Engine:
         """Give `request` a token from the output of `step`."""
         request.generated_tokens += 1
         self.num_tokens_made += 1
+        self.num_preemptions_at_token = self.counters["num_preemptions"]
         if request.generated_tokens == 1:
             request.first_token_ns = now
             self.record(now, "first_token", request, step=step.index)
