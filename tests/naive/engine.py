@@ -418,8 +418,11 @@ class Engine:
         return group.num_blocks(min(num_tokens, self.settings.max_model_len))
 
     def blocks_to_hold(self, request, num_tokens, hits, is_gate=False):
-        """Free blocks that `request` lacks, in all groups, to hold `num_tokens` once it has `hits` (6.4)."""
+        """Free blocks that `request` lacks, in all groups, to hold `num_tokens` once it has `hits` (6.4); more than
+        there are, if it has to wait for the next step."""
         groups = range(len(self.groups))
+        if not any(request.tables) and any(self.is_too_fresh(request, g, hits.tables[g]) for g in groups):
+            return self.settings.num_gpu_blocks + 1
         return sum(self.blocks_to_hold_in(g, request, num_tokens, hits, is_gate) for g in groups)
 
     def blocks_to_hold_in(self, g, request, num_tokens, hits, is_gate):
@@ -431,8 +434,6 @@ class Engine:
             required = min(required, most)
         if table:
             return group.num_real(max(required - len(table), 0))
-        if self.is_too_fresh(request, g, hit):
-            return self.settings.num_gpu_blocks + 1  # not in this step
         passed = group.num_passed(hits.num_tokens)
         num_new = group.num_real(max(required - max(passed, len(hit)), 0))
         return num_new + sum(block != NULL and self.pool.num_owners[block] == 0 for block in hit[passed:])
