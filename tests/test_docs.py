@@ -21,7 +21,7 @@ PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.m
 FENCE = re.compile(
     r"(?:<!-- (?P<mark>[^\n]*?) -->\n)?```(?P<language>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL
 )
-RULE = re.compile(r"(?<![\d.,])([1-35]\.\d{1,2})(?:\s*(?:-|to)\s*([1-35]\.\d{1,2}))?(?![\d.]*\d)")
+RULE = re.compile(r"(?<![\d.,])([1-6]\.\d{1,2})(?:\s*(?:-|to)\s*([1-6]\.\d{1,2}))?(?![\d.]*\d)")
 
 
 class Block(NamedTuple):

@@ -32,4 +32,4 @@ def say_if_cold() -> None:
     from kvsim import _jit
 
     if not _jit.is_warm():
-        print("compiling the engine: once, half a minute or so ...", file=sys.stderr, flush=True)
+        print("compiling the engine: once, up to a minute ...", file=sys.stderr, flush=True)

@@ -403,7 +403,7 @@ def without(column, length, value):
 
 @inline_njit
 def ranks_before(req, a, b):
-    """True when request `a` is admitted before `b` under the priority policy (3.9)."""
+    """True when request `a` is admitted before `b` under the priority policy (3.15)."""
     if req[a].priority != req[b].priority:
         return req[a].priority < req[b].priority
     return comes_first(req[a].arrival, a, req[b].arrival, b)
