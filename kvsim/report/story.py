@@ -183,7 +183,7 @@ def _with_events(result, row: dict, events: list[dict]) -> tuple[list[dict], dic
         if kind == "wait":
             continue
         if waiting_since is not None and kind in ("admit", "resume", "time_out", "unservable"):
-            story += _waiting(waits, row["request"], waiting_since, time, waited)
+            story += _waiting(result, waits, row["request"], waiting_since, time, waited)
             waiting_since = None
         if kind in ("arrive", "preempt"):
             waiting_since = time
@@ -194,13 +194,13 @@ def _with_events(result, row: dict, events: list[dict]) -> tuple[list[dict], dic
             waiting_since = None
     if waiting_since is not None:
         end = _run_end(result)
-        story += _waiting(waits, row["request"], waiting_since, end, waited)
+        story += _waiting(result, waits, row["request"], waiting_since, end, waited)
     if row["outcome"] == "unfinished":
         story.append({"time_ns": _run_end(result), "text": "the run ended"})
     return story, waited
 
 
-def _waiting(waits: Waits, request: int, start: int, end: int, waited: dict[str, int]) -> list[dict]:
+def _waiting(result, waits: Waits, request: int, start: int, end: int, waited: dict[str, int]) -> list[dict]:
     """Lines about the stretch `start`..`end` in the queue: behind others, as its head, and what is left (the
     step that was running). Adds ns by cause to `waited`."""
     if end == start:
@@ -221,21 +221,32 @@ def _waiting(waits: Waits, request: int, start: int, end: int, waited: dict[str,
         first = int(np.flatnonzero(chosen)[0])
         if chosen is own:
             where = "at the head of the queue"
-            asked = [f"; at first it needed {cut.needed[first]:,} blocks and {cut.free[first]:,} were free"]
-            asked = asked if cut.needed[first] else []
+            asked = _asked(result, int(cut.needed[first]), int(cut.free[first]))
         else:
             heads = list(dict.fromkeys(cut.head[chosen].tolist()))
             where = f"behind {_numbers(heads)}"
             where += "; why the head was not admitted"
-            asked = []
+            asked = ""
         reasons = "; ".join(
             f"{words.span(ns)} {cause} ({words.CAUSES[cause]})" for cause, ns in by_cause.items()
         )
-        text = "".join([f"waited {words.span(total)} {where}: {reasons}", *asked])
+        text = f"waited {words.span(total)} {where}: {reasons}{asked}"
         lines.append({"time_ns": int(cut.start_ns[first]), "text": text})
     if left > 0:
         lines.insert(0, {"time_ns": start, "text": f"waited {words.span(left)} for the running step to end"})
     return sorted(lines, key=lambda line: line["time_ns"])
+
+
+def _asked(result, needed: int, free: int) -> str:
+    """What the head of the queue lacked when it began to wait there."""
+    if not needed:
+        return ""
+    has_states = any(group["kind"] == "mamba" for group in result.deployment["budget"]["groups"])
+    if has_states and needed > result.summary()["num_gpu_blocks"]:  # how the engine says "not in this step"
+        return (
+            "; at first because the recurrent state that it was to go on from was computed in that very step"
+        )
+    return f"; at first it needed {needed:,} blocks and {free:,} were free"
 
 
 def _numbers(heads: list[int]) -> str:
@@ -290,7 +301,12 @@ def _tell_preempt(result, row, event):
     itself = event["for_request"] == row["request"]
     who = "it" if itself else f"request {event['for_request']}"
     more = f"{words.count(needed, 'block')} more and {free:,} {'was' if free == 1 else 'were'} free"
-    last = "; nobody behind it was left, so it gave way itself" if itself else "; it was the last admitted"
+    if _limits(result)["scheduling_policy"] == "priority":
+        last = "; it ranked last itself, so it gave way" if itself else "; it ranked last of those that ran"
+    elif itself:
+        last = "; nobody behind it was left, so it gave way itself"
+    else:
+        last = "; it was the last admitted"
     given = event["blocks_free_after"] - free
     return (
         f"preempted ({event['cause']}): {who} needed {more}{last}. It gave back"
