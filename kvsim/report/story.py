@@ -173,6 +173,10 @@ def _figures(row: dict, latencies: dict) -> str:
 # ---------------------------------------------------------------- told from events
 
 
+# An output in flight can be the last one of a request that has just been preempted (4.3).
+_ENDS_OF_WAITING = ("admit", "resume", "time_out", "unservable", "finish", "cap")
+
+
 def _with_events(result, row: dict, events: list[dict]) -> tuple[list[dict], dict[str, int]]:
     """(story, ns waited by cause)."""
     waits = head_waits(result)
@@ -182,7 +186,7 @@ def _with_events(result, row: dict, events: list[dict]) -> tuple[list[dict], dic
         kind, time = event["kind"], event["time_ns"]
         if kind == "wait":
             continue
-        if waiting_since is not None and kind in ("admit", "resume", "time_out", "unservable"):
+        if waiting_since is not None and kind in _ENDS_OF_WAITING:
             story += _waiting(result, waits, row["request"], waiting_since, time, waited)
             waiting_since = None
         if kind in ("arrive", "preempt"):
@@ -268,20 +272,19 @@ def _tell_arrive(result, row, event):
 
 
 def _levels_before(events, seq: int) -> tuple[int, int]:
-    """(running, waiting) just before the event `seq`, added up from the events."""
+    """(running, waiting) just before the event `seq`, by the latest event of each request."""
     before = events.slice(0, seq)
     kind, kinds = words.codes(before["kind"])
 
-    def number(name):
-        return int((kind == words.code_of(kinds, name)).sum())
+    def is_one_of(column, *names):
+        return np.isin(column, [words.code_of(kinds, name) for name in names])
 
-    timed_out = kind == words.code_of(kinds, "time_out")
-    held = before["blocks_free_after"].to_numpy() > before["blocks_free_before"].to_numpy()
-    ran_out = int((timed_out & held).sum())
-    admitted = number("admit") + number("resume")
-    running = admitted - number("preempt") - number("finish") - number("cap") - number("oom") - ran_out
-    waiting = number("arrive") - number("reject") - admitted + number("preempt") - number("unservable")
-    return running, waiting - (int(timed_out.sum()) - ran_out)
+    queued, admitted = ("arrive", "preempt"), ("admit", "resume")
+    gone = ("reject", "finish", "cap", "time_out", "unservable", "oom")
+    moves = np.flatnonzero(is_one_of(kind, *queued, *admitted, *gone))[::-1]
+    _, latest = np.unique(before["request"].to_numpy()[moves], return_index=True)
+    now = kind[moves][latest]
+    return int(is_one_of(now, *admitted).sum()), int(is_one_of(now, *queued).sum())
 
 
 def _tell_admit(result, row, event):

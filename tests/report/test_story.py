@@ -248,3 +248,15 @@ def test_waiting_for_a_state_is_no_lack_of_blocks():
     dep = deployment("jamba-v0.1", gpu="h200", tensor_parallel_size=4, async_scheduling=False)
     text = " ".join(simulate(rows, dep, step_time=STEP).why(1).split())
     assert "was computed in that very step" in text and "blocks and" not in text
+
+
+def test_a_last_output_in_flight_ends_the_waiting():
+    """Request 1 is preempted while its last token is computed: it ends in the queue, and does not wait on."""
+    rows = trace([(0.0, 57, 80), (0.0, 50, 8), (2.0, 10, 5)])
+    dep = llama(max_model_len=512, num_gpu_blocks_override=9, enable_prefix_caching=False)
+    result = simulate(rows, dep, step_time=STEP)
+    kinds = [event["kind"] for event in story.life_of(result, 1)["events"] if event["kind"] != "wait"]
+    assert kinds[-2:] == ["preempt", "finish"]
+    told = [entry["text"] for entry in story.life_of(result, 1)["story"]]
+    assert told[-1].startswith("finished") and "waited" in told[-2]
+    assert "arrived; 0 running, 0 waiting before it" in result.why(2)
