@@ -59,6 +59,10 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"kvsim: error: {error}", file=sys.stderr)
         return 2
+    except MemoryError as error:
+        what = f" ({error})" if str(error) else ""
+        print(f"kvsim: error: there is not enough memory for this run{what}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return _interrupted()
     except BrokenPipeError:  # the reader of our output has gone, as in `kvsim show DIR | head`

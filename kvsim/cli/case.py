@@ -84,12 +84,14 @@ def read_case(path: str) -> dict:
         raise UserError(f"{path}: config is not an object of settings")
     for key, value in config.items():
         _check_setting(path, key, value)
-    if config.get("groups"):
-        size = config.get("block_size", DEFAULTS["block_size"])
-        if any(group.get("block_size", size) != size for group in config["groups"]):
-            raise UserError(
-                f"{path}: a group has blocks of another size than block_size {size}, which kvsim does not simulate"
-            )
+    size = config.get("block_size", DEFAULTS["block_size"])
+    if any(group.get("block_size", size) != size for group in config.get("groups") or []):
+        raise UserError(
+            f"{path}: a group has blocks of another size than block_size {size}, which kvsim does not simulate"
+        )
+    unit = case.get("hash_unit")
+    if unit is not None and not (type(unit) is int and 1 <= unit < 2**31):
+        raise UserError(f"{path}: hash_unit is {unit!r}; give the tokens that one content id stands for")
     mode = case.get("mode") or "lockstep"
     if mode not in ("lockstep", "timed"):
         raise UserError(f"{path}: mode {mode!r} is neither lockstep nor timed")
@@ -108,6 +110,7 @@ def read_case(path: str) -> dict:
 _OPTIONAL = ("max_num_active_seqs", "groups", "prefix_cache_retention_interval")
 _CHOICES = {"policy": ("fcfs", "priority"), "frontend": ("engine", "openai", "strict")}
 _WINDOWED = ("sliding", "chunked")
+_GROUP_KEYS = ("kind", "window", "block_size")
 _AT_LEAST = {
     "block_size": 1,
     "num_gpu_blocks": 2,
@@ -117,6 +120,7 @@ _AT_LEAST = {
     "max_num_active_seqs": 1,
     "prefill_schedule_interval": 1,
 }
+_AT_MOST = {"max_num_seqs": 2**20, "max_num_batched_tokens": 2**24}  # step times are tabulated by these
 
 
 def _check_setting(path: str, key: str, value) -> None:
@@ -135,7 +139,8 @@ def _check_setting(path: str, key: str, value) -> None:
     default = DEFAULTS[key] if DEFAULTS[key] is not None else 0
     kind = (int, float) if isinstance(default, float) else type(default)
     is_wrong = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
-    if is_wrong or (not isinstance(value, str) and not _AT_LEAST.get(key, 0) <= value < 2**31):
+    most = _AT_MOST.get(key, 2**31 - 1)
+    if is_wrong or (not isinstance(value, str) and not _AT_LEAST.get(key, 0) <= value <= most):
         raise UserError(f"{path}: {key} is {value!r}, which it cannot be; leave it out for {DEFAULTS[key]!r}")
 
 
@@ -148,10 +153,13 @@ def _check_groups(path: str, groups) -> None:
             raise UserError(
                 f"{path}: group kind {group.get('kind')!r} is not full, mamba, {' or '.join(_WINDOWED)}"
             )
-        if group["kind"] in _WINDOWED and not (type(group.get("window")) is int and group["window"] >= 1):
-            raise UserError(
-                f"{path}: a {group['kind']} group has the window {group.get('window')!r}; give tokens"
-            )
+        for key in group:
+            if key not in _GROUP_KEYS:
+                raise UserError(f"{path}: a group has no {key!r}{did_you_mean(key, _GROUP_KEYS)}")
+        window = group.get("window")
+        is_tokens = type(window) is int and 1 <= window < 2**31
+        if not is_tokens and (group["kind"] in _WINDOWED or window is not None):
+            raise UserError(f"{path}: a {group['kind']} group has the window {window!r}; give tokens")
 
 
 def _are_numbers(values, count: int) -> bool:

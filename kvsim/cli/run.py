@@ -89,6 +89,7 @@ def main(args: argparse.Namespace) -> int:
     if args.case:
         from kvsim.cli.case import main as run_case
 
+        _refuse_beside_case(args)
         return run_case(args)
     required = _requirement(args)  # before anything slow
     goodput = _goodput(args.goodput)
@@ -98,6 +99,7 @@ def main(args: argparse.Namespace) -> int:
     load_started = time.perf_counter()
     trace = _trace(args)
     load_s = time.perf_counter() - load_started
+    _warn_of_equal_priorities(trace, deployment)
 
     from kvsim import memory
     from kvsim.cli.warm import say_if_cold
@@ -137,6 +139,38 @@ def main(args: argparse.Namespace) -> int:
         for path in paths:
             print(f"wrote {path}")
     return _exit_code(args, summary, required)
+
+
+# What a case says itself, or has none of.
+_NOT_BESIDE_CASE = (
+    "trace", "model", "gpu", "pasted", "out", "record", "bin", "check", "max_concurrency", "step_time",
+    "deadline", "until", "goodput", "require", "rate", "rate_scale", "limit",
+)  # fmt: skip
+
+
+def _refuse_beside_case(args: argparse.Namespace) -> None:
+    from kvsim import specs
+
+    given = [name for name in _NOT_BESIDE_CASE if getattr(args, name) not in (None, False, [])]
+    for name in (*given, *specs.settings_from_args(args)):
+        word = {"trace": "TRACE", "pasted": "the pasted command line"}.get(
+            name, "--" + name.replace("_", "-")
+        )
+        raise UserError(f"--case brings its own traffic, settings and clock; leave {word} out")
+
+
+def _warn_of_equal_priorities(trace, deployment) -> None:
+    is_by_priority = deployment.settings.scheduling_policy == "priority"
+    if (
+        is_by_priority
+        and len(trace)
+        and (trace.priority is None or (trace.priority == trace.priority[0]).all())
+    ):
+        print(
+            "kvsim: warning: the requests have no different priorities, so scheduling_policy priority ranks"
+            " them by arrival",
+            file=sys.stderr,
+        )
 
 
 def _check_out(out: str | None) -> None:

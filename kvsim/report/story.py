@@ -173,6 +173,10 @@ def _figures(row: dict, latencies: dict) -> str:
 # ---------------------------------------------------------------- told from events
 
 
+# An output in flight can be the last one of a request that has just been preempted (4.3).
+_ENDS_OF_WAITING = ("admit", "resume", "time_out", "unservable", "finish", "cap")
+
+
 def _with_events(result, row: dict, events: list[dict]) -> tuple[list[dict], dict[str, int]]:
     """(story, ns waited by cause)."""
     waits = head_waits(result)
@@ -182,8 +186,8 @@ def _with_events(result, row: dict, events: list[dict]) -> tuple[list[dict], dic
         kind, time = event["kind"], event["time_ns"]
         if kind == "wait":
             continue
-        if waiting_since is not None and kind in ("admit", "resume", "time_out", "unservable"):
-            story += _waiting(waits, row["request"], waiting_since, time, waited)
+        if waiting_since is not None and kind in _ENDS_OF_WAITING:
+            story += _waiting(result, waits, row["request"], waiting_since, time, waited)
             waiting_since = None
         if kind in ("arrive", "preempt"):
             waiting_since = time
@@ -194,13 +198,13 @@ def _with_events(result, row: dict, events: list[dict]) -> tuple[list[dict], dic
             waiting_since = None
     if waiting_since is not None:
         end = _run_end(result)
-        story += _waiting(waits, row["request"], waiting_since, end, waited)
+        story += _waiting(result, waits, row["request"], waiting_since, end, waited)
     if row["outcome"] == "unfinished":
         story.append({"time_ns": _run_end(result), "text": "the run ended"})
     return story, waited
 
 
-def _waiting(waits: Waits, request: int, start: int, end: int, waited: dict[str, int]) -> list[dict]:
+def _waiting(result, waits: Waits, request: int, start: int, end: int, waited: dict[str, int]) -> list[dict]:
     """Lines about the stretch `start`..`end` in the queue: behind others, as its head, and what is left (the
     step that was running). Adds ns by cause to `waited`."""
     if end == start:
@@ -221,21 +225,32 @@ def _waiting(waits: Waits, request: int, start: int, end: int, waited: dict[str,
         first = int(np.flatnonzero(chosen)[0])
         if chosen is own:
             where = "at the head of the queue"
-            asked = [f"; at first it needed {cut.needed[first]:,} blocks and {cut.free[first]:,} were free"]
-            asked = asked if cut.needed[first] else []
+            asked = _asked(result, int(cut.needed[first]), int(cut.free[first]))
         else:
             heads = list(dict.fromkeys(cut.head[chosen].tolist()))
             where = f"behind {_numbers(heads)}"
             where += "; why the head was not admitted"
-            asked = []
+            asked = ""
         reasons = "; ".join(
             f"{words.span(ns)} {cause} ({words.CAUSES[cause]})" for cause, ns in by_cause.items()
         )
-        text = "".join([f"waited {words.span(total)} {where}: {reasons}", *asked])
+        text = f"waited {words.span(total)} {where}: {reasons}{asked}"
         lines.append({"time_ns": int(cut.start_ns[first]), "text": text})
     if left > 0:
         lines.insert(0, {"time_ns": start, "text": f"waited {words.span(left)} for the running step to end"})
     return sorted(lines, key=lambda line: line["time_ns"])
+
+
+def _asked(result, needed: int, free: int) -> str:
+    """What the head of the queue lacked when it began to wait there."""
+    if not needed:
+        return ""
+    has_states = any(group["kind"] == "mamba" for group in result.deployment["budget"]["groups"])
+    if has_states and needed > result.summary()["num_gpu_blocks"]:  # how the engine says "not in this step"
+        return (
+            "; at first because the recurrent state that it was to go on from was computed in that very step"
+        )
+    return f"; at first it needed {needed:,} blocks and {free:,} were free"
 
 
 def _numbers(heads: list[int]) -> str:
@@ -257,20 +272,19 @@ def _tell_arrive(result, row, event):
 
 
 def _levels_before(events, seq: int) -> tuple[int, int]:
-    """(running, waiting) just before the event `seq`, added up from the events."""
+    """(running, waiting) just before the event `seq`, by the latest event of each request."""
     before = events.slice(0, seq)
     kind, kinds = words.codes(before["kind"])
 
-    def number(name):
-        return int((kind == words.code_of(kinds, name)).sum())
+    def is_one_of(column, *names):
+        return np.isin(column, [words.code_of(kinds, name) for name in names])
 
-    timed_out = kind == words.code_of(kinds, "time_out")
-    held = before["blocks_free_after"].to_numpy() > before["blocks_free_before"].to_numpy()
-    ran_out = int((timed_out & held).sum())
-    admitted = number("admit") + number("resume")
-    running = admitted - number("preempt") - number("finish") - number("cap") - number("oom") - ran_out
-    waiting = number("arrive") - number("reject") - admitted + number("preempt") - number("unservable")
-    return running, waiting - (int(timed_out.sum()) - ran_out)
+    queued, admitted = ("arrive", "preempt"), ("admit", "resume")
+    gone = ("reject", "finish", "cap", "time_out", "unservable", "oom")
+    moves = np.flatnonzero(is_one_of(kind, *queued, *admitted, *gone))[::-1]
+    _, latest = np.unique(before["request"].to_numpy()[moves], return_index=True)
+    now = kind[moves][latest]
+    return int(is_one_of(now, *admitted).sum()), int(is_one_of(now, *queued).sum())
 
 
 def _tell_admit(result, row, event):
@@ -290,7 +304,12 @@ def _tell_preempt(result, row, event):
     itself = event["for_request"] == row["request"]
     who = "it" if itself else f"request {event['for_request']}"
     more = f"{words.count(needed, 'block')} more and {free:,} {'was' if free == 1 else 'were'} free"
-    last = "; nobody behind it was left, so it gave way itself" if itself else "; it was the last admitted"
+    if _limits(result)["scheduling_policy"] == "priority":
+        last = "; it ranked last itself, so it gave way" if itself else "; it ranked last of those that ran"
+    elif itself:
+        last = "; nobody behind it was left, so it gave way itself"
+    else:
+        last = "; it was the last admitted"
     given = event["blocks_free_after"] - free
     return (
         f"preempted ({event['cause']}): {who} needed {more}{last}. It gave back"

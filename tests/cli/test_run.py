@@ -188,6 +188,15 @@ def test_a_mistake_gets_one_sentence(words, names, trace, capsys):
     assert "Traceback" not in said
 
 
+def test_priorities_that_are_all_equal_are_told(tmp_path, capsys):
+    rows = tmp_path / "rows.csv"
+    words = ("--gpu", "h100", "--scheduling-policy", "priority", "--quiet")
+    for last, is_told in ((1, True), (2, False)):
+        rows.write_text(f"arrival_ns,prompt_tokens,output_tokens,priority\n0,50,5,1\n1000,50,5,{last}\n")
+        assert main(["run", str(rows), *words]) == 0
+        assert ("no different priorities" in capsys.readouterr().err) == is_told
+
+
 def test_help_has_an_example_for_every_verb(capsys):
     from kvsim.cli import VERBS
 

@@ -67,6 +67,13 @@ def test_equals_the_stored_log(name, shared, tmp_path, capsys):
         (b'{"requests": [], "config": {"groups": [{"kind": "sliding"}]}}', "window None"),
         (b'{"requests": [], "config": {"groups": [{"kind": "full", "block_size": 32}]}}', "another size"),
         (b'{"requests": [], "config": {"prefix_cache_retention_interval": 64}}', "every block"),
+        (b'{"requests": [], "config": {"groups": [{"kind": "sliding", "window": 1e30}]}}', "window 1e+30"),
+        (b'{"requests": [], "config": {"groups": [{"kind": "chunked", "window": 9999999999}]}}', "window"),
+        (b'{"requests": [], "config": {"groups": [{"kind": "full", "window": "a"}]}}', "window 'a'"),
+        (b'{"requests": [], "config": {"groups": [{"kind": "full", "windw": 3}]}}', "did you mean 'window'"),
+        (b'{"requests": [], "config": {"max_num_seqs": 2000000000}}', "max_num_seqs"),
+        (b'{"requests": [], "config": {"max_num_batched_tokens": 2000000000}}', "max_num_batched_tokens"),
+        (b'{"requests": [], "hash_unit": -1}', "hash_unit is -1"),
         (b'{"requests": [[0, 1, 1, "high"]]}', "priority"),
         (b'{"requests": [[0, 1, 1, 0, ["a"]]]}', "content ids"),
     ],
@@ -77,3 +84,34 @@ def test_a_bad_case_gets_one_sentence(content, says, tmp_path, capsys):
     assert main(["run", "--case", str(path)]) == 2
     said = capsys.readouterr().err
     assert says in said and str(path) in said and said.count("\n") == 1
+
+
+def test_what_a_case_says_itself_is_not_taken_from_the_command_line(tmp_path, capsys):
+    path = tmp_path / "x.case.json"
+    path.write_text('{"requests": [[0, 20, 3]]}')
+    for more, word in (
+        (["chat-small"], "TRACE"),
+        (["--model", "gpt-oss-20b"], "--model"),
+        (["--scheduling-policy", "priority"], "--scheduling-policy"),
+        (["--check"], "--check"),
+        (["-o", str(tmp_path / "out")], "--out"),
+        (["--", "vllm", "serve", "m"], "pasted"),
+    ):
+        assert main(["run", "--case", str(path), *more]) == 2
+        said = capsys.readouterr().err
+        assert word in said and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_memory_is_one_sentence(tmp_path, capsys, monkeypatch):
+    from kvsim.engine import state
+
+    def too_much(**columns):
+        raise MemoryError("Unable to allocate 24.4 GiB")
+
+    monkeypatch.setattr(state, "pack", too_much)
+    path = tmp_path / "x.case.json"
+    path.write_text('{"requests": [[0, 20, 3]]}')
+    assert main(["run", "--case", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "not enough memory" in said and "24.4 GiB" in said and said.count("\n") == 1

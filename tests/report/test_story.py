@@ -7,7 +7,9 @@ from kvsim.engine import state as st
 from kvsim.errors import UserError
 from kvsim.report import story, words
 from kvsim.result import Result
-from tests.report.runs import ENDS, run, trace
+from kvsim.run import simulate
+from kvsim.specs import deployment
+from tests.report.runs import ENDS, STEP, llama, run, trace
 
 
 def told(name, request):
@@ -217,3 +219,44 @@ def test_names_of_strangers_cannot_steer_a_terminal():
     ids = np.array(["\x1b[2Jgone"], object)
     result = simulate(trace([(0.0, 5, 2)], request_id=ids), llama(), step_time=STEP)
     assert "id ?[2Jgone" in result.why(0)
+
+
+@pytest.mark.parametrize(
+    ("pool", "cause", "says"),
+    [
+        (18, "priority_victim", "it ranked last of those that ran"),
+        (16, "self_preempted", "it ranked last itself, so it gave way"),
+    ],
+)
+def test_the_priority_policy_preempts_who_ranks_last(pool, cause, says):
+    rows = trace([(0.0, 60, 60), (0.01, 60, 60), (0.02, 60, 60)], priority=np.array([2, 0, 1]))
+    settings = {"max_model_len": 512, "num_gpu_blocks_override": pool, "scheduling_policy": "priority"}
+    text = " ".join(simulate(rows, llama(**settings), step_time=STEP).why(0).split())
+    assert f"preempted ({cause})" in text and says in text
+    assert "last admitted" not in text and "behind it" not in text
+
+
+def test_waiting_for_a_state_is_no_lack_of_blocks():
+    """Two equal prompts at once: the second goes on from a state that the first makes in that very step."""
+    ids = np.arange(20, dtype=np.int64)
+    rows = trace(
+        [(0.0, 960, 5), (0.0, 960, 5)],
+        prefix_offsets=np.array([0, 20, 40]),
+        prefix_ids=np.concatenate([ids, ids]),
+        prefix_unit=48,
+    )
+    dep = deployment("jamba-v0.1", gpu="h200", tensor_parallel_size=4, async_scheduling=False)
+    text = " ".join(simulate(rows, dep, step_time=STEP).why(1).split())
+    assert "was computed in that very step" in text and "blocks and" not in text
+
+
+def test_a_last_output_in_flight_ends_the_waiting():
+    """Request 1 is preempted while its last token is computed: it ends in the queue, and does not wait on."""
+    rows = trace([(0.0, 57, 80), (0.0, 50, 8), (2.0, 10, 5)])
+    dep = llama(max_model_len=512, num_gpu_blocks_override=9, enable_prefix_caching=False)
+    result = simulate(rows, dep, step_time=STEP)
+    kinds = [event["kind"] for event in story.life_of(result, 1)["events"] if event["kind"] != "wait"]
+    assert kinds[-2:] == ["preempt", "finish"]
+    told = [entry["text"] for entry in story.life_of(result, 1)["story"]]
+    assert told[-1].startswith("finished") and "waited" in told[-2]
+    assert "arrived; 0 running, 0 waiting before it" in result.why(2)
