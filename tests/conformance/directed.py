@@ -88,4 +88,13 @@ CASES = (
     ),
     forgets_its_junction("junction-sync"),
     forgets_its_junction("junction-async", async_scheduling=True),
+    # Alone, with its first chunk in flight, the request cannot leave that chunk's blocks behind and preempts itself;
+    # the second time it finds them cached, needs one of them, and fits: no livelock (3.22).
+    case(
+        "round-once",
+        [[0, 20, 4, 0, []]],
+        block_size=1, num_gpu_blocks=13, max_num_seqs=2, max_num_batched_tokens=8, max_model_len=32,
+        groups=[{"kind": "sliding", "window": 2}], prefix_cache_retention_interval=None,
+        scheduler_reserve_full_isl=False, async_scheduling=True,
+    ),
 )  # fmt: skip
