@@ -40,7 +40,9 @@ def kind(case: dict, answer: dict) -> tuple:
 
 def of_directed(reference) -> list[dict]:
     """The cases made by hand."""
-    return [{"case": case, "answer": reference.run({**case, "max_steps": MAX_STEPS})} for case in directed.CASES]
+    return [
+        {"case": case, "answer": reference.run({**case, "max_steps": MAX_STEPS})} for case in directed.CASES
+    ]
 
 
 def choose(reference) -> list[dict]:
