@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from tests.conformance import space
+from tests.conformance import directed, space
 from tests.conformance.reference import Reference
 
 PATH = Path(__file__).with_name("golden.json.gz")
@@ -38,6 +38,13 @@ def kind(case: dict, answer: dict) -> tuple:
     return (config["policy"], config["async_scheduling"], bool(config["groups"]), happened)
 
 
+def of_directed(reference) -> list[dict]:
+    """The cases made by hand."""
+    return [
+        {"case": case, "answer": reference.run({**case, "max_steps": MAX_STEPS})} for case in directed.CASES
+    ]
+
+
 def choose(reference) -> list[dict]:
     """The first cases of the run SEED that are small and of a kind not yet seen MAX_OF_A_KIND times, more of
     those with preemptions."""
@@ -60,7 +67,7 @@ def choose(reference) -> list[dict]:
 
 def main():
     reference = Reference()
-    chosen = choose(reference)
+    chosen = [*of_directed(reference), *choose(reference)]
     reference.close()
     text = json.dumps(chosen, separators=(",", ":")).encode()
     PATH.write_bytes(gzip.compress(text, mtime=0))

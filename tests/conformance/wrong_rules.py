@@ -194,6 +194,11 @@ MUTATIONS = (
         "    now.num_prefills",
     ),
     Mutation(
+        "a victim's tokens stay in the sums of the step", "3.6", SCHEDULE,
+        "    add_to_sums(now, row, step[k], -1)\n",
+        "",
+    ),
+    Mutation(
         "a victim before the one that asks makes it miss its turn", "3.6", SCHEDULE,
         "        if x < now.cursor:\n            now.cursor -= 1",
         "        if x < now.cursor:\n            now.cursor -= 0",
@@ -265,8 +270,8 @@ MUTATIONS = (
     ),
     Mutation(
         "every admission counts for the cadence", "3.17", SCHEDULE,
-        "now.num_prefills += hit < known_tokens(row) - 1",
-        "now.num_prefills += hit < known_tokens(row)",
+        "        hit < known_tokens(row) - 1\n    )",
+        "        hit < known_tokens(row)\n    )",
     ),
     Mutation(
         "a request gets one token more than it asked for", "3.19", LOOP,
@@ -297,6 +302,11 @@ MUTATIONS = (
         "a request one block too long for the pool is served", "3.22", SCHEDULE,
         "whole > cfg.num_gpu_blocks - 1:",
         "whole > cfg.num_gpu_blocks:",
+    ),
+    Mutation(
+        "a livelock is given up in its first round", "3.22", SCHEDULE,
+        "now.lonely_rounds >= LIVELOCK_ROUNDS",
+        "now.lonely_rounds >= 0",
     ),
     Mutation(
         "steps overlap on the device", "4.1", LOOP,
@@ -429,6 +439,16 @@ MUTATIONS = (
         "        return 0",
     ),
     Mutation(
+        "a recurrent group takes a block for every place in its table", "6.10", BLOCKS,
+        "        return min(count, 1)\n",
+        "        return count\n",
+    ),
+    Mutation(
+        "without prefix caching a recurrent group takes blocks as it grows", "6.10", BLOCKS,
+        "        return 1 if num_blocks == 0 and count > 0 else 0",
+        "        return min(count, 1)",
+    ),
+    Mutation(
         "prefills of recurrent layers end anywhere", "6.10", SCHEDULE,
         "        if aligned > start or block_size <= most:\n            end = aligned",
         "        if False:\n            end = aligned",
@@ -445,8 +465,8 @@ MUTATIONS = (
     ),
     Mutation(
         "no prefill stops at a junction", "6.10", SCHEDULE,
-        "start + (junction * block_size - start) // block_size * block_size if junction * block_size < end else 0,",
-        "0,",
+        "        start + (junction * block_size - start) // block_size * block_size\n        if junction * block_size < end\n        else 0,\n",
+        "        0,\n",
     ),
     Mutation(
         "a window that keeps chunks begins a chunk late", "6.4", BLOCKS,
