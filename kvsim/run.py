@@ -142,7 +142,7 @@ def simulate(
         output_tokens=trace.output_tokens,
         settings=engine_settings,
         cost=st.Cost(*cost),
-        groups=budget.engine_groups(),
+        groups=_groups(deployment, budget),
         bin_width_ns=_ns(bin_s, "bin") if bin_s is not None else _nice_width(span // 1000),
         keys=keys,
         priority=trace.priority,
@@ -156,6 +156,13 @@ def simulate(
     return Result.from_engine(
         run, prepare_s=engine_started - prepare_started, engine_s=finished - engine_started, **common
     )
+
+
+def _groups(deployment, budget) -> list[dict]:
+    try:
+        return budget.engine_groups()
+    except UserError as error:
+        raise UserError(f"{deployment.model.name} cannot be replayed: {error}") from None
 
 
 def _content_keys(trace: Trace, settings) -> st.Keys:

@@ -459,8 +459,10 @@ def account(s, until):
     s.used_time[used] += duration
     cached = now.cached_blocks
     if running + waiting + used + cached > 0:
-        # Places in a table's last block; shared blocks and those that a window left behind are full ones.
-        wasted = now.table_entries * s.settings.block_size - now.held_tokens * len(s.groups)
+        # Places in a table's last block; shared blocks and those that a window left behind are full ones, and so is
+        # a block that holds a state.
+        places = now.table_entries // len(s.groups) * s.settings.block_size
+        wasted = (places - now.held_tokens) * now.num_token_groups
         start = now.accounted
         while start < until:
             b = start // now.bin_width

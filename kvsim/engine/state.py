@@ -87,9 +87,7 @@ class Settings(NamedTuple):
     max_model_len: int
     enable_chunked_prefill: int
     enable_prefix_caching: int  # needs identities
-    cache_every_block: (
-        int  # 1: windows keep all their blocks findable, not only those before a prompt's end (6.7)
-    )
+    cache_every_block: int  # 1: windows keep all blocks findable, not only those before a prompt's end (6.7)
     policy: int
     async_scheduling: int
     long_prefill_token_threshold: int
@@ -148,7 +146,7 @@ REQUEST = np.dtype(
         (
             "junction",
             np.int32,
-        ),  # block at which a look-up of its latest admission ended beyond the hit, 0: none (6.8)
+        ),  # block up to which some group found more at its latest admission, 0: none (6.8)
         ("peak_blocks", np.int32),
         ("num_preemptions", np.int32),
         ("slot", np.int32),  # row of the block tables, -1: none
@@ -236,9 +234,7 @@ class Pool(NamedTuple):
     blocks: np.ndarray  # BLOCK[num_gpu_blocks]
     table: np.ndarray  # int32, for each slot and group `table_stride` entries; 0 is the null block
     free_slots: np.ndarray  # int32 stack
-    hits: (
-        np.ndarray
-    )  # int32, blocks found by the last look-up, `table_stride` for each group; 0 is the null block
+    hits: np.ndarray  # int32, blocks that the last look-up found: a table for each group
     owners: np.ndarray  # int32[num_gpu_blocks], scratch of `check_integrity`
 
 
@@ -322,7 +318,7 @@ NOW = np.dtype(
             "num_running", "num_preempted", "received_head", "received_tail", "num_ranked", "queued_tokens", "cursor",
             # pool
             "free_blocks", "cached_blocks", "table_entries", "held_tokens", "num_free_slots", "table_stride",
-            "num_keys", "has_windows", "has_states", "is_scheduling", "peak_used",
+            "num_keys", "num_token_groups", "has_windows", "has_states", "is_scheduling", "peak_used",
             # the step being scheduled
             "budget", "threshold", "defer", "cap_bound", "last_prefill", "num_scheduled", "num_victims",
             "first_entry", "num_dropped", "sampled", "prefill_tokens", "decode_tokens", "ctx",
@@ -391,7 +387,8 @@ def pack(
     usable = settings.num_gpu_blocks - 1
     stride = 0
     if settings.identities:
-        stride = -(-settings.max_model_len // settings.block_size)
+        longest = np.minimum(np.add(prompt_tokens, output_tokens, dtype=np.int64), settings.max_model_len)
+        stride = -(-int(longest.max(initial=1)) // settings.block_size)
         if not has_windows(kv_groups):
             stride = min(usable, stride)  # no null blocks, so no more entries than blocks
     pool = Pool(
@@ -406,6 +403,7 @@ def pack(
     now.num_free_slots = len(pool.free_slots)
     now.table_stride = stride
     now.num_keys = len(keys.oldest) // len(kv_groups)
+    now.num_token_groups = np.isin(kv_groups.kind, (FULL, SLIDING, CHUNKED)).sum()
     now.has_windows = has_windows(kv_groups)
     now.has_states = (kv_groups.kind == MAMBA).any()
     now.bin_width = bin_width_ns

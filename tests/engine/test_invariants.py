@@ -35,7 +35,9 @@ def test_of_every_request(workload):
     events = event_rows(got.events)
     ends = Counter((kind, r) for _, _, kind, r, *_ in events)
     lost = Counter()
-    lost_for_good = Counter()  # since its last admission: it ended in the queue, with its last token from there
+    lost_for_good = (
+        Counter()
+    )  # since its last admission: it ended in the queue, with its last token from there
     for _, _, kind, r, _, _, _, _, tokens_lost, _ in events:
         if kind == "preempt":
             lost[r] += tokens_lost
