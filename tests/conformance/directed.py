@@ -97,4 +97,11 @@ CASES = (
         groups=[{"kind": "sliding", "window": 2}], prefix_cache_retention_interval=None,
         scheduler_reserve_full_isl=False, async_scheduling=True,
     ),
+    # The second request finds the state that the first is to compute in the same step, and has to wait (6.10).
+    case(
+        "fresh-state",
+        [[0, 12, 2, 0, [1, 2, 3]], [0, 12, 2, 0, [1, 2, 3]]],
+        block_size=4, num_gpu_blocks=40, max_num_seqs=4, max_num_batched_tokens=64, max_model_len=32,
+        groups=[{"kind": "full"}, {"kind": "mamba"}],
+    ),
 )  # fmt: skip

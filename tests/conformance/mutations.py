@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # ones miss.
 NAMES = {
     "tests/conformance/test_golden.py": "golden answer",
+    "tests/conformance/test_unservable.py": "unservable",
     "tests/engine/test_twins.py": "twins",
     "tests/engine/test_invariants.py": "invariants",
     "tests/engine/test_cases.py": "stored case",

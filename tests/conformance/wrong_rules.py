@@ -454,9 +454,9 @@ MUTATIONS = (
         "        if False:\n            end = aligned",
     ),
     Mutation(
-        "a state that this very step caches can be hit", "6.10", SCHEDULE,
-        "        if now.has_states and hits_fresh_state(s, num_hits):\n            needed = cfg.num_gpu_blocks + 1\n        if needed > now.free_blocks:\n            return POOL_FULL_GATE, needed",
-        "        if needed > now.free_blocks:\n            return POOL_FULL_GATE, needed",
+        "a state that this very step caches can be hit", "6.10", BLOCKS,
+        "            if s.pool.blocks[s.keys.newest[s.pool.blocks[b].key]].cached_in == now.num_steps:",
+        "            if False:",
     ),
     Mutation(
         "no prefill stops at the last boundary of a prompt", "6.10", SCHEDULE,
