@@ -328,7 +328,6 @@ def _request_table(run, trace, outcomes, causes) -> pa.Table:
             "request": pa.array(np.arange(n, dtype=np.int64)),
             "request_id": optional(trace.request_id),
             "request_class": optional(trace.request_class),
-            "priority": plain("priority"),
             "replica": pa.array(np.zeros(n, np.int16)),
             "arrival_ns": plain("arrival"),
             "scheduled_ns": when("scheduled_at"),
@@ -344,6 +343,7 @@ def _request_table(run, trace, outcomes, causes) -> pa.Table:
             "recomputed_tokens": plain("recomputed"),
             "peak_blocks": plain("peak_blocks"),
             "scheduled_tokens": plain("scheduled_tokens"),
+            "priority": plain("priority"),
         }
     )
 
