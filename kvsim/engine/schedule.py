@@ -689,21 +689,20 @@ def note_wait(s):
         cause = PREEMPTION_IN_STEP
     elif now.budget == 0:
         cause = TOKEN_BUDGET
-    elif now.num_running >= cfg.max_num_seqs and cfg.enable_chunked_prefill:
-        cause = MAX_NUM_SEQS
+    elif now.num_running >= cfg.max_num_seqs and cfg.enable_chunked_prefill and not now.has_states:
+        cause = MAX_NUM_SEQS  # whatever a look-up would find
     else:
         num_hits, free_hits = find_hits(s, r)
         n = first_chunk(s, r, num_hits)
-        if is_beyond_budget(s, n):
+        n_cut = cut_chunk(s, r, n, num_hits)
+        if is_beyond_budget(s, n) or n_cut == 0:
             cause = TOKEN_BUDGET
         elif now.num_running >= cfg.max_num_seqs:
             cause = MAX_NUM_SEQS
         elif is_deferred(s, r, num_hits):
             cause = PREFILL_INTERVAL
-        elif cut_chunk(s, r, n, num_hits) == 0:
-            cause = TOKEN_BUDGET
         else:
-            cause, needed = pool_obstacle(s, r, cut_chunk(s, r, n, num_hits), num_hits, free_hits)
+            cause, needed = pool_obstacle(s, r, n_cut, num_hits, free_hits)
     if r != now.wait_request or cause != now.wait_cause:
         now.wait_request, now.wait_cause = r, cause
         record(s, now.t, now.num_steps, EVENT_WAIT, r, cause, now.free_blocks, needed, 0, -1)
