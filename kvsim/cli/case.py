@@ -204,9 +204,10 @@ def replay(case: dict, config: dict, write_step=None):
     arrivals = np.array([-int(-r[0] // 1) if lockstep else round(1e9 * r[0]) for r in requests], np.int64)
     order = np.argsort(arrivals, kind="stable")
     settings = run.pack_settings(
-        SimpleNamespace(**config, max_num_queued_reqs=None, max_num_queued_tokens=None),
+        SimpleNamespace(
+            **config, scheduling_policy=config["policy"], max_num_queued_reqs=None, max_num_queued_tokens=None
+        ),
         config["num_gpu_blocks"],
-        policy=config["policy"],
         cache_every_block=config["prefix_cache_retention_interval"] is None,
         frontend=config["frontend"],
         strict=True,

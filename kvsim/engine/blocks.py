@@ -204,13 +204,19 @@ def look_up(s, r, num_tokens):
 
 
 @inline_njit
+def is_alike(groups, group, other):
+    """True for groups of the same kind and window, which are looked up together (6.8)."""
+    return groups[group].kind == groups[other].kind and groups[group].window == groups[other].window
+
+
+@inline_njit
 def find(s, r, like, k):
     """True when block `k` of `r` is in the maps of all groups of the kind and window of group `like`; notes the
     oldest one of each as a hit."""
     now, groups = s.now[0], s.groups
     key = key_of(s.keys, r, k)
     for group in range(like, len(groups)):
-        if groups[group].kind == groups[like].kind and groups[group].window == groups[like].window:
+        if is_alike(groups, group, like):
             b = s.keys.oldest[group * now.num_keys + key]
             if b == 0:
                 return False
@@ -275,9 +281,8 @@ def hits_fresh_state(s, num_hits):
 @inline_njit
 def forget_hits(s, like, count):
     """The first `count` hits in the groups of the kind and window of `like` are null blocks."""
-    groups = s.groups
-    for group in range(like, len(groups)):
-        if groups[group].kind == groups[like].kind and groups[group].window == groups[like].window:
+    for group in range(like, len(s.groups)):
+        if is_alike(s.groups, group, like):
             start = group * s.now[0].table_stride
             s.pool.hits[start : start + count] = 0
 

@@ -173,9 +173,7 @@ def make_room(s, r, needed):
     while needed > now.free_blocks:
         x = next_victim(s)
         victim = s.queues.running[x]
-        for k in range(x, now.num_running - 1):
-            s.queues.running[k] = s.queues.running[k + 1]
-        now.num_running -= 1
+        now.num_running = close_gap(s.queues.running, now.num_running, x)
         if x < now.cursor:
             now.cursor -= 1
             if victim != r:
@@ -378,27 +376,32 @@ def leave_queue(s, r):
     now, queues = s.now[0], s.queues
     status = s.requests[r].status
     if status == RUNNING:
-        now.num_running -= without(queues.running, now.num_running, r)
+        x = place_of(queues.running, now.num_running, r)
+        now.num_running = close_gap(queues.running, now.num_running, x)
     elif now.num_ranked > 0:
-        x = 0
-        while queues.ranked[x] != r:
-            x += 1
-        leave_ranked(s, x)
+        leave_ranked(s, place_of(queues.ranked, now.num_ranked, r))
     elif status == PREEMPTED:
-        now.num_preempted -= without(queues.preempted, now.num_preempted, r)
+        x = place_of(queues.preempted, now.num_preempted, r)
+        now.num_preempted = close_gap(queues.preempted, now.num_preempted, x)
     else:
         now.received_head += 1
 
 
-@inner_njit
-def without(column, length, value):
-    """Close the gap that `value` leaves among the first `length` entries; returns 1, the entries removed."""
+@inline_njit
+def place_of(column, length, value):
+    """Where `value` is among the first `length` entries. Needs it to be there."""
     k = 0
-    while column[k] != value:
+    while k < length and column[k] != value:
         k += 1
+    return k
+
+
+@inline_njit
+def close_gap(column, length, k):
+    """Remove entry `k` from the first `length` ones; returns how many are left."""
     for j in range(k, length - 1):
         column[j] = column[j + 1]
-    return 1
+    return length - 1
 
 
 @inline_njit
@@ -607,19 +610,17 @@ def pool_obstacle(s, r, n, num_hits, free_hits):
     ones, and its hits that are free until it touches them."""
     now, cfg = s.now[0], s.settings
     watermark = cfg.watermark_blocks if now.num_running > 0 else 0
+    if now.has_states and hits_fresh_state(s, num_hits):  # the engine asks for more than there are (6.10)
+        return POOL_FULL_GATE if cfg.scheduler_reserve_full_isl else POOL_FULL, cfg.num_gpu_blocks + 1
     if cfg.scheduler_reserve_full_isl:
         known = min(known_tokens(s.requests[r]), cfg.max_model_len)
         needed = blocks_beyond(s, num_hits, blocks_for(known, cfg.block_size), True) + free_hits
-        if now.has_states and hits_fresh_state(s, num_hits):
-            needed = cfg.num_gpu_blocks + 1
         if needed > now.free_blocks:
             return POOL_FULL_GATE, needed
         if needed + watermark > now.free_blocks:
             return POOL_FULL_WATERMARK, needed
     tokens = min(num_hits * cfg.block_size + n, cfg.max_model_len)
     needed = blocks_beyond(s, num_hits, blocks_for(tokens, cfg.block_size), False) + free_hits
-    if now.has_states and hits_fresh_state(s, num_hits):
-        needed = cfg.num_gpu_blocks + 1
     if needed > now.free_blocks:
         return POOL_FULL, needed
     if needed + watermark > now.free_blocks:
@@ -651,9 +652,8 @@ def admit(s, r, n, num_hits):
     now.held_tokens += hit
     entry.request = r
     put_in_step(now, row, entry, n, True)
-    now.num_prefills += (
-        hit < known_tokens(row) - 1
-    )  # one token to compute does not count for the cadence (3.17)
+    # One token to compute does not count for the cadence (3.17).
+    now.num_prefills += hit < known_tokens(row) - 1
     count_as_computed(s, row, entry)
     take(s, row, entry, lacking)
     entry.hit_tokens = hit

@@ -270,8 +270,8 @@ MUTATIONS = (
     ),
     Mutation(
         "every admission counts for the cadence", "3.17", SCHEDULE,
-        "        hit < known_tokens(row) - 1\n    )",
-        "        hit < known_tokens(row)\n    )",
+        "now.num_prefills += hit < known_tokens(row) - 1",
+        "now.num_prefills += hit < known_tokens(row)",
     ),
     Mutation(
         "a request gets one token more than it asked for", "3.19", LOOP,
@@ -430,8 +430,8 @@ MUTATIONS = (
     ),
     Mutation(
         "of equal groups only the first is asked", "6.8", BLOCKS,
-        "    for group in range(like, len(groups)):\n        if groups[group].kind == groups[like].kind and groups[group].window == groups[like].window:\n            b = ",
-        "    for group in range(like, like + 1):\n        if groups[group].kind == groups[like].kind and groups[group].window == groups[like].window:\n            b = ",
+        "    for group in range(like, len(groups)):\n        if is_alike(groups, group, like):\n            b = ",
+        "    for group in range(like, like + 1):\n        if is_alike(groups, group, like):\n            b = ",
     ),
     Mutation(
         "a recurrent group keeps the states of all boundaries", "6.10", BLOCKS,

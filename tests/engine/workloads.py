@@ -160,9 +160,8 @@ def packed(rows, settings, *, identities, log_steps=False, check=True, event_cap
         groups=settings.groups or ({"kind": "full"},),
         priority=np.array([(*row, 0)[6] if len(row) > 6 else 0 for row in rows], np.int64),
         settings=run.pack_settings(
-            SimpleNamespace(**vars(settings)),
+            SimpleNamespace(**vars(settings), scheduling_policy=settings.policy),
             settings.num_gpu_blocks,
-            policy=settings.policy,
             cache_every_block=settings.prefix_cache_retention_interval is None,
             frontend=settings.frontend,
             deadline_ns=settings.deadline_ns,

@@ -8,7 +8,9 @@ import msgspec
 import pytest
 
 from kvsim.errors import UserError
-from kvsim.memory.planner import LayerSpec, group_layers, plan, plan_groups, stage_groups
+from kvsim.memory.planner import KvGroup, LayerSpec, group_layers, plan, plan_groups, stage_groups
+from tests.engine.workloads import packed
+from tests.naive import engine as naive
 
 KINDS = {
     "FullAttentionSpec": "full",
@@ -110,3 +112,23 @@ def test_a_stage_without_layers_of_a_group_still_pays_for_it():
     assert [(g.layers, g.block_bytes) for g in stage] == [(2, 2048), (0, 0)]
     got = plan_groups(stage, available_bytes=2**20, max_model_len=160, max_in_flight_tokens=10)
     assert got.pages_per_request == 10 + 8
+
+
+@pytest.mark.parametrize("kind", ["full", "sliding", "chunked"])
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize(
+    ("block_size", "window", "max_model_len"), [(16, 128, 8192), (4, 7, 50), (32, 1, 4096)]
+)
+def test_admission_counts_the_blocks_that_the_plan_counts(kind, is_async, block_size, window, max_model_len):
+    """The most blocks of a request in a group: 5.6 at start-up, 6.4 at the scheduler's gate."""
+    settings = naive.Settings(
+        block_size=block_size,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=64,
+        max_num_seqs=8,
+        async_scheduling=is_async,
+        groups=({"kind": kind, "window": window},),
+    )
+    planned = KvGroup(kind=kind, layer_numbers=(0,), layer_pages=(1,), block_size=block_size, window=window)
+    (group,) = packed([(0, 1, 1)], settings, identities=True).groups
+    assert group.most_blocks == planned.pages(max_model_len, 128 if is_async else 64)
