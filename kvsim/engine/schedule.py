@@ -214,7 +214,6 @@ def unschedule(s, victim):
     n = step[k].tokens
     add_to_sums(now, row, step[k], -1)
     now.budget += n
-    now.num_prefills -= step[k].is_prefill
     now.num_scheduled -= 1
     now.held_tokens -= n
     row.computed -= n
@@ -716,10 +715,9 @@ def close_step(s):
     now.total_scheduled += scheduled
     now.total_prefill += now.prefill_tokens
     now.total_decode += now.decode_tokens
-    if scheduled > 0:
-        now.executed += 1
-        if now.num_prefills > 0:
-            now.last_prefill = now.executed
+    now.executed += scheduled > 0
+    if now.num_prefills > 0:  # also where a preemption took the prefill out of the step again
+        now.last_prefill = now.executed
     now.peak_used = max(now.peak_used, s.settings.num_gpu_blocks - 1 - now.free_blocks)
     line = s.timeline[now.t // now.bin_width]
     line.steps += 1

@@ -97,6 +97,15 @@ CASES = (
         groups=[{"kind": "sliding", "window": 2}], prefix_cache_retention_interval=None,
         scheduler_reserve_full_isl=False, async_scheduling=True,
     ),
+    # A chunk of the first request is in the step when the second one's growth preempts it; its interval starts anew
+    # all the same, so it is not admitted again in the next step (3.17).
+    case(
+        "victim-in-interval",
+        [[0, 33, 2, 3, []], [1, 4, 20, 0, []]],
+        block_size=1, num_gpu_blocks=36, max_num_seqs=4, max_num_batched_tokens=16, max_model_len=64,
+        long_prefill_token_threshold=4, prefill_schedule_interval=2, policy="priority",
+        scheduler_reserve_full_isl=False, enable_prefix_caching=False,
+    ),
     # The second request finds the state that the first is to compute in the same step, and has to wait (6.10).
     case(
         "fresh-state",

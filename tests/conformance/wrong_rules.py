@@ -190,8 +190,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a victim's tokens are lost to the budget", "3.6", SCHEDULE,
-        "    now.budget += n\n    now.num_prefills",
-        "    now.num_prefills",
+        "    now.budget += n\n    now.num_scheduled",
+        "    now.num_scheduled",
     ),
     Mutation(
         "a victim's tokens stay in the sums of the step", "3.6", SCHEDULE,
@@ -267,6 +267,11 @@ MUTATIONS = (
         "chunks of running prompts do not count for the cadence", "3.17", SCHEDULE,
         "        now.num_prefills += row.prefilling  # 3.17\n",
         "",
+    ),
+    Mutation(
+        "a preempted chunk does not count for the cadence", "3.17", SCHEDULE,
+        "    now.num_scheduled -= 1\n    now.held_tokens",
+        "    now.num_prefills -= step[k].is_prefill\n    now.num_scheduled -= 1\n    now.held_tokens",
     ),
     Mutation(
         "every admission counts for the cadence", "3.17", SCHEDULE,

@@ -162,7 +162,6 @@ class Scheduled:
     num_tokens: int
     new_blocks: list  # that each table gained: all of it, hits included, when this step admits the request
     is_prefill: bool  # in mid-prefill before this step, or admitted by it
-    advances_prefill: bool  # resets the prefill cadence (3.17)
     hit_tokens: int = 0  # computed by others, or by itself before a preemption, and found again
     gets_token: bool = False  # from the output of this step: 3.18 left it not in mid-prefill (3.19)
 
@@ -180,6 +179,7 @@ class Step:
     preempted: list = field(default_factory=list)
     found_unservable: bool = False
     is_livelock: bool = False
+    advances_prefill: bool = False  # resets the cadence, even if it was preempted later in the step (3.17)
     row: dict | None = None  # of the oracle's log
 
     start: int | None = None  # on the device
@@ -810,9 +810,8 @@ class Engine:
     def assign(self, step, request, num_tokens, hits, is_prefill, advances_prefill):
         """Schedule `num_tokens` of `request`, after `hits`, in this step and give it the blocks for them."""
         new_blocks = self.grow(request, num_tokens, hits)
-        step.scheduled.append(
-            Scheduled(request, num_tokens, new_blocks, is_prefill, advances_prefill, hits.num_tokens)
-        )
+        step.scheduled.append(Scheduled(request, num_tokens, new_blocks, is_prefill, hits.num_tokens))
+        step.advances_prefill |= advances_prefill
         step.budget -= num_tokens
         request.scheduled_tokens += num_tokens
         if request.scheduled_ns is None:
@@ -834,10 +833,8 @@ class Engine:
         """Count the step, and the scheduled tokens as computed (3.17, 3.18)."""
         if step.scheduled:
             self.executed += 1
-            if self.settings.prefill_schedule_interval > 1 and any(
-                s.advances_prefill for s in step.scheduled
-            ):
-                self.last_prefill = self.executed
+        if self.settings.prefill_schedule_interval > 1 and step.advances_prefill:
+            self.last_prefill = self.executed
         for s in step.scheduled:
             r = s.request
             r.num_computed_tokens += s.num_tokens
