@@ -7,6 +7,7 @@ either free or in exactly one table.
 from __future__ import annotations
 
 from kvsim._jit import inline_njit, inner_njit, njit
+from kvsim.engine.queues import num_waiting
 from kvsim.engine.state import CHUNKED, FULL, GAP_BITS, GAP_SUBBUCKETS, MAMBA, SLIDING, STATE
 
 
@@ -394,13 +395,15 @@ def check_integrity(s):
     now, req = s.now[0], s.requests
     usable = s.settings.num_gpu_blocks - 1
     entries = held_tokens = held_blocks = 0
-    for x in range(now.num_running):
-        row = req[s.queues.running[x]]
+    r = now.first_running
+    while r >= 0:
+        row = req[r]
         entries += row.num_blocks * len(s.groups)
         held_blocks += row.held_blocks
         held_tokens += row.computed
         if row.num_blocks * s.settings.block_size < row.computed:
             return 4
+        r = row.after
     if now.free_blocks < 0 or entries != now.table_entries:
         return 1
     if not s.settings.enable_prefix_caching and now.free_blocks + held_blocks != usable:
@@ -416,12 +419,14 @@ def check_blocks(s):
     now, req, pool = s.now[0], s.requests, s.pool
     owners = pool.owners
     owners[:] = 0
-    for x in range(now.num_running):
-        row = req[s.queues.running[x]]
+    r = now.first_running
+    while r >= 0:
+        row = req[r]
         for group in range(len(s.groups)):
             start = table_start(s, row, group)
             for k in range(row.num_blocks):
                 owners[pool.table[start + k]] += 1
+        r = row.after
     owners[0] = 0
     in_use = cached = 0
     for b in range(1, s.settings.num_gpu_blocks):
@@ -484,12 +489,6 @@ def account(s, until):
             line.wasted_area += wasted * width
             start = end
     now.accounted = until
-
-
-@inline_njit
-def num_waiting(now):
-    """Requests received and neither running nor ended."""
-    return now.num_ranked + now.num_preempted + now.received_tail - now.received_head
 
 
 @njit

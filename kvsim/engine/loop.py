@@ -9,18 +9,10 @@ from __future__ import annotations
 import numpy as np
 
 from kvsim._jit import inline_njit, inner_njit, njit
-from kvsim.engine.blocks import account, gap_bucket, num_waiting, record, release
-from kvsim.engine.schedule import (
-    cache_full,
-    comes_first,
-    end_request,
-    enter_ranked,
-    leave_queue,
-    pairs,
-    pop_ready,
-    ready_turns,
-    schedule,
-)
+from kvsim.engine.blocks import account, gap_bucket, record, release
+from kvsim.engine.cohort import pop_ending, scatter, settle_all
+from kvsim.engine.queues import comes_first, enter_received, num_waiting, pop_ready, ready_turns
+from kvsim.engine.schedule import cache_full, end_request, leave_queue, pairs, schedule
 from kvsim.engine.state import (
     BROKEN,
     CAPPED,
@@ -46,14 +38,12 @@ from kvsim.engine.state import (
     NO_CAUSE,
     NO_OUTPUT_REQUESTED,
     PAUSED,
-    PRIORITY,
     PROMPT_GE_MAX_MODEL_LEN,
     PROMPT_PLUS_MAX_TOKENS_GT_MAX_MODEL_LEN,
     QUEUE_FULL,
     QUEUED_TOKENS_FULL,
     REACHED,
     REJECTED,
-    RUNNING,
     SCHEDULED,
     STALLED,
     TIMED_OUT,
@@ -89,7 +79,7 @@ def advance(s, until_ns, max_steps):
                 return EVENTS_FULL
             if flight.end > until_ns:
                 return REACHED
-            if not has_room(s, 2 * flight.num_entries):
+            if not has_room(s, 2 * (flight.num_entries + flight.num_members)):
                 return EVENTS_FULL
             work += flight.num_entries + 1
             finish_step(s, flight)
@@ -101,6 +91,7 @@ def advance(s, until_ns, max_steps):
         if now.is_settled and (now.idle >= idle_limit or now.is_stuck):
             change = min(next_send(s), next_expiry(s))
             if change == NEVER:
+                settle_all(s)
                 return STALLED
             if now.idle >= idle_limit:
                 if change > until_ns:
@@ -131,6 +122,7 @@ def advance(s, until_ns, max_steps):
                 return PAUSED
             continue
         if now.t >= s.settings.until_ns:
+            settle_all(s)
             return HORIZON
         if not has_room(s, 2 * (now.num_running + num_waiting(now)) + s.settings.max_num_seqs + 2):
             return EVENTS_FULL
@@ -158,13 +150,16 @@ def launch(s):
     duration = step_duration(s)
     now.step_start = max(now.t, now.device_free)
     now.step_end = now.step_start + duration
-    if now.num_scheduled > 0:
+    if now.num_scheduled + now.step_members > 0:
         now.device_free = now.step_end
     flight = s.flights[now.num_steps % len(s.flights)]
     flight.end = now.step_end
     flight.num_entries = now.num_scheduled
+    flight.num_members = now.step_members
     flight.is_livelock = now.livelock
-    now.idle = 0 if now.num_scheduled + now.num_victims + now.num_dropped > 0 else now.idle + 1
+    now.idle = (
+        0 if now.num_scheduled + now.step_members + now.num_victims + now.num_dropped > 0 else now.idle + 1
+    )
     now.num_steps += 1
     now.steps_in_flight += 1
     now.is_settled = 0
@@ -258,11 +253,7 @@ def receive_one(s, r, time):
     now.in_flight += 1
     now.queued_tokens += row.prompt
     now.received_in_step += 1
-    s.queues.received[now.received_tail] = r
-    now.received_tail += 1
-    if s.settings.policy == PRIORITY:
-        now.received_head += 1
-        enter_ranked(s, r)
+    enter_received(s, r)
 
 
 @inner_njit
@@ -290,14 +281,12 @@ def objection(s, row):
 @inline_njit
 def next_expiry(s):
     """When the oldest unfinished request times out, or NEVER. Deadlines fall in order of receipt."""
-    now, cfg, req, received = s.now[0], s.settings, s.requests, s.queues.received
+    now, cfg, req = s.now[0], s.settings, s.requests
     if cfg.deadline_ns == NEVER:
         return NEVER
-    while now.next_expiry < now.received_tail and req[received[now.next_expiry]].status == ENDED:
-        now.next_expiry += 1
-    if now.next_expiry == now.received_tail:
-        return NEVER
-    return req[received[now.next_expiry]].arrival + cfg.deadline_ns
+    while now.oldest >= 0 and req[now.oldest].status == ENDED:
+        now.oldest = req[now.oldest].next_received
+    return req[now.oldest].arrival + cfg.deadline_ns if now.oldest >= 0 else NEVER
 
 
 @inline_njit
@@ -306,10 +295,12 @@ def expire(s):
     now = s.now[0]
     count = 0
     while next_expiry(s) <= now.t:
-        r = s.queues.received[now.next_expiry]
+        r = now.oldest
         row = s.requests[r]
-        free_before, lost = now.free_blocks, row.computed
+        if s.settings.async_scheduling:
+            scatter(s)  # its output in flight is not for it any more
         leave_queue(s, r)
+        free_before, lost = now.free_blocks, row.computed
         release(s, row)
         end_request(s, r, TIMED_OUT, DEADLINE, now.t)
         record(s, now.t, now.num_steps, EVENT_TIME_OUT, r, DEADLINE, free_before, 0, lost, -1)
@@ -324,8 +315,8 @@ def step_duration(s):
     contract: equal inputs give equal bits."""
     now, cost = s.now[0], s.cost
     if s.settings.lockstep:
-        return 1 if now.num_scheduled > 0 or not s.settings.async_scheduling else 0
-    if now.num_scheduled == 0:
+        return 1 if now.num_scheduled + now.step_members > 0 or not s.settings.async_scheduling else 0
+    if now.num_scheduled + now.step_members == 0:
         return 0
     seconds = cost.linear_s[now.prefill_tokens + now.decode_tokens] + cost.sampled_s[now.sampled]
     seconds += cost.context_s[0] * now.ctx
@@ -366,8 +357,7 @@ def finish_step(s, flight):
     index = now.num_steps - now.steps_in_flight
     first = index % len(s.flights) * s.settings.max_num_seqs
     num_entries = flight.num_entries
-    if hand_out_tokens(s, index, first, first + num_entries) > 0:
-        drop_finished(s)
+    if hand_out_tokens(s, index, flight, first) > 0:
         now.idle = 0
     now.steps_in_flight -= 1
     now.awaiting = 0
@@ -381,44 +371,102 @@ def finish_step(s, flight):
 
 
 @inline_njit
-def hand_out_tokens(s, index, first, end):
+def hand_out_tokens(s, index, flight, first):
     """One token for every request that was past its prefill in step `index`, in scheduling order; those for whom it
-    is the last free their blocks at once. The step's entries are `first` up to `end`. Returns how many ended."""
-    now, req, step = s.now[0], s.requests, s.step
-    last_gap = -1
-    bucket = ended = 0
-    for k in range(first, end):
-        r = step[k].request
-        row = req[r]
-        is_stale = settle_output(row, step[k].tokens) if s.settings.async_scheduling else False
-        if not step[k].emits or row.status == ENDED:
-            continue
-        row.generated += 1
-        now.total_generated += 1
-        now.preemptions_at_token = now.total_preemptions
-        if s.settings.async_scheduling and not is_stale:
-            row.placeholders -= 1
-            cache_full(s, row, r, row.computed - row.in_flight)  # 4.3
-        if row.first_token_at < 0:
-            row.first_token_at = now.t
-            now.queued_tokens -= row.prompt
-            free = now.free_blocks
-            record(s, now.t, index, EVENT_FIRST_TOKEN, r, NO_CAUSE, free, 0, 0, -1)
+    is the last free their blocks at once. The step's entries begin at `first`. Returns how many ended."""
+    now, req, members = s.now[0], s.requests, s.cohort
+    if now.handed + 1 == now.decodes:  # else they were found when the step after this one was scheduled
+        pop_ending(s)
+    now.handed += 1
+    if flight.num_members > 0:
+        count_gaps(s, flight.num_members)
+    k, x, ended = first, 0, 0
+    end = first + flight.num_entries
+    while k < end or x < now.num_ending:
+        if x == now.num_ending or (k < end and req[s.step[k].request].stamp < req[members.ending[x]].stamp):
+            ended += hand_out(s, s.step[k], index)
+            k += 1
         else:
-            gap = now.t - row.last_token_at
-            if gap != last_gap:
-                last_gap, bucket = gap, gap_bucket(gap)
-            s.gap_counts[bucket] += 1
-            now.gap_sum += gap
-            now.gap_count += 1
-        row.last_token_at = now.t
-        if row.generated >= row.output:
-            end_in_step(s, k, index, FINISHED, NO_CAUSE, EVENT_FINISH)
-            ended += 1
-        elif row.prompt + row.generated >= s.settings.max_model_len:
-            end_in_step(s, k, index, CAPPED, CAUSE_MAX_MODEL_LEN, EVENT_CAP)
-            ended += 1
+            ended += hand_out_last(s, members.ending[x], index)
+            x += 1
+    now.num_ending = 0
     return ended
+
+
+@inline_njit
+def count_gaps(s, num_members):
+    """A token for each of the members in flight, all since the latest tokens before."""
+    now = s.now[0]
+    gap = now.t - now.last_handout
+    s.gap_counts[bucket_of(now, gap)] += num_members
+    now.gap_sum += gap * num_members
+    now.gap_count += num_members
+    now.total_generated += num_members
+    now.preemptions_at_token = now.total_preemptions
+    now.last_handout = now.t
+
+
+@inline_njit
+def bucket_of(now, gap):
+    """`gap_bucket`, remembered, since many gaps are alike."""
+    if gap != now.latest_gap:
+        now.latest_gap, now.latest_bucket = gap, gap_bucket(gap)
+    return now.latest_bucket
+
+
+@inner_njit
+def hand_out(s, entry, index):
+    """The output of one entry of step `index`. Returns 1 when it ends the request."""
+    now, r = s.now[0], entry.request
+    row = s.requests[r]
+    is_stale = settle_output(row, entry.tokens) if s.settings.async_scheduling else False
+    if not entry.emits or row.status == ENDED:
+        return 0
+    row.generated += 1
+    now.total_generated += 1
+    now.preemptions_at_token = now.total_preemptions
+    now.last_handout = now.t
+    if s.settings.async_scheduling and not is_stale:
+        row.placeholders -= 1
+        cache_full(s, row, r, row.computed - row.in_flight)  # 4.3
+    if row.first_token_at < 0:
+        row.first_token_at = now.t
+        now.queued_tokens -= row.prompt
+        record(s, now.t, index, EVENT_FIRST_TOKEN, r, NO_CAUSE, now.free_blocks, 0, 0, -1)
+    else:
+        gap = now.t - row.last_token_at
+        s.gap_counts[bucket_of(now, gap)] += 1
+        now.gap_sum += gap
+        now.gap_count += 1
+    row.last_token_at = now.t
+    entry.ended = end_if_done(s, r, index)
+    return entry.ended
+
+
+@inner_njit
+def hand_out_last(s, r, index):
+    """The output of step `index` for a member of the cohort that it ends; its token is counted already."""
+    now, row = s.now[0], s.requests[r]
+    row.generated += 1
+    row.last_token_at = now.t
+    if s.settings.async_scheduling:
+        row.placeholders -= 1
+        row.in_flight -= 1
+        cache_full(s, row, r, row.computed - row.in_flight)  # 4.3
+    return end_if_done(s, r, index)
+
+
+@inner_njit
+def end_if_done(s, r, index):
+    """End request `r` if the token that it has just got is its last one (3.19). Returns 1 if so."""
+    row = s.requests[r]
+    if row.generated >= row.output:
+        end_in_step(s, r, index, FINISHED, NO_CAUSE, EVENT_FINISH)
+        return 1
+    if row.prompt + row.generated >= s.settings.max_model_len:
+        end_in_step(s, r, index, CAPPED, CAUSE_MAX_MODEL_LEN, EVENT_CAP)
+        return 1
+    return 0
 
 
 @inline_njit
@@ -432,26 +480,11 @@ def settle_output(row, tokens):
 
 
 @inner_njit
-def end_in_step(s, k, index, outcome, cause, kind):
-    """The request of entry `k`, of step `index`, has made its last token; where it waits, it leaves the queue."""
-    now, entry = s.now[0], s.step[k]
-    r = entry.request
-    entry.ended = 1
+def end_in_step(s, r, index, outcome, cause, kind):
+    """Request `r` has made its last token in step `index`; wherever it is, it leaves."""
+    now = s.now[0]
     free_before = now.free_blocks
-    if s.requests[r].status != RUNNING:
-        leave_queue(s, r)
+    leave_queue(s, r)
     release(s, s.requests[r])
     end_request(s, r, outcome, cause, now.t)
     record(s, now.t, index, kind, r, cause, free_before, 0, 0, -1)
-
-
-@inline_njit
-def drop_finished(s):
-    """Close the gaps in the running list."""
-    now, running = s.now[0], s.queues.running
-    kept = 0
-    for x in range(now.num_running):
-        r = running[x]
-        running[kept] = r
-        kept += s.requests[r].status == RUNNING
-    now.num_running = kept

@@ -13,12 +13,34 @@ from kvsim.engine.blocks import (
     free_skipped,
     hits_fresh_state,
     look_up,
-    num_waiting,
     open_slot,
     record,
     release,
     take,
     touch_hits,
+)
+from kvsim.engine.cohort import (
+    gather,
+    join_all,
+    last_member,
+    leave_running,
+    list_of,
+    member_tokens,
+    pop_ending,
+    scatter,
+    settle,
+)
+from kvsim.engine.queues import (
+    close_gap,
+    enter_ranked,
+    enter_running,
+    leave_ranked,
+    num_waiting,
+    place_of,
+    pop_head,
+    pop_received,
+    queue_head,
+    ready_turns,
 )
 from kvsim.engine.state import (
     ENDED,
@@ -44,6 +66,9 @@ from kvsim.engine.state import (
     TOKEN_BUDGET,
     UNSERVABLE,
 )
+
+# How the running phase goes; see `way_to_run`.
+ONE_BY_ONE, TOGETHER, AS_FAR_AS_IT_GOES = range(3)
 
 # Preemptions of a lone request in a row, and under the priority policy of anybody, without a token made: from then on
 # it is a livelock.
@@ -74,6 +99,7 @@ def open_step(s):
     now.is_scheduling = 1
     now.first_entry = now.num_steps % len(s.flights) * cfg.max_num_seqs
     now.num_scheduled = now.num_victims = now.num_dropped = now.num_prefills = now.livelock = 0
+    now.step_members = 0
     now.sampled = now.prefill_tokens = now.decode_tokens = 0
     now.ctx = now.prefill_ctx = now.prefill_pairs = 0
     now.looked_up = -1
@@ -84,47 +110,176 @@ def open_step(s):
     now.defer = 0
     interval = cfg.prefill_schedule_interval
     if interval > 1 and not now.cap_bound and now.executed + 1 - now.last_prefill < interval:
-        for x in range(now.num_running):
-            if not s.requests[s.queues.running[x]].prefilling:
-                now.defer = 1
-                break
+        r = now.first_running
+        while r >= 0 and s.requests[r].prefilling:
+            r = s.requests[r].after
+        now.defer = r >= 0
 
 
 @inline_njit
 def run(s):
     """The running phase (3.3-3.9): every running request in order, until the budget or the pool is used up."""
-    now, cfg, req, running, step = s.now[0], s.settings, s.requests, s.queues.running, s.step
-    now.cursor = 0
-    while now.cursor < now.num_running and now.budget > 0:
-        r = running[now.cursor]
-        row = req[r]
-        now.cursor += 1
-        if is_ending(row):  # 3.3
-            continue
-        if now.defer and row.prefilling:  # 3.4
-            continue
-        n = chunk(now, known_tokens(row) + row.placeholders - row.computed)
-        n = min(n, cfg.max_model_len - row.computed - 1)  # 3.5
-        if now.has_states:
-            n = chunk_to_boundary(s, row, row.computed, n, row.junction)
-        if n == 0:
-            continue
-        if now.has_windows:
-            free_skipped(s, row)
-        lacking = blocks_lacking(row, n, cfg)
-        needed = blocks_beyond(s, row.num_blocks, row.num_blocks + lacking, False) if lacking > 0 else 0
+    if not s.now[0].must_walk:
+        assemble(s)
+        way = way_to_run(s)
+        if way != ONE_BY_ONE:
+            run_together(s, way)
+            return
+        scatter(s)
+    run_in_order(s)
+
+
+@inner_njit
+def assemble(s):
+    """Put everybody who can be in the cohort into it."""
+    if s.now[0].is_scattered:
+        gather(s)
+    pop_ending(s)
+    join_all(s)
+
+
+@inline_njit
+def run_in_order(s):
+    """The running phase, everybody visited."""
+    now, req = s.now[0], s.requests
+    now.decodes += 1
+    r = now.first_running
+    while r >= 0 and now.budget > 0 and run_one(s, r):
+        r = req[r].after
+
+
+@inner_njit
+def run_one(s, r):
+    """The running phase of one request. False: the phase is over."""
+    now, cfg, row = s.now[0], s.settings, s.requests[r]
+    n = wanted(s, row)
+    if n == 0:
+        return True
+    if now.has_windows:
+        free_skipped(s, row)
+        row.is_steady = row.is_steady > 0
+    lacking = blocks_lacking(row, n, cfg)
+    if lacking > 0:
+        needed = blocks_beyond(s, row.num_blocks, row.num_blocks + lacking, False)
         if needed > now.free_blocks and not make_room(s, r, needed):
-            if cfg.policy == PRIORITY:  # 3.8
-                continue
-            break
-        entry = step[now.first_entry + now.num_scheduled]
-        entry.request = r
-        put_in_step(now, row, entry, n, row.prefilling)
-        now.num_prefills += row.prefilling  # 3.17
-        count_as_computed(s, row, entry)
+            return cfg.policy == PRIORITY  # 3.8
+    entry = s.step[now.first_entry + now.num_scheduled]
+    entry.request = r
+    put_in_step(now, row, entry, n, row.prefilling)
+    now.num_prefills += row.prefilling  # 3.17
+    count_as_computed(s, row, entry)
+    if lacking > 0:
+        take(s, row, entry, lacking)
+    cache_full(s, row, r, row.computed)
+    return True
+
+
+@inline_njit
+def wanted(s, row):
+    """Tokens that a running request gets in this step if the pool allows; 0: none."""
+    now = s.now[0]
+    if is_ending(row) or (now.defer and row.prefilling):  # 3.3, 3.4
+        return 0
+    n = chunk(now, known_tokens(row) + row.placeholders - row.computed)
+    n = min(n, s.settings.max_model_len - row.computed - 1)  # 3.5
+    return chunk_to_boundary(s, row, row.computed, n, row.junction) if now.has_states else n
+
+
+@inner_njit
+def way_to_run(s):
+    """How the running phase can go, so that it ends as if everybody were visited: TOGETHER, where the budget reaches
+    everybody up to the last member and the pool everybody; AS_FAR_AS_IT_GOES, where the pool does not, and whoever is
+    last makes room; else ONE_BY_ONE, because with a step in flight the last are in it, and by priority others than
+    the last make room."""
+    now, cfg, req, others = s.now[0], s.settings, s.requests, s.cohort.others
+    last = last_member(s)
+    tokens, blocks = now.num_members, s.cohort.count[list_of(now, 0)] * now.growing_groups
+    for x in range(now.num_others):
+        row = req[others[x]]
+        n = wanted(s, row)
+        if last >= 0 and row.stamp < req[last].stamp:
+            tokens += n
+        lacking = blocks_lacking(row, n, cfg) if n > 0 else 0
         if lacking > 0:
-            take(s, row, entry, lacking)
-        cache_full(s, row, r, row.computed)
+            blocks += blocks_beyond(s, row.num_blocks, row.num_blocks + lacking, False)
+    if tokens > now.budget:
+        return ONE_BY_ONE
+    if blocks <= now.free_blocks:
+        return TOGETHER
+    return ONE_BY_ONE if cfg.async_scheduling or cfg.policy == PRIORITY else AS_FAR_AS_IT_GOES
+
+
+@inline_njit
+def run_together(s, way):
+    """The running phase, the cohort in one go. Needs `way_to_run`."""
+    now, others = s.now[0], s.cohort.others
+    x = 0
+    if now.is_visiting or way == AS_FAR_AS_IT_GOES:
+        x = visit(s)
+    else:
+        growing = s.cohort.count[list_of(now, 0)]
+        now.free_blocks -= growing * now.growing_groups
+        now.table_entries += growing * len(s.groups)
+    now.decodes += 1
+    n = now.num_members
+    now.step_members = n
+    now.sampled += n
+    now.decode_tokens += n
+    now.held_tokens += n
+    now.budget -= n
+    now.ctx += member_tokens(now)
+    while x < now.num_others and now.budget > 0 and run_one(s, others[x]):
+        x += 1
+
+
+@inner_njit
+def visit(s):
+    """Members to whom more happens in this step than a token, in running order, and the others between them. Returns
+    how many of the others had their turn."""
+    now, req, members = s.now[0], s.requests, s.cohort
+    for v in range(len(members.visit)):
+        members.at[v] = members.first[list_of(now, members.visit[v])]
+    x = 0
+    while True:
+        r, list_at = -1, 0
+        for v in range(len(members.visit)):
+            other = members.at[v]
+            # Who was preempted meanwhile was the last of the running list, and of his phase.
+            if other >= 0 and req[other].phase >= 0 and (r < 0 or req[other].stamp < req[r].stamp):
+                r, list_at = other, v
+        if r < 0:
+            r = last_member(s)
+            is_over = r < 0 or x == now.num_others or req[members.others[x]].stamp > req[r].stamp
+            if is_over:
+                return x
+        if x < now.num_others and req[members.others[x]].stamp < req[r].stamp:
+            if not run_one(s, members.others[x]):
+                return now.num_others
+            x += 1
+        elif visit_member(s, r):
+            members.at[list_at] = req[r].after_in_phase
+        else:
+            return now.num_others
+
+
+@inline_njit
+def visit_member(s, r):
+    """`run_one` for a member, but for the sums of the step. False: it preempted itself."""
+    now, row = s.now[0], s.requests[r]
+    settle(s, row)
+    if now.has_windows:
+        free_skipped(s, row)
+    lacking = blocks_lacking(row, 1, s.settings)
+    if lacking > 0:
+        needed = blocks_beyond(s, row.num_blocks, row.num_blocks + lacking, False)
+        if needed > now.free_blocks and not make_room(s, r, needed):
+            return False
+        take(s, row, s.step[now.first_entry + now.num_scheduled], lacking)
+    row.computed += 1
+    row.scheduled_tokens += 1
+    row.settled += 1
+    cache_full(s, row, r, row.computed)
+    return True
 
 
 @inline_njit
@@ -169,15 +324,12 @@ def blocks_lacking(row, n, cfg):
 @inner_njit
 def make_room(s, r, needed):
     """Preempt running requests until `needed` blocks are free (3.6). False when `r` itself had to go."""
-    now = s.now[0]
+    now, req = s.now[0], s.requests
     while needed > now.free_blocks:
-        x = next_victim(s)
-        victim = s.queues.running[x]
-        now.num_running = close_gap(s.queues.running, now.num_running, x)
-        if x < now.cursor:
-            now.cursor -= 1
-            if victim != r:
-                unschedule(s, victim)
+        victim = next_victim(s)
+        leave_running(s, victim)
+        if req[victim].stamp < req[r].stamp:
+            unschedule(s, victim)
         preempt(s, victim, r, needed)
         if victim == r:
             if now.num_running == 0:
@@ -188,16 +340,17 @@ def make_room(s, r, needed):
 
 @inline_njit
 def next_victim(s):
-    """The place in the running list of who is preempted next: its end, or with priorities the first of those that
-    rank last (3.6). Needs a running request."""
-    now, req, running = s.now[0], s.requests, s.queues.running
+    """Who is preempted next: the last of the running list, or with priorities the first of those that rank last
+    (3.6). Needs a running request."""
+    now, req = s.now[0], s.requests
     if s.settings.policy != PRIORITY:
-        return now.num_running - 1
-    last = 0
-    for x in range(1, now.num_running):
-        row, other = req[running[x]], req[running[last]]
+        return now.last_running
+    last = r = now.first_running
+    while r >= 0:
+        row, other = req[r], req[last]
         if row.priority > other.priority or (row.priority == other.priority and row.arrival > other.arrival):
-            last = x
+            last = r
+        r = row.after
     return last
 
 
@@ -232,6 +385,7 @@ def preempt(s, victim, for_request, needed):
     free_before, lost = now.free_blocks, row.computed
     release(s, row)
     row.status = PREEMPTED
+    row.is_steady = 0
     row.num_preemptions += 1
     row.recomputed += lost
     row.stale = row.in_flight
@@ -297,151 +451,20 @@ def end_request(s, r, outcome, cause, time):
 
 
 @inner_njit
-def ready_turns(s, parent, time):
-    """`parent` ended at `time`: its follow-up turns get a time to be sent at."""
-    turns, now = s.turns, s.now[0]
-    row = turns.first_child[parent]
-    while row >= 0:
-        ready = max(s.requests[row].arrival, time + turns.delay[row])
-        k = now.num_ready  # sift up
-        while k > 0:
-            above = (k - 1) // 2
-            if comes_first(turns.ready_time[above], turns.ready_row[above], ready, row):
-                break
-            turns.ready_time[k], turns.ready_row[k] = turns.ready_time[above], turns.ready_row[above]
-            k = above
-        turns.ready_time[k], turns.ready_row[k] = ready, row
-        now.num_ready += 1
-        row = turns.next_sibling[row]
-
-
-@inner_njit
-def pop_ready(s):
-    """Remove the turn that is sent first. Needs a ready turn."""
-    turns, now = s.turns, s.now[0]
-    now.num_ready -= 1
-    size = now.num_ready
-    time, row = turns.ready_time[size], turns.ready_row[size]
-    k = 0
-    while 2 * k + 1 < size:  # sift the last one down from the top
-        below = 2 * k + 1
-        if below + 1 < size and comes_first(
-            turns.ready_time[below + 1],
-            turns.ready_row[below + 1],
-            turns.ready_time[below],
-            turns.ready_row[below],
-        ):
-            below += 1
-        if comes_first(time, row, turns.ready_time[below], turns.ready_row[below]):
-            break
-        turns.ready_time[k], turns.ready_row[k] = turns.ready_time[below], turns.ready_row[below]
-        k = below
-    turns.ready_time[k], turns.ready_row[k] = time, row
-
-
-@inline_njit
-def comes_first(time, row, other_time, other_row):
-    """True when (time, row) is before the other pair."""
-    return time < other_time or (time == other_time and row < other_row)
-
-
-@inline_njit
-def queue_head(s):
-    """The request that is next to be admitted. Needs a waiting request."""
-    now = s.now[0]
-    if now.num_ranked > 0:
-        return s.queues.ranked[0]
-    if now.num_preempted > 0:
-        return s.queues.preempted[now.num_preempted - 1]
-    return s.queues.received[now.received_head]
-
-
-@inline_njit
-def pop_head(s):
-    """Remove the queue head."""
-    now = s.now[0]
-    if now.num_ranked > 0:
-        leave_ranked(s, 0)
-    elif now.num_preempted > 0:
-        now.num_preempted -= 1
-    else:
-        now.received_head += 1
-
-
-@inner_njit
 def leave_queue(s, r):
-    """Take the unfinished request `r` out of wherever it is. One that was never admitted is the head of the
-    received queue, because whoever leaves from there is the head or the oldest."""
+    """Take the unfinished request `r` out of wherever it is. One that was never admitted is the first of the
+    received, because whoever leaves from there is the head or the oldest."""
     now, queues = s.now[0], s.queues
     status = s.requests[r].status
     if status == RUNNING:
-        x = place_of(queues.running, now.num_running, r)
-        now.num_running = close_gap(queues.running, now.num_running, x)
+        leave_running(s, r)
     elif now.num_ranked > 0:
         leave_ranked(s, place_of(queues.ranked, now.num_ranked, r))
     elif status == PREEMPTED:
         x = place_of(queues.preempted, now.num_preempted, r)
         now.num_preempted = close_gap(queues.preempted, now.num_preempted, x)
     else:
-        now.received_head += 1
-
-
-@inline_njit
-def place_of(column, length, value):
-    """Where `value` is among the first `length` entries. Needs it to be there."""
-    k = 0
-    while k < length and column[k] != value:
-        k += 1
-    return k
-
-
-@inline_njit
-def close_gap(column, length, k):
-    """Remove entry `k` from the first `length` ones; returns how many are left."""
-    for j in range(k, length - 1):
-        column[j] = column[j + 1]
-    return length - 1
-
-
-@inline_njit
-def ranks_before(req, a, b):
-    """True when request `a` is admitted before `b` under the priority policy (3.15)."""
-    if req[a].priority != req[b].priority:
-        return req[a].priority < req[b].priority
-    return comes_first(req[a].arrival, a, req[b].arrival, b)
-
-
-@inner_njit
-def enter_ranked(s, r):
-    """Put `r` into the heap of the waiting."""
-    now, ranked = s.now[0], s.queues.ranked
-    k = now.num_ranked
-    now.num_ranked += 1
-    while k > 0 and ranks_before(s.requests, r, ranked[(k - 1) // 2]):
-        ranked[k] = ranked[(k - 1) // 2]
-        k = (k - 1) // 2
-    ranked[k] = r
-
-
-@inner_njit
-def leave_ranked(s, k):
-    """Take entry `k` out of the heap of the waiting: the last one takes its place, and rises or sinks from there."""
-    now, ranked, req = s.now[0], s.queues.ranked, s.requests
-    now.num_ranked -= 1
-    size = now.num_ranked
-    r = ranked[size]
-    while k > 0 and ranks_before(req, r, ranked[(k - 1) // 2]):
-        ranked[k] = ranked[(k - 1) // 2]
-        k = (k - 1) // 2
-    while 2 * k + 1 < size:
-        below = 2 * k + 1
-        if below + 1 < size and ranks_before(req, ranked[below + 1], ranked[below]):
-            below += 1
-        if ranks_before(req, r, ranked[below]):
-            break
-        ranked[k] = ranked[below]
-        k = below
-    ranked[k] = r
+        pop_received(s)
 
 
 @inline_njit
@@ -634,12 +657,13 @@ def admit(s, r, n, num_hits):
     now, row, entry = s.now[0], s.requests[r], s.step[s.now[0].first_entry + s.now[0].num_scheduled]
     pop_head(s)
     now.looked_up = -1
-    s.queues.running[now.num_running] = r
-    now.num_running += 1
+    enter_running(s, r)
+    if not now.is_scattered:
+        s.cohort.others[now.num_others] = r
+        now.num_others += 1
     is_first = row.scheduled_at < 0
     if is_first:
         row.scheduled_at = now.t
-    row.status = RUNNING
     free_before = now.free_blocks
     open_slot(s, row)
     hit = num_hits * s.settings.block_size

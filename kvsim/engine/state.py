@@ -124,6 +124,8 @@ class Cost(NamedTuple):
 REQUEST = np.dtype(
     [
         ("arrival", np.int64),  # becomes the time of sending in a closed loop
+        ("settled", np.int64),  # of a member of the cohort: the calls of schedule() that its row knows of
+        ("stamp", np.int64),  # number of its latest admission: the order of the running list
         ("scheduled_at", np.int64),  # -1: never, as for the other times
         ("first_token_at", np.int64),
         ("last_token_at", np.int64),
@@ -150,8 +152,16 @@ REQUEST = np.dtype(
         ("peak_blocks", np.int32),
         ("num_preemptions", np.int32),
         ("slot", np.int32),  # row of the block tables, -1: none
+        ("before", np.int32),  # neighbours in the running list, -1: none
+        ("after", np.int32),
+        ("next_received", np.int32),  # who was received next, -1: nobody yet
+        ("phase", np.int32),  # the list of the cohort that it is in, -1: no member
+        ("before_in_phase", np.int32),
+        ("after_in_phase", np.int32),
+        ("heap_at", np.int32),  # its place in the cohort's heap
         ("status", np.int8),
         ("prefilling", np.int8),  # the last step that scheduled it left known tokens to compute (3.18)
+        ("is_steady", np.int8),  # 1: its windows have moved by one token in the last step, 2: in this one
         ("outcome", np.int8),
         ("cause", np.int8),
     ],
@@ -160,17 +170,34 @@ REQUEST = np.dtype(
 
 
 class Queues(NamedTuple):
-    """Row numbers, int64. Waiting = `preempted` (a stack, its top first), then `received` from its head on; with
-    the priority policy all that wait are in `ranked` instead."""
+    """Row numbers, int64. Waiting = `preempted` (a stack, its top first), then the received ones, a list through the
+    rows from `now.first_received` on; with the priority policy all that wait are in `ranked` instead. The running
+    list goes through the rows as well, in order of admission."""
 
-    running: np.ndarray  # [max_num_seqs], in order of admission
     preempted: np.ndarray  # [max_num_seqs + 1]
-    received: np.ndarray  # [number of requests], each row enters once
-    ranked: np.ndarray  # [number of requests], a heap by (priority, arrival, row)
+    ranked: (
+        np.ndarray
+    )  # [number of requests with the priority policy, else 0], a heap by (priority, arrival, row)
     victims: np.ndarray  # [max_num_seqs], preempted in the last step, in order
 
 
-# What a `schedule()` decided, in scheduling order.
+class Cohort(NamedTuple):
+    """The running requests that are not visited in each step; see `engine.cohort`."""
+
+    heap_key: (
+        np.ndarray
+    )  # int64[max_num_seqs], a heap of the members by the calls of schedule() at their last one
+    heap_row: np.ndarray  # int64[max_num_seqs]
+    count: np.ndarray  # int64[num_phases], members in each list
+    first: np.ndarray  # int64[num_phases], -1: none
+    last: np.ndarray  # int64[num_phases]
+    others: np.ndarray  # int64[max_num_seqs], running requests that are visited, in running order
+    ending: np.ndarray  # int64[max_num_seqs], those whose last token is in flight, in running order
+    visit: np.ndarray  # int64, computed tokens modulo the block size with which a member is visited
+    at: np.ndarray  # int64, for each of them how far the visits have come
+
+
+# What a `schedule()` decided, in scheduling order; of the cohort's members only their number is noted.
 STEP = np.dtype(
     [
         ("request", np.int64),
@@ -187,7 +214,9 @@ STEP = np.dtype(
 
 
 # A step in flight, or the last one finished. Step k is in row k % depth, its entries from there times max_num_seqs.
-FLIGHT = np.dtype([("end", np.int64), ("num_entries", np.int64), ("is_livelock", np.int64)])
+FLIGHT = np.dtype(
+    [("end", np.int64), ("num_entries", np.int64), ("num_members", np.int64), ("is_livelock", np.int64)]
+)
 
 # A KV group: layers that share block tables. All groups draw from one pool.
 GROUP = np.dtype(
@@ -290,6 +319,7 @@ class State(NamedTuple):
     requests: np.ndarray  # REQUEST[number of requests]
     turns: Turns
     queues: Queues
+    cohort: Cohort
     step: np.ndarray  # STEP[depth x max_num_seqs]
     flights: np.ndarray  # FLIGHT[depth]: 2 with asynchronous scheduling, else 1
     groups: np.ndarray  # GROUP
@@ -313,9 +343,13 @@ NOW = np.dtype(
             "step_end", "accounted",
             "num_steps", "executed", "bin_width",
             # arrivals
-            "next_row", "num_ready", "next_expiry", "in_flight", "slot_free_at",
+            "next_row", "num_ready", "in_flight", "slot_free_at",
             # queues
-            "num_running", "num_preempted", "received_head", "received_tail", "num_ranked", "queued_tokens", "cursor",
+            "num_running", "first_running", "last_running", "next_stamp", "num_preempted", "num_received",
+            "first_received", "last_received", "oldest", "num_ranked", "queued_tokens",
+            # the cohort (`engine.cohort`)
+            "must_walk", "is_scattered", "decodes", "handed", "last_handout", "num_members", "member_base", "heap_size",
+            "num_others", "num_ending", "num_phases", "is_visiting", "growing_groups", "step_members",
             # pool
             "free_blocks", "cached_blocks", "table_entries", "held_tokens", "num_free_slots", "table_stride",
             "num_keys", "num_token_groups", "has_windows", "has_states", "is_scheduling", "peak_used",
@@ -334,7 +368,7 @@ NOW = np.dtype(
             # totals
             "num_events", "total_preemptions", "total_admissions", "total_scheduled", "total_prefill",
             "total_decode", "total_generated", "total_rejected", "prefix_queries", "prefix_hits", "gap_sum",
-            "gap_count", "num_ended", "needs", "broken",
+            "gap_count", "latest_gap", "latest_bucket", "num_ended", "needs", "broken",
         )
     ]
 )  # fmt: skip
@@ -382,7 +416,7 @@ def pack(
     requests.prompt = prompt_tokens
     requests.output = output_tokens
     requests.priority = 0 if priority is None else priority
-    for name in ("scheduled_at", "first_token_at", "last_token_at", "finished_at", "slot"):
+    for name in ("scheduled_at", "first_token_at", "last_token_at", "finished_at", "slot", "phase"):
         requests[name] = -1
     usable = settings.num_gpu_blocks - 1
     stride = 0
@@ -408,8 +442,16 @@ def pack(
     now.has_states = (kv_groups.kind == MAMBA).any()
     now.bin_width = bin_width_ns
     now.last_prefill = -settings.prefill_schedule_interval
-    now.wait_request = -1
-    now.lonely_request = -1
+    for name in (
+        "wait_request", "lonely_request", "first_running", "last_running", "first_received", "last_received", "oldest"
+    ):  # fmt: skip
+        now[name] = -1
+    now.must_walk = settings.log_steps or settings.check or len(cost[-1]) > 1
+    now.is_scattered = 1
+    cohort = _cohort(kv_groups, settings)
+    now.num_phases = len(cohort.count)
+    now.is_visiting = settings.identities
+    now.growing_groups = (kv_groups.kind != STATE).sum()
     return State(
         settings=settings,
         cost=Cost(
@@ -420,7 +462,10 @@ def pack(
         ),
         requests=requests,
         turns=_turns(parent, delay_ns),
-        queues=Queues(*(np.zeros(size, np.int64) for size in (seqs, seqs + 1, n, n, seqs))),
+        queues=Queues(
+            *(np.zeros(size, np.int64) for size in (seqs + 1, n if settings.policy == PRIORITY else 0, seqs))
+        ),
+        cohort=cohort,
         step=table(STEP, depth * seqs),
         flights=table(FLIGHT, depth),
         groups=kv_groups,
@@ -454,6 +499,32 @@ def _groups(groups, settings: Settings) -> tuple[np.recarray, np.ndarray]:
             row.run_blocks = 1
     is_first = [not any((out[:g] == row).tolist()) for g, row in enumerate(out)]
     return out, np.array(sorted(np.flatnonzero(is_first), key=lambda g: out[g].kind != FULL), np.int64)
+
+
+def _cohort(groups: np.recarray, settings: Settings) -> Cohort:
+    """No members. They are visited when they take a block; with prefix caching when they have filled one: when its
+    last token is scheduled, and with asynchronous scheduling a step later, when it is known (2.6); and when a window
+    leaves something behind (6.5), which is a step later with a step in flight."""
+    block, seqs = settings.block_size, settings.max_num_seqs
+    lag = 1 if settings.async_scheduling else 0
+    # Blocks longer than any request are never left, whatever their length is.
+    num_phases = min(block, settings.max_model_len + 1)
+    visit = {0}
+    if settings.enable_prefix_caching and not lag:
+        visit.add(block - 1)
+    for group in groups:
+        if group.kind == SLIDING:
+            visit.add(group.window - 1 + lag)
+        elif group.kind == CHUNKED:
+            visit |= {k + lag for k in range(0, block, int(np.gcd(group.window, block)))}
+        elif group.kind == MAMBA:
+            visit.add(1 + lag)
+    visit = sorted({int(tokens) % num_phases for tokens in visit})
+    sizes = (seqs, seqs, num_phases, num_phases, num_phases, seqs, seqs)
+    columns = [np.zeros(size, np.int64) for size in sizes]
+    cohort = Cohort(*columns, np.array(visit, np.int64), np.zeros(len(visit), np.int64))
+    cohort.first[:] = cohort.last[:] = -1
+    return cohort
 
 
 def has_windows(groups: np.recarray) -> bool:
