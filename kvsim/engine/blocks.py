@@ -500,6 +500,14 @@ def gap_bucket(gap):
     return (shift << GAP_BITS) + (gap >> shift)
 
 
+@inline_njit
+def bounds_of(bucket):
+    """The gaps of a bucket: from, and up to but without."""
+    shift = max((bucket >> GAP_BITS) - 1, 0)
+    mantissa = bucket - (shift << GAP_BITS)
+    return mantissa << shift, (mantissa + 1) << shift
+
+
 @inner_njit
 def record(s, time, step, kind, r, cause, free_before, needed, lost, for_request):
     """Append one event; the blocks free after it are those free now. Needs room (see `loop.has_room`)."""

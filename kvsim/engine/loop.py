@@ -9,10 +9,19 @@ from __future__ import annotations
 import numpy as np
 
 from kvsim._jit import inline_njit, inner_njit, njit
-from kvsim.engine.blocks import account, gap_bucket, record, release
-from kvsim.engine.cohort import pop_ending, scatter, settle_all
+from kvsim.engine.blocks import account, bounds_of, gap_bucket, record, release
+from kvsim.engine.cohort import list_of, member_tokens, next_end, pop_ending, scatter, settle_all
 from kvsim.engine.queues import comes_first, enter_received, num_waiting, pop_ready, ready_turns
-from kvsim.engine.schedule import cache_full, end_request, leave_queue, pairs, schedule
+from kvsim.engine.schedule import (
+    assemble,
+    cache_full,
+    end_request,
+    is_blocked_for_long,
+    leave_queue,
+    pairs,
+    schedule,
+    visit,
+)
 from kvsim.engine.state import (
     BROKEN,
     CAPPED,
@@ -51,7 +60,9 @@ from kvsim.engine.state import (
     WAITING,
 )
 
-WORK_PER_CALL = 2_000_000  # scheduled sequences and arrivals before `advance` returns: well under 50 ms
+WORK_PER_CALL = (
+    200_000  # entries of steps, arrivals, eights of quiet steps before `advance` returns: 50 ms at most
+)
 
 
 @njit
@@ -128,6 +139,18 @@ def advance(s, until_ns, max_steps):
             return EVENTS_FULL
         if expire(s) > 0:
             continue
+        if not now.must_walk:
+            assemble(s)
+            if is_quiet(s):
+                quiet_steps = coast(s, until_ns, max_steps - steps if max_steps > 0 else NEVER)
+                if quiet_steps > 0:
+                    steps += quiet_steps
+                    if steps == max_steps:
+                        return MAX_STEPS
+                    work += quiet_steps // 8 + 1
+                    if work > WORK_PER_CALL:
+                        return PAUSED
+                    continue
         schedule(s)
         launch(s)
         now.awaiting = now.steps_in_flight == len(s.flights) or now.idle >= idle_limit
@@ -306,6 +329,154 @@ def expire(s):
         record(s, now.t, now.num_steps, EVENT_TIME_OUT, r, DEADLINE, free_before, 0, lost, -1)
         count += 1
     return count
+
+
+@inline_njit
+def is_quiet(s):
+    """True when all that the next step does is one token for each member of the cohort, unless it is the last one of
+    somebody or the pool has too little."""
+    now, cfg = s.now[0], s.settings
+    if now.num_others + now.num_ending > 0 or not 0 < now.num_members < cfg.max_num_batched_tokens:
+        return False
+    if now.accounted != now.t or (cfg.async_scheduling and now.steps_in_flight == 0):
+        return False
+    if cfg.async_scheduling and oldest_flight(s).num_members != now.num_members:
+        return False
+    return num_waiting(now) == 0 or is_blocked_for_long(s)
+
+
+@inner_njit
+def coast(s, until_ns, most_steps):
+    """Make quiet steps (see `is_quiet`), as if each were scheduled, launched and finished; returns how many. Ends
+    before a step in which somebody makes his last token, a request is sent, the pool has too little, or that reaches
+    beyond the bin of the timeline."""
+    now, cfg, members, used_time = s.now[0], s.settings, s.cohort, s.used_time
+    n, is_async = now.num_members, cfg.async_scheduling
+    t, end, handed_at = now.t, oldest_flight(s).end, now.last_handout
+    send, bin_end = next_send(s), (t // now.bin_width + 1) * now.bin_width
+    latest = min(min(send, bin_end), until_ns)  # for the output of a step
+    stop = min(min(min(send, next_expiry(s)), cfg.until_ns), min(bin_end, latest + 1))  # for scheduling one
+    most_steps = min(most_steps, next_end(s) - now.decodes - (1 - is_async))
+    seconds, context_s = s.cost.linear_s[n] + s.cost.sampled_s[n], s.cost.context_s[0]
+    ctx, at = member_tokens(now), list_of(now, 0)
+    usable, free = cfg.num_gpu_blocks - 1, now.free_blocks
+    unfilled = now.table_entries // len(s.groups) * cfg.block_size - now.held_tokens
+    bucket = bucket_start = bucket_end = in_bucket = 0
+    used_area = unfilled_area = cached_area = used_max = grown = steps = 0
+    while steps < most_steps and t < stop:
+        growing = members.count[at]
+        if growing * now.growing_groups > free:
+            break
+        ctx += n
+        duration = 1 if cfg.lockstep else max(1, int(np.rint(1e9 * (seconds + context_s * ctx))))
+        handed_next = end if is_async else t + duration
+        if handed_next > latest:
+            break
+        if now.is_visiting and is_visit_due(s, at):
+            now.free_blocks = free
+            visit_in_step(s, steps, handed_at)
+            free = now.free_blocks
+        else:
+            free -= growing * now.growing_groups
+        grown += growing
+        unfilled += growing * cfg.block_size - n
+        width = handed_next - t
+        used = usable - free
+        used_time[used] += width
+        used_area += used * width
+        used_max = max(used_max, used)
+        unfilled_area += unfilled * width
+        cached_area += now.cached_blocks * width
+        end = (end if is_async else t) + duration
+        t = handed_next
+        gap = t - handed_at
+        handed_at = t
+        if gap < bucket_start or gap >= bucket_end:
+            s.gap_counts[bucket] += in_bucket
+            bucket = gap_bucket(gap)
+            bucket_start, bucket_end = bounds_of(bucket)
+            in_bucket = 0
+        in_bucket += n
+        steps += 1
+        at = at - 1 if at > 0 else now.num_phases - 1
+    if steps == 0:
+        return 0
+    s.gap_counts[bucket] += in_bucket
+    line = s.timeline[now.t // now.bin_width]
+    duration = t - now.t
+    line.used_area += used_area
+    line.used_max = max(line.used_max, used_max)
+    line.running_area += now.num_running * duration
+    line.running_max = max(line.running_max, now.num_running)
+    line.waiting_area += num_waiting(now) * duration
+    line.waiting_max = max(line.waiting_max, num_waiting(now))
+    line.cached_area += cached_area
+    line.wasted_area += unfilled_area * now.num_token_groups
+    line.steps += steps
+    line.decode_tokens += steps * n
+    now.accounted = t
+    now.peak_used = max(now.peak_used, used_max)
+    now.free_blocks = free
+    if not now.is_visiting:  # else whoever took them has counted them
+        now.table_entries += grown * len(s.groups)
+    count_quiet_steps(s, steps, t, end)
+    return steps
+
+
+@inline_njit
+def is_visit_due(s, at):
+    """True when some member has to be visited in the step in which those in list `at` take a block."""
+    members, due = s.cohort, 0
+    for v in range(len(members.visit)):
+        due += members.count[(at + members.visit[v]) % s.now[0].num_phases]
+    return due > 0
+
+
+@inner_njit
+def visit_in_step(s, steps, handed_at):
+    """Visit the members to whom more happens in the quiet step after `steps` ones."""
+    now = s.now[0]
+    now.is_scheduling = 1
+    now.num_scheduled = 0
+    now.decodes += steps
+    now.handed += steps
+    now.num_steps += steps
+    before, now.last_handout = now.last_handout, handed_at
+    visit(s)
+    now.decodes -= steps
+    now.handed -= steps
+    now.num_steps -= steps
+    now.last_handout = before
+    now.is_scheduling = 0
+
+
+@inline_njit
+def count_quiet_steps(s, steps, t, end):
+    """The counters and the clock after `steps` quiet steps: `t` is the time, `end` the end of the last one."""
+    now = s.now[0]
+    tokens = steps * now.num_members
+    now.gap_sum += (t - now.last_handout) * now.num_members
+    now.gap_count += tokens
+    now.total_generated += tokens
+    now.total_scheduled += tokens
+    now.total_decode += tokens
+    now.held_tokens += tokens
+    now.decodes += steps
+    now.handed += steps
+    now.num_steps += steps
+    now.executed += steps
+    now.preemptions_at_token = now.total_preemptions
+    now.t = now.last_handout = t
+    now.step_end = now.device_free = end
+    now.cap_bound = num_waiting(now) > 0  # 3.16
+    if num_waiting(now) == 0:
+        now.wait_request = -1
+    now.awaiting = now.idle = now.is_stuck = 0
+    now.is_settled = 1
+    flight = s.flights[(now.num_steps - 1) % len(s.flights)]
+    flight.end = end
+    flight.num_entries = flight.is_livelock = 0
+    flight.num_members = now.num_members
 
 
 @inline_njit

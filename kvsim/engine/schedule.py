@@ -120,7 +120,6 @@ def open_step(s):
 def run(s):
     """The running phase (3.3-3.9): every running request in order, until the budget or the pool is used up."""
     if not s.now[0].must_walk:
-        assemble(s)
         way = way_to_run(s)
         if way != ONE_BY_ONE:
             run_together(s, way)
@@ -700,6 +699,20 @@ def count_hits(now, row, hit, is_first):
 
 
 @inline_njit
+def is_blocked_for_long(s):
+    """True when the queue head will be left where it is, for the reason that is noted already, until somebody leaves
+    the running list. Needs a waiting request."""
+    now, cfg = s.now[0], s.settings
+    if cfg.prefill_schedule_interval > 1 or now.wait_request != queue_head(s):
+        return False
+    if now.num_running >= cfg.max_num_seqs:
+        return now.wait_cause == MAX_NUM_SEQS and cfg.enable_chunked_prefill and not now.has_states
+    # What the head needs is the same while nothing is cached, and the free blocks get fewer while no window moves.
+    is_fixed = not cfg.enable_prefix_caching and not now.has_windows
+    return is_fixed and now.wait_cause == POOL_FULL_GATE and now.wait_needed > now.free_blocks
+
+
+@inline_njit
 def note_wait(s):
     """Record why the queue head was not admitted, when the head or the reason is new."""
     now, cfg = s.now[0], s.settings
@@ -726,6 +739,7 @@ def note_wait(s):
             cause = PREFILL_INTERVAL
         else:
             cause, needed = pool_obstacle(s, r, n_cut, num_hits, free_hits)
+    now.wait_needed = needed
     if r != now.wait_request or cause != now.wait_cause:
         now.wait_request, now.wait_cause = r, cause
         record(s, now.t, now.num_steps, EVENT_WAIT, r, cause, now.free_blocks, needed, 0, -1)

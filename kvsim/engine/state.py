@@ -362,7 +362,7 @@ NOW = np.dtype(
             "log_running", "log_waiting", "log_free", "log_running_after", "log_waiting_after", "log_free_after",
             "finished_entry", "num_finished_entries",
             # last `wait` event
-            "wait_request", "wait_cause",
+            "wait_request", "wait_cause", "wait_needed",
             # livelock, of a lonely request (strict) or of equal ranks
             "lonely_request", "lonely_tokens", "lonely_rounds", "preemptions_at_token", "livelock",
             # totals
