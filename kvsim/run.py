@@ -303,6 +303,8 @@ def _wider_bins(state: st.State, time_ns: int) -> st.State:
             line[name][:half] = pairs.max(axis=1) if name.endswith("_max") else pairs.sum(axis=1)
         line[half:] = 0
         now.bin_width *= 2
+    now.bin = now.accounted // now.bin_width
+    now.bin_end = (now.bin + 1) * now.bin_width
     return state
 
 

@@ -52,7 +52,7 @@ class StepLog:
         requests = self._numbers(entries.request)
         row["sch"] = [x for pair in zip(requests, entries.tokens.tolist(), strict=True) for x in pair]
         if now.num_victims:
-            row["pre"] = self._numbers(s.queues.victims[: now.num_victims])
+            row["pre"] = self._numbers(s.seats.victim[: now.num_victims])
         hits = entries.hit_tokens > 0
         if hits.any():
             pairs = zip(self._numbers(entries.request[hits]), entries.hit_tokens[hits].tolist(), strict=True)

@@ -25,27 +25,35 @@ def table_start(s, row, group):
 
 @inline_njit
 def take(s, row, entry, count):
-    """Make the tables of the request `row` longer by `count` blocks from the front of the free list, group by
-    group, and note in its step `entry` which. Needs enough free blocks and, with identities, an open slot."""
-    now, pool = s.now[0], s.pool
+    """Make the tables of the request `row` longer by `count` blocks from the front of the free list, and note in its
+    step `entry` which. Needs enough free blocks and, with identities, an open slot."""
+    now = s.now[0]
     entry.new_from = row.num_blocks
     entry.num_new = count
     total = 0
     for group in range(len(s.groups)):
-        taken = blocks_to_take(s.groups[group], row.num_blocks, count)
-        total += taken
-        if s.settings.identities:
-            start = table_start(s, row, group) + row.num_blocks
-            if taken < count:  # the new state is that of the last token, null blocks lie before it
-                pool.table[start : start + count] = 0
-                start += count - taken
-            for k in range(taken):
-                pool.table[start + k] = take_front(s)
+        total += blocks_to_take(s.groups[group], row.num_blocks, count)
+    if s.settings[0].identities:
+        take_from_list(s, row, count)
     now.free_blocks -= total
     now.table_entries += count * len(s.groups)
     row.num_blocks += count
     row.held_blocks += total
     row.peak_blocks = max(row.peak_blocks, row.held_blocks)
+
+
+@inner_njit
+def take_from_list(s, row, count):
+    """The part of `take` that knows which block is where: group by group, from the front of the free list."""
+    table = s.pool.table
+    for group in range(len(s.groups)):
+        taken = blocks_to_take(s.groups[group], row.num_blocks, count)
+        start = table_start(s, row, group) + row.num_blocks
+        if taken < count:  # the new state is that of the last token, null blocks lie before it
+            table[start : start + count] = 0
+            start += count - taken
+        for k in range(taken):
+            table[start + k] = take_front(s)
 
 
 @inline_njit
@@ -96,11 +104,11 @@ def evict(s, b):
     if older > 0:
         blocks[older].newer = newer
     else:
-        keys.oldest[key] = newer
+        keys.ends[key].oldest = newer
     if newer > 0:
         blocks[newer].older = older
     else:
-        keys.newest[key] = older
+        keys.ends[key].newest = older
     blocks[b].key = -1
     s.now[0].cached_blocks -= 1
 
@@ -117,7 +125,7 @@ def cache(s, row, r, num_full):
             if b == 0 or not is_of_use(s, group, row, k):
                 continue
             key = group * now.num_keys + key_of(keys, r, k)
-            last = keys.newest[key]
+            last = keys.ends[key].newest
             pool.blocks[b].key = key
             pool.blocks[b].cached_in = now.num_steps if now.is_scheduling else -1
             pool.blocks[b].older = last
@@ -125,8 +133,8 @@ def cache(s, row, r, num_full):
             if last > 0:
                 pool.blocks[last].newer = b
             else:
-                keys.oldest[key] = b
-            keys.newest[key] = b
+                keys.ends[key].oldest = b
+            keys.ends[key].newest = b
     row.num_cached = num_full
 
 
@@ -137,18 +145,18 @@ def is_of_use(s, group, row, k):
     if s.groups[group].kind != SLIDING and s.groups[group].kind != MAMBA:
         return True
     run = s.groups[group].run_blocks
-    if s.settings.cache_every_block:
+    if s.settings[0].cache_every_block:
         return run > 0
-    end = (row.prompt - 1) // s.settings.block_size
+    end = (row.prompt - 1) // s.settings[0].block_size
     return end - run <= k < end or row.junction - run <= k < row.junction
 
 
 @inline_njit
 def key_of(keys, r, k):
     """The content key of block `k` of request `r`, the same in every group."""
-    at = keys.shared_from[r] + k
-    end = keys.shared_from[r + 1]
-    return keys.shared[at] if at < end else keys.own_from[r] + at - end
+    at = keys.spans[r].shared_from + k
+    end = keys.spans[r + 1].shared_from
+    return keys.shared[at] if at < end else keys.spans[r].own_from + at - end
 
 
 @inline_njit
@@ -166,7 +174,7 @@ def skipped_tokens(group, computed):
 @inline_njit
 def skipped_blocks(s, group, computed):
     """Leading blocks of a table in `group` that hold only tokens which are not needed any more."""
-    return skipped_tokens(s.groups[group], computed) // s.settings.block_size
+    return skipped_tokens(s.groups[group], computed) // s.settings[0].block_size
 
 
 @inner_njit
@@ -174,22 +182,22 @@ def look_up(s, r, num_tokens):
     """The longest prefix of `r` that every group finds in its map, at least one of its `num_tokens` known tokens
     left to compute (3.11, 6.8). Leaves the blocks in `pool.hits`, and in `now` how many they are in each group, how
     many of those that it would take are free, and the junction."""
-    now, block_size = s.now[0], s.settings.block_size
-    has_full = s.groups[s.lookups[0]].kind == FULL
-    is_one_round = len(s.lookups) == 1 or (has_full and len(s.lookups) == 2)
+    now, block_size = s.now[0], s.settings[0].block_size
+    has_full = s.groups[s.groups[0].lookup].kind == FULL
+    is_one_round = now.num_lookups == 1 or (has_full and now.num_lookups == 2)
     tokens = num_tokens - 1
-    run = find_run(s, r, s.lookups[0], tokens // block_size) if has_full else 0
+    run = find_run(s, r, s.groups[0].lookup, tokens // block_size) if has_full else 0
     longest = 0
     while True:
         before = tokens
-        for x in range(len(s.lookups)):
-            kind = s.groups[s.lookups[x]].kind
+        for x in range(now.num_lookups):
+            kind = s.groups[s.groups[x].lookup].kind
             if kind == FULL:
                 found = min(run, tokens // block_size)
             elif kind != CHUNKED:
-                found = find_window(s, r, s.lookups[x], tokens // block_size)
+                found = find_window(s, r, s.groups[x].lookup, tokens // block_size)
             else:
-                found = find_chunk(s, r, s.lookups[x], tokens)
+                found = find_chunk(s, r, s.groups[x].lookup, tokens)
             longest = max(longest, found)
             tokens = found * block_size
         if is_one_round or tokens == before:
@@ -198,9 +206,9 @@ def look_up(s, r, num_tokens):
     now.junction = longest if longest > now.num_hits else 0
     now.free_hits = 0
     for group in range(len(s.groups)):
-        start = group * now.table_stride
+        start = now.hits_at + group * now.table_stride
         for k in range(skipped_blocks(s, group, tokens), now.num_hits):
-            b = s.pool.hits[start + k]
+            b = s.pool.table[start + k]
             now.free_hits += b > 0 and s.pool.blocks[b].num_refs == 0
 
 
@@ -218,10 +226,10 @@ def find(s, r, like, k):
     key = key_of(s.keys, r, k)
     for group in range(like, len(groups)):
         if is_alike(groups, group, like):
-            b = s.keys.oldest[group * now.num_keys + key]
+            b = s.keys.ends[group * now.num_keys + key].oldest
             if b == 0:
                 return False
-            s.pool.hits[group * now.table_stride + k] = b
+            s.pool.table[now.hits_at + group * now.table_stride + k] = b
     return True
 
 
@@ -261,7 +269,7 @@ def find_chunk(s, r, like, tokens):
     counts as found; then the blocks in the map."""
     k = skipped_blocks(s, like, tokens)
     forget_hits(s, like, k)
-    while k < tokens // s.settings.block_size and find(s, r, like, k):
+    while k < tokens // s.settings[0].block_size and find(s, r, like, k):
         k += 1
     return k
 
@@ -273,8 +281,8 @@ def hits_fresh_state(s, num_hits):
     now = s.now[0]
     for group in range(len(s.groups)):
         if num_hits > 0 and s.groups[group].kind == MAMBA:
-            b = s.pool.hits[group * now.table_stride + num_hits - 1]
-            if s.pool.blocks[s.keys.newest[s.pool.blocks[b].key]].cached_in == now.num_steps:
+            b = s.pool.table[now.hits_at + group * now.table_stride + num_hits - 1]
+            if s.pool.blocks[s.keys.ends[s.pool.blocks[b].key].newest].cached_in == now.num_steps:
                 return True
     return False
 
@@ -284,8 +292,8 @@ def forget_hits(s, like, count):
     """The first `count` hits in the groups of the kind and window of `like` are null blocks."""
     for group in range(like, len(s.groups)):
         if is_alike(s.groups, group, like):
-            start = group * s.now[0].table_stride
-            s.pool.hits[start : start + count] = 0
+            start = s.now[0].hits_at + group * s.now[0].table_stride
+            s.pool.table[start : start + count] = 0
 
 
 @inner_njit
@@ -294,10 +302,10 @@ def touch_hits(s, row, num_hits):
     need them any more (1.5, 2.5, 6.6). Needs an open slot and empty tables."""
     now, pool = s.now[0], s.pool
     for group in range(len(s.groups)):
-        start, hits = table_start(s, row, group), group * now.table_stride
-        skipped = skipped_blocks(s, group, num_hits * s.settings.block_size)
+        start, hits = table_start(s, row, group), now.hits_at + group * now.table_stride
+        skipped = skipped_blocks(s, group, num_hits * s.settings[0].block_size)
         for k in range(num_hits):
-            b = pool.hits[hits + k] if k >= skipped else 0
+            b = pool.table[hits + k] if k >= skipped else 0
             pool.table[start + k] = b
             if b == 0:
                 continue
@@ -313,27 +321,30 @@ def touch_hits(s, row, num_hits):
     row.peak_blocks = max(row.peak_blocks, row.held_blocks)
 
 
-@inner_njit
+@inline_njit
 def release(s, row):
     """Free all blocks of the request `row`, group by group, last block first (1.7). Its computed tokens are gone
     and its slot is free."""
-    now, pool = s.now[0], s.pool
-    if not s.settings.identities:
+    now = s.now[0]
+    if not s.settings[0].identities:
         now.free_blocks += row.held_blocks
     elif row.slot >= 0:
-        for group in range(len(s.groups)):
-            start = table_start(s, row, group)
-            free_entries(s, row, start, start + row.num_blocks)
-        pool.free_slots[now.num_free_slots] = row.slot
-        now.num_free_slots += 1
-        row.slot = -1
+        release_tables(s, row)
     now.table_entries -= row.num_blocks * len(s.groups)
     now.held_tokens -= row.computed
-    row.num_blocks = 0
-    row.held_blocks = 0
-    row.num_cached = 0
-    row.num_retired = 0
-    row.computed = 0
+    row.num_blocks = row.held_blocks = row.num_cached = row.num_retired = row.computed = 0
+
+
+@inner_njit
+def release_tables(s, row):
+    """The part of `release` that knows which block is where."""
+    now = s.now[0]
+    for group in range(len(s.groups)):
+        start = table_start(s, row, group)
+        free_entries(s, row, start, start + row.num_blocks)
+    s.seats[now.num_free_slots].free_slot = row.slot
+    now.num_free_slots += 1
+    row.slot = -1
 
 
 @inline_njit
@@ -374,16 +385,16 @@ def free_skipped(s, row):
             free_entries(s, row, start + first, start + end)
             s.pool.table[start + first : start + end] = 0
     if s.now[0].has_states:
-        row.num_retired = max(0, row.computed - row.in_flight - 1) // s.settings.block_size
+        row.num_retired = max(0, row.computed - row.in_flight - 1) // s.settings[0].block_size
 
 
 @inner_njit
 def open_slot(s, row):
     """Give the request `row` a place in the block tables. Needs a running list that was not full."""
     now = s.now[0]
-    if s.settings.identities:
+    if s.settings[0].identities:
         now.num_free_slots -= 1
-        row.slot = s.pool.free_slots[now.num_free_slots]
+        row.slot = s.seats[now.num_free_slots].free_slot
 
 
 @inner_njit
@@ -393,7 +404,7 @@ def check_integrity(s):
     exactly the blocks without references, 6 the prefix map is not exactly the blocks with keys. Safe at any
     event."""
     now, req = s.now[0], s.requests
-    usable = s.settings.num_gpu_blocks - 1
+    usable = s.settings[0].num_gpu_blocks - 1
     entries = held_tokens = held_blocks = 0
     r = now.first_running
     while r >= 0:
@@ -401,36 +412,35 @@ def check_integrity(s):
         entries += row.num_blocks * len(s.groups)
         held_blocks += row.held_blocks
         held_tokens += row.computed
-        if row.num_blocks * s.settings.block_size < row.computed:
+        if row.num_blocks * s.settings[0].block_size < row.computed:
             return 4
         r = row.after
     if now.free_blocks < 0 or entries != now.table_entries:
         return 1
-    if not s.settings.enable_prefix_caching and now.free_blocks + held_blocks != usable:
+    if not s.settings[0].enable_prefix_caching and now.free_blocks + held_blocks != usable:
         return 1
     if held_tokens != now.held_tokens:
         return 3
-    return check_blocks(s) if s.settings.identities else 0
+    return check_blocks(s) if s.settings[0].identities else 0
 
 
 @inner_njit
 def check_blocks(s):
     """The part of `check_integrity` that looks at every block."""
     now, req, pool = s.now[0], s.requests, s.pool
-    owners = pool.owners
-    owners[:] = 0
+    for b in range(s.settings[0].num_gpu_blocks):
+        pool.blocks[b].owners = 0
     r = now.first_running
     while r >= 0:
         row = req[r]
         for group in range(len(s.groups)):
             start = table_start(s, row, group)
             for k in range(row.num_blocks):
-                owners[pool.table[start + k]] += 1
+                pool.blocks[pool.table[start + k]].owners += 1
         r = row.after
-    owners[0] = 0
     in_use = cached = 0
-    for b in range(1, s.settings.num_gpu_blocks):
-        if owners[b] != pool.blocks[b].num_refs:
+    for b in range(1, s.settings[0].num_gpu_blocks):
+        if pool.blocks[b].owners != pool.blocks[b].num_refs:
             return 2
         if pool.blocks[b].num_refs > 0:
             in_use += 1
@@ -439,11 +449,11 @@ def check_blocks(s):
         key = pool.blocks[b].key
         if key >= 0:
             older, newer = pool.blocks[b].older, pool.blocks[b].newer
-            if (pool.blocks[older].newer if older > 0 else s.keys.oldest[key]) != b:
+            if (pool.blocks[older].newer if older > 0 else s.keys.ends[key].oldest) != b:
                 return 6
-            if (pool.blocks[newer].older if newer > 0 else s.keys.newest[key]) != b:
+            if (pool.blocks[newer].older if newer > 0 else s.keys.ends[key].newest) != b:
                 return 6
-    if in_use + now.free_blocks != s.settings.num_gpu_blocks - 1 or cached != now.cached_blocks:
+    if in_use + now.free_blocks != s.settings[0].num_gpu_blocks - 1 or cached != now.cached_blocks:
         return 5
     b = pool.blocks[0].next
     free = 0
@@ -463,32 +473,56 @@ def account(s, until):
     duration = until - now.accounted
     if duration <= 0:
         return
-    used = s.settings.num_gpu_blocks - 1 - now.free_blocks
+    used = s.settings[0].num_gpu_blocks - 1 - now.free_blocks
     running = now.num_running
     waiting = num_waiting(now)
     s.used_time[used] += duration
     cached = now.cached_blocks
-    if running + waiting + used + cached > 0:
-        # Places in a table's last block; shared blocks and those that a window left behind are full ones, and so is
-        # a block that holds a state.
-        places = now.table_entries // len(s.groups) * s.settings.block_size
-        wasted = (places - now.held_tokens) * now.num_token_groups
-        start = now.accounted
-        while start < until:
-            b = start // now.bin_width
-            line = s.timeline[b]
-            end = min(until, (b + 1) * now.bin_width)
-            width = end - start
-            line.used_area += used * width
-            line.used_max = max(line.used_max, used)
-            line.running_area += running * width
-            line.running_max = max(line.running_max, running)
-            line.waiting_area += waiting * width
-            line.waiting_max = max(line.waiting_max, waiting)
-            line.cached_area += cached * width
-            line.wasted_area += wasted * width
-            start = end
+    is_empty = running + waiting + used + cached == 0
+    wasted = unfilled_places(s) * now.num_token_groups
+    start = now.accounted
+    while start < until:
+        if start >= now.bin_end:
+            if is_empty:
+                break
+            enter_bin(now, start)
+        width = min(until, now.bin_end) - start
+        line = s.timeline[now.bin]
+        line.used_area += used * width
+        line.used_max = max(line.used_max, used)
+        line.running_area += running * width
+        line.running_max = max(line.running_max, running)
+        line.waiting_area += waiting * width
+        line.waiting_max = max(line.waiting_max, waiting)
+        line.cached_area += cached * width
+        line.wasted_area += wasted * width
+        start = now.bin_end
+    if until >= now.bin_end:
+        enter_bin(now, until)
     now.accounted = until
+
+
+@inline_njit
+def enter_bin(now, time):
+    """Make the bin at `time` the current one."""
+    now.bin = time // now.bin_width
+    now.bin_end = (now.bin + 1) * now.bin_width
+
+
+@inline_njit
+def line_at(s, time):
+    """The bin of the timeline at `time`, which is most often the current one."""
+    now = s.now[0]
+    is_current = now.bin_end - now.bin_width <= time < now.bin_end
+    return s.timeline[now.bin if is_current else time // now.bin_width]
+
+
+@inline_njit
+def unfilled_places(s):
+    """Token places that are allocated in each group and do not hold a token: those in a table's last block. Shared
+    blocks and those that a window left behind are full ones, and so is a block that holds a state."""
+    now = s.now[0]
+    return now.table_entries // len(s.groups) * s.settings[0].block_size - now.held_tokens
 
 
 @njit
@@ -509,12 +543,11 @@ def bounds_of(bucket):
 
 
 @inner_njit
-def record(s, time, step, kind, r, cause, free_before, needed, lost, for_request):
+def record(now, events, time, step, kind, r, cause, free_before, needed, lost, for_request):
     """Append one event; the blocks free after it are those free now. Needs room (see `loop.has_room`)."""
-    now = s.now[0]
-    if s.settings.record_events:
-        k = now.num_events
-        ev = s.events[k]
+    now.is_check_due = 1
+    if now.is_recording:
+        ev = events[now.num_events]
         ev.time = time
         ev.step = step
         ev.kind = kind
@@ -525,6 +558,4 @@ def record(s, time, step, kind, r, cause, free_before, needed, lost, for_request
         ev.blocks_needed = needed
         ev.tokens_lost = lost
         ev.for_request = for_request
-        now.num_events = k + 1
-    if s.settings.check and now.broken == 0:
-        now.broken = check_integrity(s)
+        now.num_events += 1

@@ -38,7 +38,7 @@ def member_tokens(now):
 @inline_njit
 def settle(s, row):
     """Write what is true of a member now into its row."""
-    now = s.now[0]
+    now, cfg = s.now[0], s.settings[0]
     steps = now.decodes - row.settled
     in_flight = now.decodes - now.handed
     row.settled = now.decodes
@@ -46,10 +46,10 @@ def settle(s, row):
     row.scheduled_tokens += steps
     row.generated = row.computed + 1 - row.prompt - in_flight
     row.last_token_at = now.last_handout
-    if s.settings.async_scheduling:
+    if cfg.async_scheduling:
         row.in_flight = row.placeholders = in_flight
-    if not s.settings.identities:  # else whoever takes a block is visited
-        num_blocks = (row.computed + s.settings.block_size - 1) // s.settings.block_size
+    if not cfg.identities:  # else whoever takes a block is visited
+        num_blocks = (row.computed + cfg.block_size - 1) // cfg.block_size
         if num_blocks > row.num_blocks:
             row.num_blocks = num_blocks
             row.held_blocks = num_blocks * len(s.groups)
@@ -59,11 +59,10 @@ def settle(s, row):
 @inline_njit
 def can_join(s, row):
     """True when all that the next steps do to a running request is one more token each."""
-    now = s.now[0]
-    in_flight = now.decodes - now.handed
+    now, in_flight = s.now[0], s.now[0].decodes - s.now[0].handed
     if row.prefilling or row.first_token_at < 0 or row.last_token_at != now.last_handout:
         return False
-    if s.settings.async_scheduling and (
+    if s.settings[0].async_scheduling and (
         row.placeholders != in_flight or row.in_flight != in_flight or row.stale > 0
     ):
         return False
@@ -73,31 +72,30 @@ def can_join(s, row):
 @inline_njit
 def tokens_to_make(s, row):
     """Tokens after which a request ends (3.19)."""
-    return min(row.output, s.settings.max_model_len - row.prompt)
+    return min(row.output, s.settings[0].max_model_len - row.prompt)
 
 
-@inner_njit
+@inline_njit
 def join(s, r):
-    """`r` becomes a member (see `can_join`). Its tokens in flight become those of a member too."""
-    now, req, members = s.now[0], s.requests, s.cohort
+    """`r` becomes a member (see `can_join`). Its token in flight becomes that of a member too."""
+    now, req = s.now[0], s.requests
     row = req[r]
     row.settled = now.decodes
     row.phase = list_of(now, row.computed)
     now.num_members += 1
     now.member_base += row.computed - now.decodes
-    before = members.last[row.phase]
-    after = NOBODY
+    before, after = s.phases[row.phase].last, NOBODY
     while before >= 0 and req[before].stamp > row.stamp:
         before, after = req[before].before_in_phase, before
-    link_phase(s, row.phase, before, r)
-    link_phase(s, row.phase, r, after)
-    members.count[row.phase] += 1
+    link_phase(req, s.phases[row.phase], before, r)
+    link_phase(req, s.phases[row.phase], r, after)
+    s.phases[row.phase].count += 1
     remaining = tokens_to_make(s, row) - row.generated - row.placeholders
     now.heap_size += 1
-    sift_up(s, now.heap_size - 1, r, now.decodes + remaining)
-    if s.settings.async_scheduling and now.decodes > now.handed:
+    sift_up(s.seats, req, now.heap_size - 1, r, now.decodes + remaining)
+    if now.decodes > now.handed:
         flight = s.flights[now.handed % len(s.flights)]
-        first = now.handed % len(s.flights) * s.settings.max_num_seqs
+        first = now.handed % len(s.flights) * s.settings[0].max_num_seqs
         k = first
         while s.step[k].request != r:
             k += 1
@@ -106,16 +104,16 @@ def join(s, r):
 
 
 @inline_njit
-def link_phase(s, phase, before, after):
+def link_phase(req, phase, before, after):
     """Make two requests neighbours in the list of a phase; NOBODY is its end."""
     if before >= 0:
-        s.requests[before].after_in_phase = after
+        req[before].after_in_phase = after
     else:
-        s.cohort.first[phase] = after
+        phase.first = after
     if after >= 0:
-        s.requests[after].before_in_phase = before
+        req[after].before_in_phase = before
     else:
-        s.cohort.last[phase] = before
+        phase.last = before
 
 
 @inline_njit
@@ -125,82 +123,80 @@ def leave(s, r):
     settle(s, row)
     now.num_members -= 1
     now.member_base -= row.computed - now.decodes
-    s.cohort.count[row.phase] -= 1
-    link_phase(s, row.phase, row.before_in_phase, row.after_in_phase)
+    s.phases[row.phase].count -= 1
+    link_phase(s.requests, s.phases[row.phase], row.before_in_phase, row.after_in_phase)
     row.phase = NOBODY
-    leave_heap(s, row.heap_at)
+    now.heap_size -= 1
+    leave_heap(s.seats, s.requests, now.heap_size, row.heap_at)
 
 
-@inline_njit
-def sift_up(s, k, r, key):
-    """Put (key, r) into the heap at `k` or above."""
-    members, req = s.cohort, s.requests
-    while k > 0 and key < members.heap_key[(k - 1) // 2]:
+@inner_njit
+def sift_up(seats, req, k, r, key):
+    """Put (key, r) into the heap of last steps at `k` or above."""
+    while k > 0 and key < seats[(k - 1) // 2].heap_key:
         above = (k - 1) // 2
-        members.heap_key[k] = members.heap_key[above]
-        members.heap_row[k] = members.heap_row[above]
-        req[members.heap_row[k]].heap_at = k
+        seats[k].heap_key = seats[above].heap_key
+        seats[k].heap_row = seats[above].heap_row
+        req[seats[k].heap_row].heap_at = k
         k = above
-    members.heap_key[k] = key
-    members.heap_row[k] = r
+    seats[k].heap_key = key
+    seats[k].heap_row = r
     req[r].heap_at = k
 
 
 @inner_njit
-def leave_heap(s, k):
-    """Take entry `k` out of the heap: the last one takes its place, and sinks or rises from there."""
-    now, members, req = s.now[0], s.cohort, s.requests
-    now.heap_size -= 1
-    size = now.heap_size
+def leave_heap(seats, req, size, k):
+    """Take entry `k` out of the heap of last steps, which has `size` then: the last one takes its place, and sinks or
+    rises from there."""
     if k == size:
         return
-    key, r = members.heap_key[size], members.heap_row[size]
+    key, r = seats[size].heap_key, seats[size].heap_row
     while 2 * k + 1 < size:
         below = 2 * k + 1
-        if below + 1 < size and members.heap_key[below + 1] < members.heap_key[below]:
+        if below + 1 < size and seats[below + 1].heap_key < seats[below].heap_key:
             below += 1
-        if key <= members.heap_key[below]:
+        if key <= seats[below].heap_key:
             break
-        members.heap_key[k] = members.heap_key[below]
-        members.heap_row[k] = members.heap_row[below]
-        req[members.heap_row[k]].heap_at = k
+        seats[k].heap_key = seats[below].heap_key
+        seats[k].heap_row = seats[below].heap_row
+        req[seats[k].heap_row].heap_at = k
         k = below
-    sift_up(s, k, r, key)
+    sift_up(seats, req, k, r, key)
 
 
 @inline_njit
 def next_end(s):
     """The number of calls of schedule() after which the first member has had its last. Needs a member."""
-    return s.cohort.heap_key[0]
+    return s.seats[0].heap_key
 
 
-@inner_njit
+@inline_njit
 def pop_ending(s):
-    """Members whose last step was the latest one leave the cohort and wait in `ending`, in running order, for its
-    output."""
-    now, req, members = s.now[0], s.requests, s.cohort
-    while now.num_members > 0 and members.heap_key[0] == now.decodes:
-        r = members.heap_row[0]
+    """Members whose last step was the latest one leave the cohort and wait among the ending, in running order, for
+    its output."""
+    now, req, seats = s.now[0], s.requests, s.seats
+    while now.num_members > 0 and seats[0].heap_key == now.decodes:
+        r = seats[0].heap_row
         leave(s, r)
         k = now.num_ending
-        while k > 0 and req[members.ending[k - 1]].stamp > req[r].stamp:
-            members.ending[k] = members.ending[k - 1]
+        while k > 0 and req[seats[k - 1].ending].stamp > req[r].stamp:
+            seats[k].ending = seats[k - 1].ending
             k -= 1
-        members.ending[k] = r
+        seats[k].ending = r
         now.num_ending += 1
 
 
-@inner_njit
+@inline_njit
 def leave_running(s, r):
     """Take `r` out of the running list and out of wherever it is noted as running."""
-    now, members = s.now[0], s.cohort
+    now = s.now[0]
     if s.requests[r].phase >= 0:
         leave(s, r)
-    elif not now.is_scattered:
-        k = place_of(members.others, now.num_others, r)
+    elif now.num_others > 0:
+        k = place_of(s.seats.other, now.num_others, r)
         if k < now.num_others:
-            now.num_others = close_gap(members.others, now.num_others, k)
-    unlink_running(s, r)
+            now.num_others = close_gap(s.seats.other, now.num_others, k)
+    unlink_running(now, s.requests, r)
 
 
 @inline_njit
@@ -215,11 +211,10 @@ def last_member(s):
 @inner_njit
 def scatter(s):
     """End the cohort: everybody is settled, and the step in flight lists everybody who is in it."""
-    now, req, members = s.now[0], s.requests, s.cohort
+    now, req = s.now[0], s.requests
     if now.is_scattered:
         return
     now.is_scattered = 1
-    now.num_others = 0
     list_members_in_flight(s)
     r = now.first_running
     while r >= 0:
@@ -227,28 +222,29 @@ def scatter(s):
         row.is_steady = 0
         if row.phase >= 0:
             settle(s, row)
-            members.count[row.phase] = 0
-            members.first[row.phase] = members.last[row.phase] = NOBODY
+            phase = s.phases[row.phase]
+            phase.count = 0
+            phase.first = phase.last = NOBODY
             row.phase = NOBODY
         r = row.after
-    now.num_members = now.member_base = now.heap_size = now.num_ending = 0
+    now.num_members = now.member_base = now.heap_size = now.num_others = now.num_ending = 0
 
 
 @inline_njit
 def list_members_in_flight(s):
     """Give the members, and those that are ending, entries in the step in flight, in running order."""
-    now, req, members, step = s.now[0], s.requests, s.cohort, s.step
+    now, req, step = s.now[0], s.requests, s.step
     if now.decodes == now.handed:
         return
     flight = s.flights[now.handed % len(s.flights)]
-    first = now.handed % len(s.flights) * s.settings.max_num_seqs
+    first = now.handed % len(s.flights) * s.settings[0].max_num_seqs
     explicit = first + flight.num_entries - 1
     flight.num_entries += flight.num_members
     k = first + flight.num_entries - 1
     ending = now.num_ending - 1
     r = now.last_running
     while flight.num_members > 0:
-        is_ending = ending >= 0 and members.ending[ending] == r
+        is_ending = ending >= 0 and s.seats[ending].ending == r
         if req[r].phase >= 0 or is_ending:
             ending -= is_ending
             while explicit >= first and req[step[explicit].request].stamp > req[r].stamp:
@@ -266,25 +262,25 @@ def list_members_in_flight(s):
 
 @inner_njit
 def gather(s):
-    """Begin a cohort anew: everybody who runs is among the `others`, from where they join."""
-    now, members = s.now[0], s.cohort
+    """Begin a cohort anew: everybody who runs is among the others, from where they join."""
+    now = s.now[0]
     now.is_scattered = 0
     now.num_others = 0
     r = now.first_running
     while r >= 0:
-        members.others[now.num_others] = r
+        s.seats[now.num_others].other = r
         now.num_others += 1
         r = s.requests[r].after
 
 
 @inline_njit
 def join_all(s):
-    """Everybody among the `others` who can joins the cohort."""
-    now, req, others = s.now[0], s.requests, s.cohort.others
+    """Everybody among the others who can joins the cohort."""
+    now, seats = s.now[0], s.seats
     kept = 0
     for x in range(now.num_others):
-        r = others[x]
-        row = req[r]
+        r = seats[x].other
+        row = s.requests[r]
         is_joining = can_join(s, row)
         if now.has_windows:  # what its window has left behind since its prefill is freed in a step of its own
             was_steady = row.is_steady == 1
@@ -293,7 +289,7 @@ def join_all(s):
         if is_joining:
             join(s, r)
         else:
-            others[kept] = r
+            seats[kept].other = r
             kept += 1
     now.num_others = kept
 
@@ -301,9 +297,8 @@ def join_all(s):
 @inner_njit
 def settle_all(s):
     """Settle every member, for who reads the rows from outside."""
-    now, req = s.now[0], s.requests
-    r = now.first_running
+    r = s.now[0].first_running
     while r >= 0:
-        if req[r].phase >= 0:
-            settle(s, req[r])
-        r = req[r].after
+        if s.requests[r].phase >= 0:
+            settle(s, s.requests[r])
+        r = s.requests[r].after

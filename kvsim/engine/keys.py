@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvsim._jit import njit
-from kvsim.engine.state import Keys
+from kvsim.engine.state import ENDS, SPAN, Keys, table
 
 _EMPTY = -1
 
@@ -45,7 +45,8 @@ def intern_keys(
         _fill_keys(offsets, nodes, node_base, shared_from, block_size, unit, shared)
     own_from = int(node_base[-1]) + np.concatenate([[0], np.cumsum(num_blocks - num_shared)]).astype(np.int64)
     num_keys = int(own_from[-1])
-    return Keys(shared_from, shared, own_from, np.zeros(num_keys, np.int32), np.zeros(num_keys, np.int32))
+    spans = table(SPAN, n + 1, shared_from=shared_from, own_from=own_from)
+    return Keys(spans, shared, table(ENDS, num_keys))
 
 
 @njit

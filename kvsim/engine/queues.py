@@ -28,7 +28,7 @@ def enter_received(s, r):
     now.last_received = r
     if now.oldest < 0:
         now.oldest = r
-    if s.settings.policy == PRIORITY:
+    if s.settings[0].policy == PRIORITY:
         enter_ranked(s, r)
         return
     if now.num_received == 0:
@@ -49,9 +49,9 @@ def queue_head(s):
     """The request that is next to be admitted. Needs a waiting request."""
     now = s.now[0]
     if now.num_ranked > 0:
-        return s.queues.ranked[0]
+        return s.ranked[0]
     if now.num_preempted > 0:
-        return s.queues.preempted[now.num_preempted - 1]
+        return s.seats[now.num_preempted - 1].preempted
     return now.first_received
 
 
@@ -68,9 +68,8 @@ def pop_head(s):
 
 
 @inline_njit
-def enter_running(s, r):
+def enter_running(now, req, r):
     """Put `r` at the end of the running list, which is in order of admission and of stamps."""
-    now, req = s.now[0], s.requests
     row = req[r]
     row.status = RUNNING
     row.stamp = now.next_stamp
@@ -85,9 +84,8 @@ def enter_running(s, r):
 
 
 @inline_njit
-def unlink_running(s, r):
+def unlink_running(now, req, r):
     """Take `r` out of the running list; its own links stay, so that who walks the list can go on from it."""
-    now, req = s.now[0], s.requests
     before, after = req[r].before, req[r].after
     if before >= 0:
         req[before].after = after
@@ -134,7 +132,7 @@ def ranks_before(req, a, b):
 @inner_njit
 def enter_ranked(s, r):
     """Put `r` into the heap of the waiting."""
-    now, ranked = s.now[0], s.queues.ranked
+    now, ranked = s.now[0], s.ranked
     k = now.num_ranked
     now.num_ranked += 1
     while k > 0 and ranks_before(s.requests, r, ranked[(k - 1) // 2]):
@@ -146,7 +144,7 @@ def enter_ranked(s, r):
 @inner_njit
 def leave_ranked(s, k):
     """Take entry `k` out of the heap of the waiting: the last one takes its place, and rises or sinks from there."""
-    now, ranked, req = s.now[0], s.queues.ranked, s.requests
+    now, ranked, req = s.now[0], s.ranked, s.requests
     now.num_ranked -= 1
     size = now.num_ranked
     r = ranked[size]
@@ -167,41 +165,38 @@ def leave_ranked(s, k):
 @inner_njit
 def ready_turns(s, parent, time):
     """`parent` ended at `time`: its follow-up turns get a time to be sent at."""
-    turns, now = s.turns, s.now[0]
-    row = turns.first_child[parent]
+    turns, ready, now = s.turns, s.ready, s.now[0]
+    row = turns[parent].first_child
     while row >= 0:
-        ready = max(s.requests[row].arrival, time + turns.delay[row])
+        at = max(s.requests[row].arrival, time + turns[row].delay)
         k = now.num_ready  # sift up
         while k > 0:
             above = (k - 1) // 2
-            if comes_first(turns.ready_time[above], turns.ready_row[above], ready, row):
+            if comes_first(ready[above].time, ready[above].row, at, row):
                 break
-            turns.ready_time[k], turns.ready_row[k] = turns.ready_time[above], turns.ready_row[above]
+            ready[k] = ready[above]
             k = above
-        turns.ready_time[k], turns.ready_row[k] = ready, row
+        ready[k].time, ready[k].row = at, row
         now.num_ready += 1
-        row = turns.next_sibling[row]
+        row = turns[row].next_sibling
 
 
 @inner_njit
 def pop_ready(s):
     """Remove the turn that is sent first. Needs a ready turn."""
-    turns, now = s.turns, s.now[0]
+    ready, now = s.ready, s.now[0]
     now.num_ready -= 1
     size = now.num_ready
-    time, row = turns.ready_time[size], turns.ready_row[size]
+    time, row = ready[size].time, ready[size].row
     k = 0
     while 2 * k + 1 < size:  # sift the last one down from the top
         below = 2 * k + 1
         if below + 1 < size and comes_first(
-            turns.ready_time[below + 1],
-            turns.ready_row[below + 1],
-            turns.ready_time[below],
-            turns.ready_row[below],
+            ready[below + 1].time, ready[below + 1].row, ready[below].time, ready[below].row
         ):
             below += 1
-        if comes_first(time, row, turns.ready_time[below], turns.ready_row[below]):
+        if comes_first(time, row, ready[below].time, ready[below].row):
             break
-        turns.ready_time[k], turns.ready_row[k] = turns.ready_time[below], turns.ready_row[below]
+        ready[k] = ready[below]
         k = below
-    turns.ready_time[k], turns.ready_row[k] = time, row
+    ready[k].time, ready[k].row = time, row

@@ -12,6 +12,7 @@ from kvsim.engine.blocks import (
     cache,
     free_skipped,
     hits_fresh_state,
+    line_at,
     look_up,
     open_slot,
     record,
@@ -94,7 +95,7 @@ def schedule(s):
 @inline_njit
 def open_step(s):
     """Reset the step's sums; threshold (3.1) and deferral of prefills (3.2)."""
-    now, cfg = s.now[0], s.settings
+    now, cfg = s.now[0], s.settings[0]
     now.budget = cfg.max_num_batched_tokens
     now.is_scheduling = 1
     now.first_entry = now.num_steps % len(s.flights) * cfg.max_num_seqs
@@ -128,12 +129,13 @@ def run(s):
     run_in_order(s)
 
 
-@inner_njit
+@inline_njit
 def assemble(s):
     """Put everybody who can be in the cohort into it."""
     if s.now[0].is_scattered:
         gather(s)
-    pop_ending(s)
+    if s.now[0].steps_in_flight > 0:
+        pop_ending(s)
     join_all(s)
 
 
@@ -150,7 +152,7 @@ def run_in_order(s):
 @inner_njit
 def run_one(s, r):
     """The running phase of one request. False: the phase is over."""
-    now, cfg, row = s.now[0], s.settings, s.requests[r]
+    now, cfg, row = s.now[0], s.settings[0], s.requests[r]
     n = wanted(s, row)
     if n == 0:
         return True
@@ -180,21 +182,21 @@ def wanted(s, row):
     if is_ending(row) or (now.defer and row.prefilling):  # 3.3, 3.4
         return 0
     n = chunk(now, known_tokens(row) + row.placeholders - row.computed)
-    n = min(n, s.settings.max_model_len - row.computed - 1)  # 3.5
+    n = min(n, s.settings[0].max_model_len - row.computed - 1)  # 3.5
     return chunk_to_boundary(s, row, row.computed, n, row.junction) if now.has_states else n
 
 
-@inner_njit
+@inline_njit
 def way_to_run(s):
     """How the running phase can go, so that it ends as if everybody were visited: TOGETHER, where the budget reaches
     everybody up to the last member and the pool everybody; AS_FAR_AS_IT_GOES, where the pool does not, and whoever is
     last makes room; else ONE_BY_ONE, because with a step in flight the last are in it, and by priority others than
     the last make room."""
-    now, cfg, req, others = s.now[0], s.settings, s.requests, s.cohort.others
+    now, cfg, req, seats = s.now[0], s.settings[0], s.requests, s.seats
     last = last_member(s)
-    tokens, blocks = now.num_members, s.cohort.count[list_of(now, 0)] * now.growing_groups
+    tokens, blocks = now.num_members, s.phases[list_of(now, 0)].count * now.growing_groups
     for x in range(now.num_others):
-        row = req[others[x]]
+        row = req[seats[x].other]
         n = wanted(s, row)
         if last >= 0 and row.stamp < req[last].stamp:
             tokens += n
@@ -211,12 +213,12 @@ def way_to_run(s):
 @inline_njit
 def run_together(s, way):
     """The running phase, the cohort in one go. Needs `way_to_run`."""
-    now, others = s.now[0], s.cohort.others
+    now = s.now[0]
     x = 0
     if now.is_visiting or way == AS_FAR_AS_IT_GOES:
         x = visit(s)
     else:
-        growing = s.cohort.count[list_of(now, 0)]
+        growing = s.phases[list_of(now, 0)].count
         now.free_blocks -= growing * now.growing_groups
         now.table_entries += growing * len(s.groups)
     now.decodes += 1
@@ -227,7 +229,7 @@ def run_together(s, way):
     now.held_tokens += n
     now.budget -= n
     now.ctx += member_tokens(now)
-    while x < now.num_others and now.budget > 0 and run_one(s, others[x]):
+    while x < now.num_others and now.budget > 0 and run_one(s, s.seats[x].other):
         x += 1
 
 
@@ -235,28 +237,28 @@ def run_together(s, way):
 def visit(s):
     """Members to whom more happens in this step than a token, in running order, and the others between them. Returns
     how many of the others had their turn."""
-    now, req, members = s.now[0], s.requests, s.cohort
-    for v in range(len(members.visit)):
-        members.at[v] = members.first[list_of(now, members.visit[v])]
+    now, req, seats, visits = s.now[0], s.requests, s.seats, s.visits
+    for v in range(len(visits)):
+        visits[v].at = s.phases[list_of(now, visits[v].tokens)].first
     x = 0
     while True:
         r, list_at = -1, 0
-        for v in range(len(members.visit)):
-            other = members.at[v]
+        for v in range(len(visits)):
+            other = visits[v].at
             # Who was preempted meanwhile was the last of the running list, and of his phase.
             if other >= 0 and req[other].phase >= 0 and (r < 0 or req[other].stamp < req[r].stamp):
                 r, list_at = other, v
         if r < 0:
             r = last_member(s)
-            is_over = r < 0 or x == now.num_others or req[members.others[x]].stamp > req[r].stamp
+            is_over = r < 0 or x == now.num_others or req[seats[x].other].stamp > req[r].stamp
             if is_over:
                 return x
-        if x < now.num_others and req[members.others[x]].stamp < req[r].stamp:
-            if not run_one(s, members.others[x]):
+        if x < now.num_others and req[seats[x].other].stamp < req[r].stamp:
+            if not run_one(s, seats[x].other):
                 return now.num_others
             x += 1
         elif visit_member(s, r):
-            members.at[list_at] = req[r].after_in_phase
+            visits[list_at].at = req[r].after_in_phase
         else:
             return now.num_others
 
@@ -268,7 +270,7 @@ def visit_member(s, r):
     settle(s, row)
     if now.has_windows:
         free_skipped(s, row)
-    lacking = blocks_lacking(row, 1, s.settings)
+    lacking = blocks_lacking(row, 1, s.settings[0])
     if lacking > 0:
         needed = blocks_beyond(s, row.num_blocks, row.num_blocks + lacking, False)
         if needed > now.free_blocks and not make_room(s, r, needed):
@@ -291,9 +293,9 @@ def is_ending(row):
 def cache_full(s, row, r, num_tokens):
     """Cache the blocks that `num_tokens` tokens fill, as far as these are known: when they are scheduled, before
     they are computed (2.6), and with asynchronous scheduling when the output is there (4.3)."""
-    block_size = s.settings.block_size
+    block_size = s.settings[0].block_size
     tokens = min(num_tokens, known_tokens(row))
-    if s.settings.enable_prefix_caching and tokens >= (row.num_cached + 1) * block_size:
+    if s.settings[0].enable_prefix_caching and tokens >= (row.num_cached + 1) * block_size:
         cache(s, row, r, tokens // block_size)
 
 
@@ -342,7 +344,7 @@ def next_victim(s):
     """Who is preempted next: the last of the running list, or with priorities the first of those that rank last
     (3.6). Needs a running request."""
     now, req = s.now[0], s.requests
-    if s.settings.policy != PRIORITY:
+    if s.settings[0].policy != PRIORITY:
         return now.last_running
     last = r = now.first_running
     while r >= 0:
@@ -370,7 +372,7 @@ def unschedule(s, victim):
     now.held_tokens -= n
     row.computed -= n
     row.scheduled_tokens -= n
-    if s.settings.async_scheduling:
+    if s.settings[0].async_scheduling:
         row.in_flight -= n
     for j in range(k, end - 1):
         step[j] = step[j + 1]
@@ -389,20 +391,32 @@ def preempt(s, victim, for_request, needed):
     row.recomputed += lost
     row.stale = row.in_flight
     row.placeholders = 0
-    if s.settings.policy == PRIORITY:
+    if s.settings[0].policy == PRIORITY:
         enter_ranked(s, victim)
     else:
-        s.queues.preempted[now.num_preempted] = victim
+        s.seats[now.num_preempted].preempted = victim
         now.num_preempted += 1
-    s.queues.victims[now.num_victims] = victim
+    s.seats[now.num_victims].victim = victim
     now.num_victims += 1
     now.total_preemptions += 1
     cause = SELF_PREEMPTED if victim == for_request else POOL_FULL_GROWTH
-    if s.settings.policy == PRIORITY:
+    if s.settings[0].policy == PRIORITY:
         # Without the gate, equal ranks can preempt each other for ever.
         now.livelock |= now.total_preemptions - now.preemptions_at_token >= LIVELOCK_PREEMPTIONS
         cause = SELF_PREEMPTED if victim == for_request else PRIORITY_VICTIM
-    record(s, now.t, now.num_steps, EVENT_PREEMPT, victim, cause, free_before, needed, lost, for_request)
+    record(
+        now,
+        s.events,
+        now.t,
+        now.num_steps,
+        EVENT_PREEMPT,
+        victim,
+        cause,
+        free_before,
+        needed,
+        lost,
+        for_request,
+    )
 
 
 @inner_njit
@@ -411,7 +425,7 @@ def alone_and_too_big(s, r, needed):
     livelock, and note when it has come round often enough without a token made: the first rounds may find more in
     the prefix cache than those before."""
     now = s.now[0]
-    if not s.settings.strict:
+    if not s.settings[0].strict:
         drop_unservable(s, r, needed)
         return
     is_same = now.lonely_request == r and now.lonely_tokens == now.total_generated
@@ -428,14 +442,16 @@ def drop_unservable(s, r, needed):
     leave_queue(s, r)
     now.num_dropped += 1
     end_request(s, r, UNSERVABLE, NEVER_FITS, now.t)
-    record(s, now.t, now.num_steps, EVENT_UNSERVABLE, r, NEVER_FITS, now.free_blocks, needed, 0, -1)
+    record(
+        now, s.events, now.t, now.num_steps, EVENT_UNSERVABLE, r, NEVER_FITS, now.free_blocks, needed, 0, -1
+    )
 
 
-@inner_njit
+@inline_njit
 def end_request(s, r, outcome, cause, time):
     """Give `r` its one outcome. Its blocks must be free and it must have left, or be leaving, its queue."""
     now, row = s.now[0], s.requests[r]
-    if s.settings.max_concurrency > 0 and now.in_flight == s.settings.max_concurrency:
+    if s.settings[0].max_concurrency > 0 and now.in_flight == s.settings[0].max_concurrency:
         now.slot_free_at = time
     now.in_flight -= 1
     if row.first_token_at < 0:
@@ -445,7 +461,7 @@ def end_request(s, r, outcome, cause, time):
     row.cause = cause
     row.finished_at = time
     now.num_ended += 1
-    if len(s.turns.parent) > 0:
+    if len(s.turns) > 0:
         ready_turns(s, r, time)
 
 
@@ -453,15 +469,15 @@ def end_request(s, r, outcome, cause, time):
 def leave_queue(s, r):
     """Take the unfinished request `r` out of wherever it is. One that was never admitted is the first of the
     received, because whoever leaves from there is the head or the oldest."""
-    now, queues = s.now[0], s.queues
+    now = s.now[0]
     status = s.requests[r].status
     if status == RUNNING:
         leave_running(s, r)
     elif now.num_ranked > 0:
-        leave_ranked(s, place_of(queues.ranked, now.num_ranked, r))
+        leave_ranked(s, place_of(s.ranked, now.num_ranked, r))
     elif status == PREEMPTED:
-        x = place_of(queues.preempted, now.num_preempted, r)
-        now.num_preempted = close_gap(queues.preempted, now.num_preempted, x)
+        x = place_of(s.seats.preempted, now.num_preempted, r)
+        now.num_preempted = close_gap(s.seats.preempted, now.num_preempted, x)
     else:
         pop_received(s)
 
@@ -488,7 +504,7 @@ def count_as_computed(s, row, entry):
     s.now[0].held_tokens += n
     entry.emits = row.computed == known_tokens(row) + row.placeholders
     row.prefilling = not entry.emits
-    if s.settings.async_scheduling:
+    if s.settings[0].async_scheduling:
         row.in_flight += n
         row.placeholders += entry.emits
     add_to_sums(s.now[0], row, entry, 1)
@@ -511,7 +527,7 @@ def add_to_sums(now, row, entry, sign):
 def admit_waiting(s):
     """The waiting phase (3.10-3.16): admit from the queue head until something is in the way. Nobody is ever
     admitted past the head."""
-    now, cfg = s.now[0], s.settings
+    now, cfg = s.now[0], s.settings[0]
     while now.budget > 0 and num_waiting(now) > 0 and now.num_running < cfg.max_num_seqs:
         r = queue_head(s)
         whole = most_blocks(s, s.requests[r])
@@ -537,8 +553,8 @@ def admit_waiting(s):
 @inline_njit
 def most_blocks(s, row):
     """Blocks of all groups that the known tokens of a request need at once, with nothing cached (2.3, 6.4)."""
-    tokens = min(known_tokens(row), s.settings.max_model_len)
-    return blocks_beyond(s, 0, blocks_for(tokens, s.settings.block_size), True)
+    tokens = min(known_tokens(row), s.settings[0].max_model_len)
+    return blocks_beyond(s, 0, blocks_for(tokens, s.settings[0].block_size), True)
 
 
 @inline_njit
@@ -556,15 +572,15 @@ def blocks_beyond(s, num_blocks, whole, is_gate):
 def chunk_to_boundary(s, row, start, n, junction):
     """A chunk of `n` tokens after `start` ones, cut so that it ends where a recurrent state can be kept: prefills at
     block boundaries, and in the block where the prompt ends or the look-up had its junction (6.10)."""
-    block_size = s.settings.block_size
+    block_size = s.settings[0].block_size
     prefill_end = max(row.prompt, known_tokens(row) - 1)
     if start >= prefill_end:
         return n
     end = start + n
     if end < prefill_end:
-        most = s.settings.max_num_batched_tokens
-        if s.settings.long_prefill_token_threshold > 0:
-            most = min(most, s.settings.long_prefill_token_threshold)
+        most = s.settings[0].max_num_batched_tokens
+        if s.settings[0].long_prefill_token_threshold > 0:
+            most = min(most, s.settings[0].long_prefill_token_threshold)
         aligned = end // block_size * block_size
         if aligned > start or block_size <= most:
             end = aligned
@@ -586,7 +602,7 @@ def find_hits(s, r):
     """Leading blocks of `r` in the prefix cache, and how many of those it would take are free. A head that was not
     admitted is asked about twice in a step, between which nothing changes."""
     now = s.now[0]
-    if not s.settings.enable_prefix_caching:
+    if not s.settings[0].enable_prefix_caching:
         return 0, 0
     if now.looked_up != r:
         now.looked_up = r
@@ -598,7 +614,7 @@ def find_hits(s, r):
 def first_chunk(s, r, num_hits):
     """Tokens with which `r` would be admitted, budget apart (3.13)."""
     now = s.now[0]
-    n = known_tokens(s.requests[r]) - num_hits * s.settings.block_size
+    n = known_tokens(s.requests[r]) - num_hits * s.settings[0].block_size
     return now.threshold if 0 < now.threshold < n else n
 
 
@@ -607,7 +623,7 @@ def cut_chunk(s, r, n, num_hits):
     """A first chunk of `n` tokens after the hits, cut to the budget and, for recurrent states, to a boundary."""
     n = min(n, s.now[0].budget)
     if s.now[0].has_states:
-        n = chunk_to_boundary(s, s.requests[r], num_hits * s.settings.block_size, n, s.now[0].junction)
+        n = chunk_to_boundary(s, s.requests[r], num_hits * s.settings[0].block_size, n, s.now[0].junction)
     return n
 
 
@@ -615,21 +631,21 @@ def cut_chunk(s, r, n, num_hits):
 def is_beyond_budget(s, n):
     """True when this step's budget cannot take a first chunk of `n` tokens; chunking can always cut it (3.13)."""
     now = s.now[0]
-    return now.budget == 0 or (not s.settings.enable_chunked_prefill and n > now.budget)
+    return now.budget == 0 or (not s.settings[0].enable_chunked_prefill and n > now.budget)
 
 
 @inline_njit
 def is_deferred(s, r, num_hits):
     """True when the cadence keeps `r` out of this step (3.12)."""
-    hit = num_hits * s.settings.block_size
+    hit = num_hits * s.settings[0].block_size
     return s.now[0].defer and hit < known_tokens(s.requests[r]) - 1
 
 
-@inner_njit
+@inline_njit
 def pool_obstacle(s, r, n, num_hits, free_hits):
     """Why the pool cannot take `r` with `n` tokens (2.2-2.4), or NO_CAUSE, and the blocks that it asks for: new
     ones, and its hits that are free until it touches them."""
-    now, cfg = s.now[0], s.settings
+    now, cfg = s.now[0], s.settings[0]
     watermark = cfg.watermark_blocks if now.num_running > 0 else 0
     if now.has_states and hits_fresh_state(s, num_hits):  # the engine asks for more than there are (6.10)
         return POOL_FULL_GATE if cfg.scheduler_reserve_full_isl else POOL_FULL, cfg.num_gpu_blocks + 1
@@ -649,27 +665,27 @@ def pool_obstacle(s, r, n, num_hits, free_hits):
     return NO_CAUSE, needed
 
 
-@inner_njit
+@inline_njit
 def admit(s, r, n, num_hits):
     """Move the queue head `r` to the end of the running list with its hits and its first `n` tokens (2.5, 3.15).
     Needs its look-up to be the last one."""
     now, row, entry = s.now[0], s.requests[r], s.step[s.now[0].first_entry + s.now[0].num_scheduled]
     pop_head(s)
     now.looked_up = -1
-    enter_running(s, r)
+    enter_running(now, s.requests, r)
     if not now.is_scattered:
-        s.cohort.others[now.num_others] = r
+        s.seats[now.num_others].other = r
         now.num_others += 1
     is_first = row.scheduled_at < 0
     if is_first:
         row.scheduled_at = now.t
     free_before = now.free_blocks
     open_slot(s, row)
-    hit = num_hits * s.settings.block_size
-    if s.settings.enable_prefix_caching:
+    hit = num_hits * s.settings[0].block_size
+    if s.settings[0].enable_prefix_caching:
         touch_hits(s, row, num_hits)
         count_hits(now, row, hit, is_first)
-    lacking = blocks_lacking(row, hit + n, s.settings)
+    lacking = blocks_lacking(row, hit + n, s.settings[0])
     row.computed = hit
     now.held_tokens += hit
     entry.request = r
@@ -685,7 +701,19 @@ def admit(s, r, n, num_hits):
     now.total_admissions += 1
     now.wait_request = -1
     kind = EVENT_ADMIT if is_first else EVENT_RESUME
-    record(s, now.t, now.num_steps, kind, r, NO_CAUSE, free_before, free_before - now.free_blocks, 0, -1)
+    record(
+        now,
+        s.events,
+        now.t,
+        now.num_steps,
+        kind,
+        r,
+        NO_CAUSE,
+        free_before,
+        free_before - now.free_blocks,
+        0,
+        -1,
+    )
 
 
 @inline_njit
@@ -702,7 +730,7 @@ def count_hits(now, row, hit, is_first):
 def is_blocked_for_long(s):
     """True when the queue head will be left where it is, for the reason that is noted already, until somebody leaves
     the running list. Needs a waiting request."""
-    now, cfg = s.now[0], s.settings
+    now, cfg = s.now[0], s.settings[0]
     if cfg.prefill_schedule_interval > 1 or now.wait_request != queue_head(s):
         return False
     if now.num_running >= cfg.max_num_seqs:
@@ -715,7 +743,7 @@ def is_blocked_for_long(s):
 @inline_njit
 def note_wait(s):
     """Record why the queue head was not admitted, when the head or the reason is new."""
-    now, cfg = s.now[0], s.settings
+    now, cfg = s.now[0], s.settings[0]
     if num_waiting(now) == 0:
         now.wait_request = -1
         return
@@ -742,7 +770,7 @@ def note_wait(s):
     now.wait_needed = needed
     if r != now.wait_request or cause != now.wait_cause:
         now.wait_request, now.wait_cause = r, cause
-        record(s, now.t, now.num_steps, EVENT_WAIT, r, cause, now.free_blocks, needed, 0, -1)
+        record(now, s.events, now.t, now.num_steps, EVENT_WAIT, r, cause, now.free_blocks, needed, 0, -1)
 
 
 @inline_njit
@@ -756,8 +784,8 @@ def close_step(s):
     now.executed += scheduled > 0
     if now.num_prefills > 0:  # also where a preemption took the prefill out of the step again
         now.last_prefill = now.executed
-    now.peak_used = max(now.peak_used, s.settings.num_gpu_blocks - 1 - now.free_blocks)
-    line = s.timeline[now.t // now.bin_width]
+    now.peak_used = max(now.peak_used, s.settings[0].num_gpu_blocks - 1 - now.free_blocks)
+    line = line_at(s, now.t)
     line.steps += 1
     line.prefill_tokens += now.prefill_tokens
     line.decode_tokens += now.decode_tokens

@@ -106,7 +106,12 @@ class Settings(NamedTuple):
     identities: int  # 1: the blocks variant (which block is where); 0: counts only. Windows need 1
     log_steps: int  # 1: `advance` returns after each `schedule()` too
     record_events: int
-    check: int  # 1: check the invariants at every event
+    check: int  # 1: check the invariants after everything that happens
+
+
+# The State passes from function to function as the pointers and sizes of its arrays: the fewer they are, the faster
+# a call, and the faster the engine compiles. So what has one length is one array of records, here as below.
+SETTINGS = np.dtype([(name, np.int64) for name in Settings._fields])
 
 
 class Cost(NamedTuple):
@@ -117,6 +122,11 @@ class Cost(NamedTuple):
     context_s: np.ndarray  # float64[classes of attention]
     pair_s: np.ndarray  # float64[classes of attention]
     windows: np.ndarray  # int64[classes of attention]; class 0 is full attention, its window 0
+
+
+# The same as arrays of records: by number of tokens, and by class of attention.
+STEP_S = np.dtype([("linear", np.float64), ("sampled", np.float64)])
+ATTENTION = np.dtype([("context_s", np.float64), ("pair_s", np.float64), ("window", np.int64)])
 
 
 # One row per request, in trace order (= order of receipt). Rows, not columns: whatever happens to a request
@@ -169,32 +179,26 @@ REQUEST = np.dtype(
 )
 
 
-class Queues(NamedTuple):
-    """Row numbers, int64. Waiting = `preempted` (a stack, its top first), then the received ones, a list through the
-    rows from `now.first_received` on; with the priority policy all that wait are in `ranked` instead. The running
-    list goes through the rows as well, in order of admission."""
+# Places for as many requests as can run, and one more: each column is a list of row numbers, or a heap, of its own.
+SEAT = np.dtype(
+    [
+        ("preempted", np.int64),  # a stack: those that wait after a preemption, the last one is next
+        ("victim", np.int64),  # preempted in the last step, in order
+        # The cohort (`engine.cohort`): a heap of its members by the calls of schedule() made at their last one, the
+        # running requests that are visited in each step, those whose last token is in flight; in running order.
+        ("heap_key", np.int64),
+        ("heap_row", np.int64),
+        ("other", np.int64),
+        ("ending", np.int64),
+        ("free_slot", np.int64),  # a stack: rows of the block tables
+    ]
+)
 
-    preempted: np.ndarray  # [max_num_seqs + 1]
-    ranked: (
-        np.ndarray
-    )  # [number of requests with the priority policy, else 0], a heap by (priority, arrival, row)
-    victims: np.ndarray  # [max_num_seqs], preempted in the last step, in order
+# The cohort's members by computed tokens, modulo the block size: how many, and which, in running order; -1: none.
+PHASE = np.dtype([("count", np.int64), ("first", np.int64), ("last", np.int64)])
 
-
-class Cohort(NamedTuple):
-    """The running requests that are not visited in each step; see `engine.cohort`."""
-
-    heap_key: (
-        np.ndarray
-    )  # int64[max_num_seqs], a heap of the members by the calls of schedule() at their last one
-    heap_row: np.ndarray  # int64[max_num_seqs]
-    count: np.ndarray  # int64[num_phases], members in each list
-    first: np.ndarray  # int64[num_phases], -1: none
-    last: np.ndarray  # int64[num_phases]
-    others: np.ndarray  # int64[max_num_seqs], running requests that are visited, in running order
-    ending: np.ndarray  # int64[max_num_seqs], those whose last token is in flight, in running order
-    visit: np.ndarray  # int64, computed tokens modulo the block size with which a member is visited
-    at: np.ndarray  # int64, for each of them how far the visits have come
+# Computed tokens, modulo the block size, with which a member is visited, and how far the visits have come.
+VISIT = np.dtype([("tokens", np.int64), ("at", np.int64)])
 
 
 # What a `schedule()` decided, in scheduling order; of the cohort's members only their number is noted.
@@ -225,20 +229,25 @@ GROUP = np.dtype(
         ("window", np.int64),  # tokens; 0: none
         ("run_blocks", np.int64),  # consecutive blocks that make a hit with a window or a state (6.8, 6.10)
         ("most_blocks", np.int64),  # that a request can hold at once, as admission counts them (6.4)
+        (
+            "lookup",
+            np.int64,
+        ),  # (of the first `num_lookups` rows) the group that is looked up in that turn (6.8)
     ]
 )
 
 
-class Turns(NamedTuple):
-    """Follow-up turns: a row with a parent is sent when that has ended and its think time has passed, and not
-    before its own arrival. Every array is empty where no row has a parent."""
-
-    parent: np.ndarray  # int64, row, -1: none
-    delay: np.ndarray  # int64, ns from the parent's end
-    first_child: np.ndarray  # int64, row, -1: none
-    next_sibling: np.ndarray  # int64, row, -1: none
-    ready_time: np.ndarray  # int64, heap of the turns whose parent has ended, by (time, row)
-    ready_row: np.ndarray  # int64, the heap's rows
+# Follow-up turns: a row with a parent is sent when that has ended and its think time has passed, and not before its
+# own arrival. Empty where no row has a parent.
+TURN = np.dtype(
+    [
+        ("parent", np.int64),  # row, -1: none
+        ("delay", np.int64),  # ns from the parent's end
+        ("first_child", np.int64),  # row, -1: none
+        ("next_sibling", np.int64),  # row, -1: none
+    ]
+)
+READY = np.dtype([("time", np.int64), ("row", np.int64)])  # a heap of the turns whose parent has ended
 
 
 # One row per block, kept where block identities are. The free list is a ring through block 0, the null block,
@@ -252,6 +261,7 @@ BLOCK = np.dtype(
         ("older", np.int32),  # neighbours among the blocks with the same key, 0: none
         ("newer", np.int32),
         ("cached_in", np.int32),  # the step whose schedule() gave it its key, -1: an output did
+        ("owners", np.int32),  # scratch of `check_integrity`
     ],
     align=True,
 )
@@ -261,25 +271,26 @@ class Pool(NamedTuple):
     """Blocks and tables; with counts alone everything is empty and `now.free_blocks` says it all."""
 
     blocks: np.ndarray  # BLOCK[num_gpu_blocks]
-    table: np.ndarray  # int32, for each slot and group `table_stride` entries; 0 is the null block
-    free_slots: np.ndarray  # int32 stack
-    hits: np.ndarray  # int32, blocks that the last look-up found: a table for each group
-    owners: np.ndarray  # int32[num_gpu_blocks], scratch of `check_integrity`
+    # int32, for each slot and group `table_stride` entries, 0 is the null block; in a last slot what was looked up
+    table: np.ndarray
+
+
+# Where the keys of a request's blocks lie; one row more than there are requests.
+SPAN = np.dtype([("shared_from", np.int64), ("own_from", np.int64)])
+ENDS = np.dtype([("oldest", np.int32), ("newest", np.int32)])  # blocks with a key, 0: none
 
 
 class Keys(NamedTuple):
     """Content keys as dense integers, and the prefix map: for each key its blocks, oldest first (1.3).
 
-    Block k of request r has the key `shared[shared_from[r] + k]` while that is below `shared_from[r + 1]`, and
-    keys of its own, counted on from `own_from[r]`, beyond. `engine.keys` makes them. Each group has a map of its
-    own, so `oldest` and `newest` have the rows of the keys once for each group, and a block's key is that row.
+    Block k of request r has the key `shared[shared_from + k]` while that is below the next request's `shared_from`,
+    and keys of its own, counted on from `own_from`, beyond. `engine.keys` makes them. Each group has a map of its
+    own, so `ends` has the rows of the keys once for each group, and a block's key is that row.
     """
 
-    shared_from: np.ndarray  # int64[n + 1]
+    spans: np.ndarray  # SPAN[n + 1]
     shared: np.ndarray  # int64
-    own_from: np.ndarray  # int64[n + 1]
-    oldest: np.ndarray  # int32[groups x keys], block, 0: none
-    newest: np.ndarray  # int32[groups x keys], block, 0: none
+    ends: np.ndarray  # ENDS[groups x keys]
 
 
 # A row of the event buffer; `now.num_events` rows are in use. Python empties it when `advance` says it is full.
@@ -314,23 +325,28 @@ BIN = np.dtype(
 
 
 class State(NamedTuple):
-    settings: Settings
-    cost: Cost
+    settings: np.ndarray  # one record of SETTINGS
+    now: np.ndarray  # one record of NOW
+    step_s: np.ndarray  # STEP_S[tokens or sequences + 1]
+    attention: np.ndarray  # ATTENTION[classes of attention]
     requests: np.ndarray  # REQUEST[number of requests]
-    turns: Turns
-    queues: Queues
-    cohort: Cohort
+    turns: np.ndarray  # TURN[number of requests], or none
+    ready: np.ndarray  # READY[number of requests], or none
+    ranked: (
+        np.ndarray
+    )  # int64[number of requests], or none: a heap of those that wait under the priority policy
+    seats: np.ndarray  # SEAT[max_num_seqs + 1]
+    phases: np.ndarray  # PHASE[block size, or the longest request]
+    visits: np.ndarray  # VISIT
     step: np.ndarray  # STEP[depth x max_num_seqs]
     flights: np.ndarray  # FLIGHT[depth]: 2 with asynchronous scheduling, else 1
     groups: np.ndarray  # GROUP
-    lookups: np.ndarray  # int64, the first group of each distinct kind and window, full attention first (6.8)
     pool: Pool
     keys: Keys
     events: np.ndarray  # EVENT[capacity]
     timeline: np.ndarray  # BIN[number of bins]
     used_time: np.ndarray  # int64[num_gpu_blocks], ns spent with that many blocks in use
     gap_counts: np.ndarray  # int64[GAP_BUCKETS], gaps between two tokens of a request
-    now: np.ndarray  # one record of NOW
 
 
 # The scalars that change. One record, so that they are passed and kept in one piece.
@@ -341,7 +357,7 @@ NOW = np.dtype(
             # clock; `num_steps` counts calls of schedule()
             "t", "steps_in_flight", "awaiting", "is_settled", "is_stuck", "idle", "device_free", "step_start",
             "step_end", "accounted",
-            "num_steps", "executed", "bin_width",
+            "num_steps", "executed", "bin_width", "bin", "bin_end",
             # arrivals
             "next_row", "num_ready", "in_flight", "slot_free_at",
             # queues
@@ -352,7 +368,8 @@ NOW = np.dtype(
             "num_others", "num_ending", "num_phases", "is_visiting", "growing_groups", "step_members",
             # pool
             "free_blocks", "cached_blocks", "table_entries", "held_tokens", "num_free_slots", "table_stride",
-            "num_keys", "num_token_groups", "has_windows", "has_states", "is_scheduling", "peak_used",
+            "hits_at", "num_keys", "num_lookups", "num_token_groups", "has_windows",
+            "has_states", "is_scheduling", "peak_used",
             # the step being scheduled
             "budget", "threshold", "defer", "cap_bound", "last_prefill", "num_scheduled", "num_victims",
             "first_entry", "num_dropped", "sampled", "prefill_tokens", "decode_tokens", "ctx",
@@ -366,8 +383,9 @@ NOW = np.dtype(
             # livelock, of a lonely request (strict) or of equal ranks
             "lonely_request", "lonely_tokens", "lonely_rounds", "preemptions_at_token", "livelock",
             # totals
-            "num_events", "total_preemptions", "total_admissions", "total_scheduled", "total_prefill",
-            "total_decode", "total_generated", "total_rejected", "prefix_queries", "prefix_hits", "gap_sum",
+            "is_recording", "is_check_due", "num_events", "total_preemptions", "total_admissions",
+            "total_scheduled", "total_prefill", "total_decode", "total_generated", "total_rejected",
+            "prefix_queries", "prefix_hits", "gap_sum",
             "gap_count", "latest_gap", "latest_bucket", "num_ended", "needs", "broken",
         )
     ]
@@ -401,15 +419,12 @@ def pack(
     n = len(arrival_ns)
     settings = Settings(*(int(value) for value in settings))
     seqs, depth = settings.max_num_seqs, 2 if settings.async_scheduling else 1
-    kv_groups, lookups = _groups(groups, settings)
+    kv_groups, num_lookups = _groups(groups, settings)
     if has_windows(kv_groups):
         settings = settings._replace(identities=1)
-    keys = keys or Keys(*(np.zeros(0, np.int64),) * 3, *(np.zeros(0, np.int32),) * 2)
+    keys = keys or Keys(table(SPAN, 0), np.zeros(0, np.int64), table(ENDS, 0))
     if len(kv_groups) > 1 and settings.enable_prefix_caching:
-        keys = keys._replace(
-            oldest=np.zeros(len(keys.oldest) * len(kv_groups), np.int32),
-            newest=np.zeros(len(keys.newest) * len(kv_groups), np.int32),
-        )
+        keys = keys._replace(ends=table(ENDS, len(keys.ends) * len(kv_groups)))
 
     requests = table(REQUEST, n)
     requests.arrival = arrival_ns
@@ -427,61 +442,69 @@ def pack(
             stride = min(usable, stride)  # no null blocks, so no more entries than blocks
     pool = Pool(
         blocks=_all_free(settings.num_gpu_blocks if settings.identities else 0),
-        table=np.zeros(seqs * stride * len(kv_groups), np.int32),
-        free_slots=np.arange(seqs if settings.identities else 0, 0, -1, dtype=np.int32) - 1,
-        hits=np.zeros(stride * len(kv_groups), np.int32),
-        owners=np.zeros(settings.num_gpu_blocks if settings.check else 0, np.int32),
+        table=np.zeros((seqs + 1) * stride * len(kv_groups), np.int32),
     )
+    seats = table(SEAT, seqs + 1)
+    seats.free_slot[:seqs] = np.arange(seqs)[::-1]
+    phases, visits = _phases(kv_groups, settings)
+    turns = _turns(parent, delay_ns)
+
     now = table(NOW, 1)
     now.free_blocks = usable
-    now.num_free_slots = len(pool.free_slots)
+    now.num_free_slots = seqs
     now.table_stride = stride
-    now.num_keys = len(keys.oldest) // len(kv_groups)
+    now.hits_at = seqs * stride * len(kv_groups)
+    now.num_keys = len(keys.ends) // len(kv_groups)
+    now.num_lookups = num_lookups
     now.num_token_groups = np.isin(kv_groups.kind, (FULL, SLIDING, CHUNKED)).sum()
     now.has_windows = has_windows(kv_groups)
     now.has_states = (kv_groups.kind == MAMBA).any()
-    now.bin_width = bin_width_ns
+    now.bin_width = now.bin_end = bin_width_ns
     now.last_prefill = -settings.prefill_schedule_interval
     for name in (
         "wait_request", "lonely_request", "first_running", "last_running", "first_received", "last_received", "oldest"
     ):  # fmt: skip
         now[name] = -1
-    now.must_walk = settings.log_steps or settings.check or len(cost[-1]) > 1
+    now.must_walk = settings.log_steps or len(cost.windows) > 1
     now.is_scattered = 1
-    cohort = _cohort(kv_groups, settings)
-    now.num_phases = len(cohort.count)
+    now.num_phases = len(phases)
     now.is_visiting = settings.identities
+    now.is_recording = settings.record_events
     now.growing_groups = (kv_groups.kind != STATE).sum()
     return State(
-        settings=settings,
-        cost=Cost(
-            *(
-                np.ascontiguousarray(column, np.int64 if name == "windows" else np.float64)
-                for name, column in zip(Cost._fields, cost, strict=True)
-            )
-        ),
+        settings=table(SETTINGS, 1, **settings._asdict()),
+        now=now,
+        step_s=_side_by_side(STEP_S, cost.linear_s, cost.sampled_s),
+        attention=_side_by_side(ATTENTION, cost.context_s, cost.pair_s, cost.windows),
         requests=requests,
-        turns=_turns(parent, delay_ns),
-        queues=Queues(
-            *(np.zeros(size, np.int64) for size in (seqs + 1, n if settings.policy == PRIORITY else 0, seqs))
-        ),
-        cohort=cohort,
+        turns=turns,
+        ready=table(READY, len(turns)),
+        ranked=np.zeros(n if settings.policy == PRIORITY else 0, np.int64),
+        seats=seats,
+        phases=phases,
+        visits=visits,
         step=table(STEP, depth * seqs),
         flights=table(FLIGHT, depth),
         groups=kv_groups,
-        lookups=lookups,
         pool=pool,
         keys=keys,
         events=table(EVENT, event_capacity if settings.record_events else 0),
         timeline=table(BIN, num_bins),
         used_time=np.zeros(settings.num_gpu_blocks, np.int64),
         gap_counts=np.zeros(GAP_BUCKETS, np.int64),
-        now=now,
     )
 
 
-def _groups(groups, settings: Settings) -> tuple[np.recarray, np.ndarray]:
-    """The KV groups, and the first group of each kind and window, full attention first (6.8)."""
+def _side_by_side(dtype: np.dtype, *columns: np.ndarray) -> np.recarray:
+    """Columns as records, zeros where one is shorter than another."""
+    rows = table(dtype, max(len(column) for column in columns))
+    for name, column in zip(dtype.names, columns, strict=True):
+        rows[name][: len(column)] = column
+    return rows
+
+
+def _groups(groups, settings: Settings) -> tuple[np.recarray, int]:
+    """The KV groups, and how many are looked up: the first of each kind and window, full attention first (6.8)."""
     out = table(GROUP, len(groups))
     block, limit = settings.block_size, settings.max_model_len
     in_flight = settings.max_num_batched_tokens * (2 if settings.async_scheduling else 1)  # 4.6
@@ -498,33 +521,32 @@ def _groups(groups, settings: Settings) -> tuple[np.recarray, np.ndarray]:
             row.kind = MAMBA if settings.enable_prefix_caching else STATE
             row.run_blocks = 1
     is_first = [not any((out[:g] == row).tolist()) for g, row in enumerate(out)]
-    return out, np.array(sorted(np.flatnonzero(is_first), key=lambda g: out[g].kind != FULL), np.int64)
+    lookups = sorted(np.flatnonzero(is_first), key=lambda g: out[g].kind != FULL)
+    out.lookup[: len(lookups)] = lookups
+    return out, len(lookups)
 
 
-def _cohort(groups: np.recarray, settings: Settings) -> Cohort:
-    """No members. They are visited when they take a block; with prefix caching when they have filled one: when its
-    last token is scheduled, and with asynchronous scheduling a step later, when it is known (2.6); and when a window
-    leaves something behind (6.5), which is a step later with a step in flight."""
-    block, seqs = settings.block_size, settings.max_num_seqs
+def _phases(groups: np.recarray, settings: Settings) -> tuple[np.recarray, np.recarray]:
+    """A cohort without members, and when they will be visited: when they take a block; with prefix caching when they
+    have filled one: when its last token is scheduled, and with asynchronous scheduling a step later, when it is
+    known (2.6); and when a window leaves something behind (6.5), which is a step later with a step in flight."""
+    block = settings.block_size
     lag = 1 if settings.async_scheduling else 0
-    # Blocks longer than any request are never left, whatever their length is.
-    num_phases = min(block, settings.max_model_len + 1)
-    visit = {0}
+    tokens = {0}
     if settings.enable_prefix_caching and not lag:
-        visit.add(block - 1)
+        tokens.add(block - 1)
     for group in groups:
         if group.kind == SLIDING:
-            visit.add(group.window - 1 + lag)
+            tokens.add(group.window - 1 + lag)
         elif group.kind == CHUNKED:
-            visit |= {k + lag for k in range(0, block, int(np.gcd(group.window, block)))}
+            tokens |= {k + lag for k in range(0, block, int(np.gcd(group.window, block)))}
         elif group.kind == MAMBA:
-            visit.add(1 + lag)
-    visit = sorted({int(tokens) % num_phases for tokens in visit})
-    sizes = (seqs, seqs, num_phases, num_phases, num_phases, seqs, seqs)
-    columns = [np.zeros(size, np.int64) for size in sizes]
-    cohort = Cohort(*columns, np.array(visit, np.int64), np.zeros(len(visit), np.int64))
-    cohort.first[:] = cohort.last[:] = -1
-    return cohort
+            tokens.add(1 + lag)
+    # No request fills a block that is longer than any of them.
+    phases = table(PHASE, min(block, settings.max_model_len + 1))
+    phases.first = phases.last = -1
+    tokens = sorted({int(k) % len(phases) for k in tokens})
+    return phases, table(VISIT, len(tokens), tokens=tokens)
 
 
 def has_windows(groups: np.recarray) -> bool:
@@ -542,20 +564,21 @@ def _all_free(num_gpu_blocks: int) -> np.recarray:
     return blocks
 
 
-def _turns(parent: np.ndarray | None, delay_ns: np.ndarray | None) -> Turns:
+def _turns(parent: np.ndarray | None, delay_ns: np.ndarray | None) -> np.recarray:
     """The children of each row as linked lists, in order of rows."""
     if parent is None or not (np.asarray(parent) >= 0).any():
-        return Turns(*(np.zeros(0, np.int64) for _ in Turns._fields))
-    n = len(parent)
-    parent = np.ascontiguousarray(parent, np.int64)
-    first_child, next_sibling = np.full(n, -1, np.int64), np.full(n, -1, np.int64)
-    for row in np.flatnonzero(parent >= 0)[::-1]:
-        next_sibling[row] = first_child[parent[row]]
-        first_child[parent[row]] = row
-    delay = np.zeros(n, np.int64) if delay_ns is None else np.ascontiguousarray(delay_ns, np.int64)
-    return Turns(parent, delay, first_child, next_sibling, np.zeros(n, np.int64), np.zeros(n, np.int64))
+        return table(TURN, 0)
+    turns = table(TURN, len(parent), parent=parent, delay=0 if delay_ns is None else delay_ns)
+    turns.first_child = turns.next_sibling = -1
+    for row in np.flatnonzero(turns.parent >= 0)[::-1]:
+        turns.next_sibling[row] = turns.first_child[parent[row]]
+        turns.first_child[parent[row]] = row
+    return turns
 
 
-def table(dtype: np.dtype, size: int) -> np.recarray:
-    """`size` zeroed rows whose fields are attributes."""
-    return np.zeros(size, dtype).view(np.recarray)
+def table(dtype: np.dtype, size: int, **columns) -> np.recarray:
+    """`size` rows whose fields are attributes, zeros but for the columns given."""
+    rows = np.zeros(size, dtype).view(np.recarray)
+    for name, column in columns.items():
+        rows[name] = column
+    return rows

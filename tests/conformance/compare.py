@@ -160,12 +160,12 @@ def free_list(state) -> list[int]:
 
 def prefix_map(state) -> list:
     """The blocks of each content, oldest first, as [group, block]; contents in order of their blocks."""
-    num_keys = len(state.keys.oldest) // len(state.groups)
+    num_keys = len(state.keys.ends.oldest) // len(state.groups)
     newer = state.pool.blocks["newer"]
     contents = {}
-    for key in np.flatnonzero(state.keys.oldest):
+    for key in np.flatnonzero(state.keys.ends.oldest):
         group, content = divmod(int(key), num_keys)
-        b = int(state.keys.oldest[key])
+        b = int(state.keys.ends.oldest[key])
         while b:
             contents.setdefault(content, []).append([group, b])
             b = int(newer[b])

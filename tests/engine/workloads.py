@@ -230,7 +230,7 @@ def request_rows(engine_run):
 def counters(engine_run):
     """The compiled engine's counters under the naive engine's names."""
     now, state = engine_run.state.now[0], engine_run.state
-    used = np.arange(state.settings.num_gpu_blocks)
+    used = np.arange(state.settings[0].num_gpu_blocks)
     return {
         "num_scheduled_tokens": int(now.total_scheduled),
         "prefill_tokens": int(now.total_prefill),
@@ -252,7 +252,7 @@ def prefix_map(engine_run):
     replaced by the first block that has them."""
     state = engine_run.state
     blocks, num_keys = state.pool.blocks, int(state.now[0].num_keys)
-    oldest = sorted((int(b), key // num_keys) for key, b in enumerate(state.keys.oldest) if b)
+    oldest = sorted((int(b), key // num_keys) for key, b in enumerate(state.keys.ends.oldest) if b)
     found = []
     for first, group in oldest:
         b = first
