@@ -376,10 +376,9 @@ def coast(s, until_ns, most_steps):
     n, is_async, is_lockstep = now.num_members, cfg.async_scheduling, cfg.lockstep
     t, end, handed_at = now.t, oldest_flight(s).end, now.last_handout
     send = next_send(s)
-    latest = min(min(send, now.bin_end), until_ns)  # for the output of a step
-    stop = min(
-        min(min(send, next_expiry(s)), cfg.until_ns), min(now.bin_end, latest + 1)
-    )  # for scheduling one
+    # The last moments for the output of a step, and for scheduling one.
+    latest = min(min(send, now.bin_end), until_ns)
+    stop = min(min(min(send, next_expiry(s)), cfg.until_ns), min(now.bin_end, latest + 1))
     most_steps = min(most_steps, next_end(s) - now.decodes)
     most_outputs = most_steps - (1 - is_async)
     seconds, context_s = s.step_s[n].linear + s.step_s[n].sampled, s.attention[0].context_s

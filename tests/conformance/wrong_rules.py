@@ -15,6 +15,7 @@ class Mutation(NamedTuple):
 
 
 SCHEDULE, BLOCKS, LOOP = "engine/schedule.py", "engine/blocks.py", "engine/loop.py"
+QUEUES, COHORT = "engine/queues.py", "engine/cohort.py"
 STATE, KEYS, RUN = "engine/state.py", "engine/keys.py", "run.py"
 
 MUTATIONS = (
@@ -25,18 +26,18 @@ MUTATIONS = (
     ),
     Mutation(
         "blocks are taken from the end of the free list", "1.2", BLOCKS,
-        "b = blocks[0].next\n    unlink(blocks, b)",
-        "b = blocks[0].prev\n    unlink(blocks, b)",
+        '        b = blocks[0].next\n        for k in range(start, start + taken):',
+        '        b = blocks[0].prev\n        unlink(blocks, b)\n        link(blocks, b, 0, blocks[0].next)\n        for k in range(start, start + taken):',
     ),
     Mutation(
         "a look-up finds the newest block of a content", "1.3", BLOCKS,
-        "b = s.keys.oldest[group * now.num_keys + key]",
-        "b = s.keys.newest[group * now.num_keys + key]",
+        '            b = ends[key_of(s.keys, r, k)].oldest\n            if b == 0:\n                break',
+        '            b = ends[key_of(s.keys, r, k)].newest\n            if b == 0:\n                break',
     ),
     Mutation(
         "a block that is taken keeps what it had cached", "1.4", BLOCKS,
-        "if blocks[b].key >= 0:\n        evict(s, b)",
-        "if False:\n        evict(s, b)",
+        '            if blocks[b].key >= 0:\n                evict(blocks, ends, b)',
+        '            if False:\n                evict(blocks, ends, b)',
     ),
     Mutation(
         "a block that is found stays in the free list", "1.5", BLOCKS,
@@ -50,8 +51,8 @@ MUTATIONS = (
     ),
     Mutation(
         "freed blocks with a key go to the front of the free list", "1.6", BLOCKS,
-        "link(blocks, b, blocks[0].prev, 0)",
-        "link(blocks, b, 0, blocks[0].next)",
+        '        blocks[before].next = b\n        blocks[b].prev = before\n        before = b\n',
+        '        link(blocks, b, 0, blocks[0].next)\n        before = blocks[0].prev\n',
     ),
     Mutation(
         "cached blocks are freed first to last", "1.7", BLOCKS,
@@ -60,8 +61,8 @@ MUTATIONS = (
     ),
     Mutation(
         "groups are freed in reverse order", "1.7", BLOCKS,
-        "        for group in range(len(s.groups)):\n            start = table_start(s, row, group)\n            free_entries",
-        "        for group in range(len(s.groups) - 1, -1, -1):\n            start = table_start(s, row, group)\n            free_entries",
+        '    for group in range(len(s.groups)):\n        start = table_start(now, s.groups, row, group)\n        free_entries(s, row, start, start + row.num_blocks)',
+        '    for group in range(len(s.groups) - 1, -1, -1):\n        start = table_start(now, s.groups, row, group)\n        free_entries(s, row, start, start + row.num_blocks)',
     ),
     Mutation(
         "a block's key covers only the unit in which it starts", "1.8", KEYS,
@@ -85,8 +86,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a running request leaves the watermark free", "2.2", SCHEDULE,
-        "        needed = blocks_beyond(s, row.num_blocks, row.num_blocks + lacking, False) if lacking > 0 else 0",
-        "        needed = blocks_beyond(s, row.num_blocks, row.num_blocks + lacking, False) + cfg.watermark_blocks if lacking > 0 else 0",
+        '        if needed > now.free_blocks and not make_room(s, r, needed):\n            return cfg.policy',
+        '        if needed + cfg.watermark_blocks > now.free_blocks and not make_room(s, r, needed + cfg.watermark_blocks):\n            return cfg.policy',
     ),
     Mutation(
         "the gate asks for the prompt alone", "2.3", SCHEDULE,
@@ -125,8 +126,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a running request's blocks are cached after the step", "2.6", SCHEDULE,
-        "        cache_full(s, row, r, row.computed)\n\n\n",
-        "        cache_full(s, row, r, row.computed - n)\n\n\n",
+        '    cache_full(s, row, r, row.computed)\n    return True\n\n\n@inline_njit\ndef wanted',
+        '    cache_full(s, row, r, row.computed - n)\n    return True\n\n\n@inline_njit\ndef wanted',
     ),
     Mutation(
         "the threshold holds for a lonely request", "3.1", SCHEDULE,
@@ -145,8 +146,8 @@ MUTATIONS = (
     ),
     Mutation(
         "prefills are deferred though nobody decodes", "3.2", SCHEDULE,
-        "if not s.requests[s.queues.running[x]].prefilling:",
-        "if True:",
+        '        now.defer = r >= 0\n',
+        '        now.defer = now.num_running > 0\n',
     ),
     Mutation(
         "prefills are deferred though somebody waited", "3.2", SCHEDULE,
@@ -160,23 +161,23 @@ MUTATIONS = (
     ),
     Mutation(
         "a chunk of a prompt goes on in a deferring step", "3.4", SCHEDULE,
-        "if now.defer and row.prefilling:",
-        "if False and row.prefilling:",
+        'if is_ending(row) or (now.defer and row.prefilling):',
+        'if is_ending(row):',
     ),
     Mutation(
         "a chunk may end at the model's length", "3.5", SCHEDULE,
-        "n = min(n, cfg.max_model_len - row.computed - 1)",
-        "n = min(n, cfg.max_model_len - row.computed)",
+        'n = min(n, s.settings[0].max_model_len - row.computed - 1)',
+        'n = min(n, s.settings[0].max_model_len - row.computed)',
     ),
     Mutation(
         "nobody runs after a request with nothing to compute", "3.5", SCHEDULE,
-        "        if n == 0:\n            continue",
-        "        if n == 0:\n            break",
+        '    if n == 0:\n        return True\n',
+        '    if n == 0:\n        return False\n',
     ),
     Mutation(
         "the first of the running list is preempted", "3.6", SCHEDULE,
-        "        return now.num_running - 1\n    last = 0",
-        "        return 0\n    last = 0",
+        '        return now.last_running\n',
+        '        return now.first_running\n',
     ),
     Mutation(
         "among equal ranks the last one is preempted", "3.6", SCHEDULE,
@@ -200,13 +201,13 @@ MUTATIONS = (
     ),
     Mutation(
         "a victim before the one that asks makes it miss its turn", "3.6", SCHEDULE,
-        "        if x < now.cursor:\n            now.cursor -= 1",
-        "        if x < now.cursor:\n            now.cursor -= 0",
+        '        r = req[r].after\n\n\n@inner_njit\ndef run_one',
+        '        r = req[req[r].after].after if now.num_victims > 0 and req[r].after >= 0 else req[r].after\n\n\n@inner_njit\ndef run_one',
     ),
     Mutation(
         "several victims wait in the order in which they went", "3.7", SCHEDULE,
-        "        s.queues.preempted[now.num_preempted] = victim\n",
-        "        for k in range(now.num_preempted, 0, -1):\n            s.queues.preempted[k] = s.queues.preempted[k - 1]\n        s.queues.preempted[0] = victim\n",
+        '        s.seats[now.num_preempted].preempted = victim\n',
+        '        for k in range(now.num_preempted, 0, -1):\n            s.seats[k].preempted = s.seats[k - 1].preempted\n        s.seats[0].preempted = victim\n',
     ),
     Mutation(
         "output in flight is fresh after a preemption", "3.7", SCHEDULE,
@@ -215,13 +216,13 @@ MUTATIONS = (
     ),
     Mutation(
         "who preempts itself ends the phase under priorities too", "3.8", SCHEDULE,
-        "if cfg.policy == PRIORITY:  # 3.8",
-        "if False:",
+        '            return cfg.policy == PRIORITY  # 3.8',
+        '            return False',
     ),
     Mutation(
         "requests are admitted in a step with a preemption", "3.10", SCHEDULE,
-        "    if now.num_victims == 0:\n        admit_waiting(s)",
-        "    if True:\n        admit_waiting(s)",
+        '        if now.num_victims == 0:\n            admit_waiting(s)',
+        '        if True:\n            admit_waiting(s)',
     ),
     Mutation(
         "a prompt that is cached whole is not computed at all", "3.11", BLOCKS,
@@ -240,8 +241,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a prompt is cut although chunked prefill is off", "3.13", SCHEDULE,
-        "(not s.settings.enable_chunked_prefill and n > now.budget)",
-        "False",
+        '(not s.settings[0].enable_chunked_prefill and n > now.budget)',
+        'False',
     ),
     Mutation(
         "the cap on running requests is max_num_seqs alone", "3.14", RUN,
@@ -250,23 +251,23 @@ MUTATIONS = (
     ),
     Mutation(
         "who is admitted goes to the front of the running list", "3.15", SCHEDULE,
-        "    s.queues.running[now.num_running] = r\n",
-        "    for x in range(now.num_running, 0, -1):\n        s.queues.running[x] = s.queues.running[x - 1]\n    s.queues.running[0] = r\n",
+        '    enter_running(now, s.requests, r)\n',
+        '    enter_running(now, s.requests, r)\n    if now.first_running != r:\n        unlink_running(now, s.requests, r)\n        now.num_running += 1\n        row.before, row.after = -1, now.first_running\n        s.requests[now.first_running].before = r\n        now.first_running = r\n',
     ),
     Mutation(
-        "equal priorities are admitted latest first", "3.15", SCHEDULE,
-        "return comes_first(req[a].arrival, a, req[b].arrival, b)",
-        "return comes_first(req[b].arrival, b, req[a].arrival, a)",
+        "equal priorities are admitted latest first", "3.15", QUEUES,
+        'return comes_first(req[a].arrival, a, req[b].arrival, b)',
+        'return comes_first(req[b].arrival, b, req[a].arrival, a)',
     ),
     Mutation(
         "a deferring step notes who waits", "3.16", SCHEDULE,
-        "        if not now.defer:\n            now.cap_bound",
-        "        if True:\n            now.cap_bound",
+        '            if not now.defer:\n                now.cap_bound',
+        '            if True:\n                now.cap_bound',
     ),
     Mutation(
         "chunks of running prompts do not count for the cadence", "3.17", SCHEDULE,
-        "        now.num_prefills += row.prefilling  # 3.17\n",
-        "",
+        '    now.num_prefills += row.prefilling  # 3.17\n',
+        '',
     ),
     Mutation(
         "a preempted chunk does not count for the cadence", "3.17", SCHEDULE,
@@ -280,18 +281,18 @@ MUTATIONS = (
     ),
     Mutation(
         "a request gets one token more than it asked for", "3.19", LOOP,
-        "if row.generated >= row.output:",
-        "if row.generated > row.output:",
+        'return row.generated >= row.output or',
+        'return row.generated > row.output or',
     ),
     Mutation(
         "a request may be one token longer than the model", "3.19", LOOP,
-        "elif row.prompt + row.generated >= s.settings.max_model_len:",
-        "elif row.prompt + row.generated > s.settings.max_model_len:",
+        'or row.prompt + row.generated >= s.settings[0].max_model_len',
+        'or row.prompt + row.generated > s.settings[0].max_model_len',
     ),
     Mutation(
         "requests that arrive as a step ends come a step late", "3.20", LOOP,
-        "        if not receive(s, now.t):\n            return EVENTS_FULL\n        now.rec",
-        "        if now.num_running == 0 and not receive(s, now.t):\n            return EVENTS_FULL\n        now.rec",
+        'receive(s, min(moment - now.awaiting, until_ns))',
+        'receive(s, min(moment - (now.awaiting or now.num_running > 0), until_ns))',
     ),
     Mutation(
         "a prompt of the model's length is served", "3.21", LOOP,
@@ -335,28 +336,28 @@ MUTATIONS = (
     ),
     Mutation(
         "a preempted request loses the token in flight", "4.3", LOOP,
-        "if not step[k].emits or row.status == ENDED:",
-        "if not step[k].emits or row.status == ENDED or is_stale:",
+        'if not entry.emits or row.status == ENDED:',
+        'if not entry.emits or row.status == ENDED or is_stale:',
     ),
     Mutation(
         "stale output takes back an assumed token", "4.3", LOOP,
-        "if s.settings.async_scheduling and not is_stale:",
-        "if s.settings.async_scheduling:",
+        'if s.settings[0].async_scheduling and not is_stale:',
+        'if s.settings[0].async_scheduling:',
     ),
     Mutation(
         "tokens in flight are cached with the output before them", "4.3", LOOP,
-        "cache_full(s, row, r, row.computed - row.in_flight)",
-        "cache_full(s, row, r, row.computed)",
+        '        row.placeholders -= 1\n        cache_full(s, row, r, row.computed - row.in_flight)  # 4.3',
+        '        row.placeholders -= 1\n        cache_full(s, row, r, row.computed)  # 4.3',
     ),
     Mutation(
         "generated blocks are not cached when their output comes", "4.3", LOOP,
-        "            cache_full(s, row, r, row.computed - row.in_flight)  # 4.3\n",
-        "",
+        '        row.placeholders -= 1\n        cache_full(s, row, r, row.computed - row.in_flight)  # 4.3',
+        '        row.placeholders -= 1',
     ),
     Mutation(
         "one empty step means that nothing changes any more", "4.5", LOOP,
-        "idle_limit = 3 if s.settings.async_scheduling else 1",
-        "idle_limit = 1",
+        'idle_limit = 3 if cfg.async_scheduling else 1',
+        'idle_limit = 1',
     ),
     Mutation(
         "a window's most blocks are those of one batch in flight", "4.6", STATE,
@@ -380,18 +381,18 @@ MUTATIONS = (
     ),
     Mutation(
         "a running request keeps what its windows have left behind", "6.5", SCHEDULE,
-        "        if now.has_windows:\n            free_skipped(s, row)\n",
-        "",
+        '    if now.has_windows:\n        free_skipped(s, row)\n        row.is_steady',
+        '    if now.has_windows:\n        row.is_steady',
     ),
     Mutation(
         "windows leave blocks behind before their output is there", "6.5", BLOCKS,
-        "row.computed - row.in_flight), row.num_blocks)",
-        "row.computed), row.num_blocks)",
+        'row.windows_at, row.computed - row.in_flight',
+        'row.windows_at, row.computed',
     ),
     Mutation(
         "blocks are taken for the last group first", "6.6", BLOCKS,
-        "    for group in range(len(s.groups)):\n        taken = blocks_to_take",
-        "    for group in range(len(s.groups) - 1, -1, -1):\n        taken = blocks_to_take",
+        '    for group in range(len(groups)):\n        taken = blocks_to_take',
+        '    for group in range(len(groups) - 1, -1, -1):\n        taken = blocks_to_take',
     ),
     Mutation(
         "a window caches the block of the last prompt token too", "6.7", BLOCKS,
@@ -400,8 +401,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a resumed request caches before all its known tokens", "6.7", BLOCKS,
-        "end = (row.prompt - 1) // s.settings.block_size",
-        "end = (row.prompt + row.generated - 1) // s.settings.block_size",
+        'end = (row.prompt - 1) // cfg.block_size',
+        'end = (row.prompt + row.generated - 1) // cfg.block_size',
     ),
     Mutation(
         "a window does not cache at its junction", "6.7", BLOCKS,
@@ -410,8 +411,8 @@ MUTATIONS = (
     ),
     Mutation(
         "windows are sparse whatever the retention interval", "6.7", BLOCKS,
-        "    if s.settings.cache_every_block:\n        return run > 0\n",
-        "",
+        '    if cfg.cache_every_block:\n        return run > 0\n',
+        '',
     ),
     Mutation(
         "a junction outlives the admission after it", "6.7", BLOCKS,
@@ -460,8 +461,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a state that this very step caches can be hit", "6.10", BLOCKS,
-        "            if s.pool.blocks[s.keys.newest[s.pool.blocks[b].key]].cached_in == now.num_steps:",
-        "            if False:",
+        '            if s.pool.blocks[s.keys.ends[s.pool.blocks[b].key].newest].cached_in == now.num_steps:',
+        '            if False:',
     ),
     Mutation(
         "no prefill stops at the last boundary of a prompt", "6.10", SCHEDULE,
@@ -482,5 +483,96 @@ MUTATIONS = (
         "chunks that are not needed do not count as found", "6.8", BLOCKS,
         "    k = skipped_blocks(s, like, tokens)\n    forget",
         "    k = 0\n    forget",
+    ),
+    # What the cohort must keep of the rules, though it visits nobody.
+    Mutation(
+        "the cohort's tokens are free of charge", "3.9", SCHEDULE,
+        "    now.budget -= n\n    now.ctx += member_tokens(now)",
+        "    now.ctx += member_tokens(now)",
+    ),
+    Mutation(
+        "the cohort runs whatever the budget", "3.9", SCHEDULE,
+        "    if tokens > now.budget:\n        return ONE_BY_ONE\n",
+        "",
+    ),
+    Mutation(
+        "others between members count for nothing", "3.9", SCHEDULE,
+        "            tokens += n\n",
+        "            pass\n",
+    ),
+    Mutation(
+        "with a step in flight members make room as without", "4.3", SCHEDULE,
+        "return ONE_BY_ONE if cfg.async_scheduling or cfg.policy == PRIORITY else AS_FAR_AS_IT_GOES",
+        "return ONE_BY_ONE if cfg.policy == PRIORITY else AS_FAR_AS_IT_GOES",
+    ),
+    Mutation(
+        "by priority members make room as first come, first served", "3.6", SCHEDULE,
+        "return ONE_BY_ONE if cfg.async_scheduling or cfg.policy == PRIORITY else AS_FAR_AS_IT_GOES",
+        "return ONE_BY_ONE if cfg.async_scheduling else AS_FAR_AS_IT_GOES",
+    ),
+    Mutation(
+        "members that need a block take it before the others between them", "1.2", SCHEDULE,
+        "        if x < now.num_others and req[seats[x].other].stamp < req[r].stamp:",
+        "        if False:",
+    ),
+    Mutation(
+        "members are visited a step late", "2.4", COHORT,
+        "    return (tokens - now.decodes) % now.num_phases",
+        "    return (tokens - now.decodes + 1) % now.num_phases",
+    ),
+    Mutation(
+        "a member joins behind those admitted after it", "1.2", COHORT,
+        "    while before >= 0 and req[before].stamp > row.stamp:",
+        "    while before >= 0 and False:",
+    ),
+    Mutation(
+        "a member makes one token more", "3.19", COHORT,
+        "now.heap_size - 1, r, now.decodes + remaining)",
+        "now.heap_size - 1, r, now.decodes + remaining + 1)",
+    ),
+    Mutation(
+        "members that end in one step end as they come", "3.19", COHORT,
+        "        while k > 0 and req[seats[k - 1].ending].stamp > req[r].stamp:",
+        "        while k > 0 and False:",
+    ),
+    Mutation(
+        "a request joins although it missed a step", "3.19", COHORT,
+        " or row.last_token_at != now.last_handout:",
+        ":",
+    ),
+    Mutation(
+        "a window's jump after the prefill is forgotten", "6.5", COHORT,
+        "            is_joining = is_joining and was_steady\n",
+        "",
+    ),
+    Mutation(
+        "members in flight are not told from the others", "4.3", COHORT,
+        "    list_members_in_flight(s)\n    r = now.first_running",
+        "    r = now.first_running",
+    ),
+    Mutation(
+        "quiet steps go on after a request was sent", "3.20", LOOP,
+        "    latest = min(min(send, now.bin_end), until_ns)",
+        "    latest = min(now.bin_end, until_ns)",
+    ),
+    Mutation(
+        "quiet steps go on after a deadline", "3.22", LOOP,
+        "stop = min(min(min(send, next_expiry(s)), cfg.until_ns)",
+        "stop = min(min(send, cfg.until_ns)",
+    ),
+    Mutation(
+        "quiet steps do not look at the pool", "3.6", LOOP,
+        "        if growing * growing_groups > free:\n            break\n",
+        "",
+    ),
+    Mutation(
+        "who waits for blocks is not asked again when some are there", "3.14", SCHEDULE,
+        "    if now.wait_cause != POOL_FULL_GATE or now.wait_least <= now.free_blocks:",
+        "    if now.wait_cause != POOL_FULL_GATE:",
+    ),
+    Mutation(
+        "who waits for blocks does not notice what is cached meanwhile", "3.11", SCHEDULE,
+        "    is_alone = len(s.groups) == 1 and not now.has_windows\n    return is_alone and s.keys",
+        "    return True or s.keys",
     ),
 )  # fmt: skip
