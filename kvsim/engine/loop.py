@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvsim._jit import inline_njit, inner_njit, njit
+from kvsim._ref import by_reference
 from kvsim.engine.blocks import (
     account,
     bounds_of,
@@ -94,6 +95,12 @@ def advance(s, until_ns, max_steps):
     `now.needs` free rows. `timeline_full`: widen the bins or add some, until `now.needs` ns lies within. `done`,
     `stalled`, `horizon`: the run is over. `broken`: an invariant failed (with `check`): `now.broken` says which.
     """
+    return go_on(by_reference(s), until_ns, max_steps)
+
+
+@inner_njit
+def go_on(s, until_ns, max_steps):
+    """`advance`, with the state by reference."""
     now, cfg = s.now[0], s.settings[0]
     # Three empty steps in a row mean that nothing in flight can change anything either (4.5).
     idle_limit = 3 if cfg.async_scheduling else 1
@@ -161,7 +168,7 @@ def advance(s, until_ns, max_steps):
                 steps = coast(s, until_ns, most_steps)
                 most_steps -= steps
                 work += steps // 8 + 1
-                if steps > 0 or now.awaiting:
+                if steps > 0:
                     continue
         schedule(s)
         launch(s, step_duration(s))
@@ -273,7 +280,7 @@ def receive(s, until):
     return True
 
 
-@inline_njit
+@inner_njit
 def receive_one(s, r, time):
     """Row `r` arrives: it is rejected or joins the end of the queue (3.20, 3.21)."""
     now, row = s.now[0], s.requests[r]
@@ -359,157 +366,177 @@ def is_quiet(s):
     now, cfg = s.now[0], s.settings[0]
     if now.num_others + now.num_ending > 0 or not 0 < now.num_members < cfg.max_num_batched_tokens:
         return False
-    if now.accounted != now.t or (cfg.async_scheduling and now.steps_in_flight == 0):
+    if (
+        now.accounted != now.t
+        or now.last_handout != now.t
+        or (cfg.async_scheduling and now.steps_in_flight == 0)
+    ):
         return False
     if cfg.async_scheduling and oldest_flight(s).num_members != now.num_members:
         return False
     return num_waiting(now) == 0 or is_blocked_for_long(s)
 
 
-@inline_njit
+@inner_njit
 def coast(s, until_ns, most_steps):
-    """Make quiet steps (see `is_quiet`), as if each were scheduled, launched and finished; returns how many. The last
-    one is only launched, and `awaiting` set, where something happens before its output is there or with it: a
-    request is sent, a member has had its last step, the bin of the timeline ends. None is made while the pool has too
-    little."""
-    now, cfg, phases, used_time = s.now[0], s.settings[0], s.phases, s.used_time
-    n, is_async, is_lockstep = now.num_members, cfg.async_scheduling, cfg.lockstep
-    t, end, handed_at = now.t, oldest_flight(s).end, now.last_handout
+    """Make quiet steps (see `is_quiet`), as if each were scheduled, launched and finished; returns how many. Ends
+    before a step in which a member makes its last token, a request is sent, the pool has too little, or the bin of
+    the timeline ends."""
+    now, cfg = s.now[0], s.settings[0]
     send = next_send(s)
-    # The last moments for the output of a step, and for scheduling one.
+    # The last moment for the output of a step, and the first that is too late to schedule one.
     latest = min(min(send, now.bin_end), until_ns)
     stop = min(min(min(send, next_expiry(s)), cfg.until_ns), min(now.bin_end, latest + 1))
-    most_steps = min(most_steps, next_end(s) - now.decodes)
-    most_outputs = most_steps - (1 - is_async)
-    seconds, context_s = s.step_s[n].linear + s.step_s[n].sampled, s.attention[0].context_s
-    ctx, at, growing_groups = member_tokens(now), list_of(now, 0), now.growing_groups
-    usable, free, is_visiting = cfg.num_gpu_blocks - 1, now.free_blocks, now.is_visiting
-    unfilled = unfilled_places(s)
+    most_steps = min(most_steps, next_end(s) - now.decodes - (1 - cfg.async_scheduling))
     is_head_waiting_for_blocks = num_waiting(now) > 0 and now.num_running < cfg.max_num_seqs
-    bucket = bucket_start = bucket_end = in_bucket = 0
-    used_area = unfilled_area = cached_area = used_max = grown = steps = is_launched = handed_next = 0
-    while steps < most_steps and t < stop:
-        growing = phases[at].count
-        if growing * growing_groups > free:
+    steps = 0
+    while steps < most_steps:
+        growing_groups, room = now.growing_groups, most_steps - steps
+        if now.is_visiting:
+            room = 1
+            if is_visit_due(s):
+                growing = s.phases[list_of(now, 0)].count * growing_groups
+                # What is cached now, the head may find.
+                if is_head_waiting_for_blocks or growing > now.free_blocks or not is_in_time(s, stop, latest):
+                    break
+                now.is_scheduling = 1
+                now.num_scheduled = 0
+                visit(s)
+                growing_groups = 0
+        made = glide(s, growing_groups, room, stop, latest)
+        if made == 0:
             break
-        ctx += n
-        duration = 1 if is_lockstep else max(1, int(np.rint(1e9 * (seconds + context_s * ctx))))
-        if is_visiting and is_visit_due(s, at):
-            if is_head_waiting_for_blocks:
-                break  # what is cached now it may find
-            now.free_blocks = free
-            visit_in_step(s, steps, handed_at)
-            free = now.free_blocks
-        else:
-            free -= growing * growing_groups
-        grown += growing
-        unfilled += growing * cfg.block_size - n
-        used = usable - free
-        used_max = max(used_max, used)
-        start = end if is_async else t
-        handed_next = end if is_async else t + duration
-        end = start + duration
-        if handed_next > latest or steps == most_outputs:
-            is_launched = 1
-            break
-        width = handed_next - t
-        used_time[used] += width
-        used_area += used * width
-        unfilled_area += unfilled * width
-        cached_area += now.cached_blocks * width
-        gap = handed_next - handed_at
-        t = handed_at = handed_next
-        if gap < bucket_start or gap >= bucket_end:
-            s.gap_counts[bucket] += in_bucket
-            bucket = gap_bucket(gap)
-            bucket_start, bucket_end = bounds_of(bucket)
-            in_bucket = 0
-        in_bucket += n
-        steps += 1
-        at = at - 1 if at > 0 else now.num_phases - 1
-    if steps + is_launched == 0:
-        return 0
-    s.gap_counts[bucket] += in_bucket
-    line, duration, waiting = s.timeline[now.bin], t - now.t, num_waiting(now)
-    line.used_area += used_area
-    line.running_area += now.num_running * duration
-    line.waiting_area += waiting * duration
-    line.cached_area += cached_area
-    line.wasted_area += unfilled_area * now.num_token_groups
-    line.used_max = max(line.used_max, used_max)
-    line.running_max = max(line.running_max, now.num_running)
-    line.waiting_max = max(line.waiting_max, waiting)
-    line.steps += steps + is_launched
-    line.decode_tokens += (steps + is_launched) * n
-    if t >= now.bin_end:
-        enter_bin(now, t)
-    now.accounted = t
-    now.peak_used = max(now.peak_used, used_max)
-    now.free_blocks = free
-    if not is_visiting:  # else whoever took them has counted them
-        now.table_entries += grown * len(s.groups)
-    count_quiet_steps(s, steps, is_launched, t, handed_next, end)
+        steps += made
     return steps
 
 
 @inline_njit
-def count_quiet_steps(s, steps, is_launched, t, handed_next, end):
-    """The counters and the clock after `steps` quiet steps and perhaps one more that is only launched: `t` is the
-    time, `end` the end of the latest one, `handed_next` that of the one before."""
+def is_visit_due(s):
+    """True when some member has to be visited in the next step."""
+    due = 0
+    for v in range(len(s.visits)):
+        due += s.phases[list_of(s.now[0], s.visits[v].tokens)].count
+    return due > 0
+
+
+@inline_njit
+def is_in_time(s, stop, latest):
+    """True when the next step, if it is quiet, can be scheduled before `stop` and hands out up to `latest`."""
     now = s.now[0]
-    n, scheduled = now.num_members, steps + is_launched
-    now.gap_sum += (t - now.last_handout) * n
-    now.gap_count += steps * n
-    now.total_generated += steps * n
-    now.total_scheduled += scheduled * n
-    now.total_decode += scheduled * n
-    now.held_tokens += scheduled * n
-    now.decodes += scheduled
+    output = oldest_flight(s).end if s.settings[0].async_scheduling else now.t + quiet_duration(s)
+    return now.t < stop and output <= latest
+
+
+@inline_njit
+def quiet_duration(s):
+    """Nanoseconds of the next step, if it is quiet."""
+    now, n = s.now[0], s.now[0].num_members
+    if s.settings[0].lockstep:
+        return 1
+    seconds = s.step_s[n].linear + s.step_s[n].sampled + s.attention[0].context_s * (member_tokens(now) + n)
+    return max(1, int(np.rint(1e9 * seconds)))
+
+
+@inner_njit
+def glide(s, growing_groups, most_steps, stop, latest):
+    """Make quiet steps in which nobody is visited; members that grow take a block in each of `growing_groups`.
+    Everything that a step changes is in local variables, and what can be had from sums afterwards is not kept."""
+    now, cfg, phases, used_time, gap_counts = s.now[0], s.settings[0], s.phases, s.used_time, s.gap_counts
+    n, is_async, is_lockstep = now.num_members, cfg.async_scheduling, cfg.lockstep
+    t = begun = now.t
+    pending = oldest_flight(s).end - t  # of the step in flight
+    seconds, context_s = s.step_s[n].linear + s.step_s[n].sampled, s.attention[0].context_s
+    ctx = member_tokens(now)
+    at, last_phase = list_of(now, 0), now.num_phases - 1
+    usable = cfg.num_gpu_blocks - 1
+    used = used_before = usable - now.free_blocks
+    bucket = bucket_start = bucket_end = counted = used_area = delays = steps = 0
+    while steps < most_steps and t < stop:
+        needed = used + phases[at].count * growing_groups
+        if needed > usable:
+            break
+        ctx += n
+        duration = 1 if is_lockstep else max(1, int(np.rint(1e9 * (seconds + context_s * ctx))))
+        width = pending if is_async else duration  # until the next output
+        if t + width > latest:
+            break
+        pending = duration
+        used = needed
+        if width < bucket_start or width >= bucket_end:
+            gap_counts[bucket] += (steps - counted) * n
+            counted = steps
+            bucket = gap_bucket(width)
+            bucket_start, bucket_end = bounds_of(bucket)
+        used_time[used] += width
+        used_area += used * width
+        delays += t - begun
+        t += width
+        steps += 1
+        at = at - 1 if at > 0 else last_phase
+    if steps == 0:
+        return 0
+    gap_counts[bucket] += (steps - counted) * n
+    account_for(s, t, used_before, used, used_area, growing_groups, steps * (t - begun) - delays)
+    count_quiet_steps(s, steps, t, t + pending if is_async else t)
+    return steps
+
+
+@inline_njit
+def account_for(s, until, used_before, used, used_area, growing_groups, token_time):
+    """`account` for quiet steps: `token_time` is the sum of tokens x ns that one member has gained in them."""
+    now = s.now[0]
+    duration, waiting, line = until - now.accounted, num_waiting(now), s.timeline[now.bin]
+    grown_area = grown = 0  # members that took a block, and for how long they have had it
+    if growing_groups > 0:
+        grown = (used - used_before) // growing_groups
+        grown_area = (used_area - used_before * duration) // growing_groups
+    unfilled = unfilled_places(s) * duration + grown_area * s.settings[0].block_size
+    unfilled -= token_time * now.num_members
+    line.used_area += used_area
+    line.used_max = max(line.used_max, used)
+    line.running_area += now.num_running * duration
+    line.running_max = max(line.running_max, now.num_running)
+    line.waiting_area += waiting * duration
+    line.waiting_max = max(line.waiting_max, waiting)
+    line.cached_area += now.cached_blocks * duration
+    line.wasted_area += unfilled * now.num_token_groups
+    now.table_entries += grown * len(s.groups)
+    now.free_blocks -= grown * growing_groups
+    now.peak_used = max(now.peak_used, used)
+    now.accounted = until
+
+
+@inline_njit
+def count_quiet_steps(s, steps, t, end):
+    """The counters and the clock after `steps` quiet steps: `t` is the time, `end` that of the latest one."""
+    now = s.now[0]
+    n, tokens, line = now.num_members, steps * now.num_members, s.timeline[now.bin]
+    line.steps += steps
+    line.decode_tokens += tokens
+    if t >= now.bin_end:
+        enter_bin(now, t)
+    now.gap_sum += (t - now.t) * n
+    now.gap_count += tokens
+    now.total_generated += tokens
+    now.total_scheduled += tokens
+    now.total_decode += tokens
+    now.held_tokens += tokens
+    now.decodes += steps
     now.handed += steps
-    now.num_steps += scheduled
-    now.executed += scheduled
-    now.steps_in_flight += is_launched
+    now.num_steps += steps
+    now.executed += steps
     now.preemptions_at_token = now.total_preemptions
     now.t = now.last_handout = t
     now.step_end = now.device_free = end
     now.cap_bound = num_waiting(now) > 0  # 3.16
     if num_waiting(now) == 0:
         now.wait_request = -1
-    now.idle = now.is_stuck = now.livelock = 0
-    now.is_settled = 1 - is_launched
-    now.awaiting = is_launched
-    for k in range(now.num_steps - now.steps_in_flight, now.num_steps):
-        flight = s.flights[k % len(s.flights)]
-        flight.end = end if k == now.num_steps - 1 else handed_next
-        flight.num_entries = flight.is_livelock = 0
-        flight.num_members = n
-
-
-@inline_njit
-def is_visit_due(s, at):
-    """True when some member has to be visited in the step in which those in list `at` take a block."""
-    due = 0
-    for v in range(len(s.visits)):
-        due += s.phases[(at + s.visits[v].tokens) % s.now[0].num_phases].count
-    return due > 0
-
-
-@inner_njit
-def visit_in_step(s, steps, handed_at):
-    """Visit the members to whom more happens in the quiet step after `steps` ones."""
-    now = s.now[0]
-    now.is_scheduling = 1
-    now.num_scheduled = 0
-    now.decodes += steps
-    now.handed += steps
-    now.num_steps += steps
-    before, now.last_handout = now.last_handout, handed_at
-    visit(s)
-    now.decodes -= steps
-    now.handed -= steps
-    now.num_steps -= steps
-    now.last_handout = before
-    now.is_scheduling = 0
+    now.awaiting = now.idle = now.is_stuck = now.livelock = 0
+    now.is_settled = 1
+    flight = s.flights[(now.num_steps - 1) % len(s.flights)]
+    flight.end = end
+    flight.num_entries = flight.is_livelock = 0
+    flight.num_members = n
 
 
 @inline_njit

@@ -78,7 +78,7 @@ LIVELOCK_ROUNDS = 16
 LIVELOCK_PREEMPTIONS = 20_000
 
 
-@inline_njit
+@inner_njit
 def schedule(s):
     """Decide one step: who runs with how many tokens, who is preempted, who is admitted (3.1-3.18). Leaves the
     decision in `s.step` and its sums in `s.now`. Needs room for its events."""
@@ -143,7 +143,7 @@ def assemble(s):
     join_all(s)
 
 
-@inline_njit
+@inner_njit
 def run_in_order(s):
     """The running phase, everybody visited."""
     now, req = s.now[0], s.requests
@@ -750,7 +750,7 @@ def is_blocked_for_long(s):
     return is_alone and s.keys.ends[key_of(s.keys, r, now.wait_hits)].oldest == 0
 
 
-@inline_njit
+@inner_njit
 def note_wait(s):
     """Record why the queue head was not admitted, when the head or the reason is new."""
     now, cfg = s.now[0], s.settings[0]
