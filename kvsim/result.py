@@ -122,9 +122,7 @@ class Result:
             ),
             "ended": run.ended,
             "num_requests": len(table),
-            "outcomes": {
-                name: int((outcomes == code).sum()) for code, name in enumerate(st.OUTCOMES) if name
-            },
+            "outcomes": _counts(outcomes),
             "num_preemptions": int(now.total_preemptions),
             "num_admissions": int(now.total_admissions),
             "num_steps": int(now.num_steps),
@@ -236,6 +234,11 @@ def outcome_and_cause(run: EngineRun) -> tuple[np.ndarray, np.ndarray]:
     return outcomes, causes
 
 
+def _counts(outcomes: np.ndarray) -> dict[str, int]:
+    counts = np.bincount(outcomes, minlength=len(st.OUTCOMES)).tolist()
+    return {name: count for name, count in zip(st.OUTCOMES, counts, strict=True) if name}
+
+
 def _head(trace, deployment, options, seed, command) -> dict:
     import msgspec
 
@@ -285,13 +288,14 @@ def _prefix_cache(queries: int, hits: int) -> dict:
 
 def _latency_summary(run, outcomes, objectives) -> dict:
     table, now = run.state.requests, run.state.now[0]
-    completed = np.isin(outcomes, (st.FINISHED, st.CAPPED))
-    done = table[completed]
-    duration = int(done["finished_at"].max()) if len(done) else 0
+    completed = metrics.is_one_of(outcomes, metrics.COMPLETED)
+    count = int(np.count_nonzero(completed))
+    done = metrics.columns(table, completed)
+    duration = int(done("finished_at").max(initial=0))
     summary = metrics.throughput(
-        len(done),
-        int(done["prompt"].sum(dtype=np.int64)),
-        int(done["generated"].sum(dtype=np.int64)),
+        count,
+        int(done("prompt").sum(dtype=np.int64)),
+        int(done("generated").sum(dtype=np.int64)),
         duration,
     )
     if objectives:
@@ -300,7 +304,7 @@ def _latency_summary(run, outcomes, objectives) -> dict:
         summary["goodput"] = {"objectives_ms": objectives, "met": good, "fraction": good / max(1, len(table))}
     by_name = metrics.latencies_ns(table, completed)
     for name in metrics.LATENCIES:
-        if name == "itl" and len(done):
+        if name == "itl" and count:
             summary |= metrics.spread_of_gaps(run.state.gap_counts, int(now.gap_sum), int(now.gap_count))
         else:
             summary |= metrics.spread(name, by_name.get(name, np.zeros(0)))

@@ -88,9 +88,15 @@ def test_percentiles_of_gaps_are_within_a_thousandth(gaps):
     assert got["mean_itl_ms"] == pytest.approx(sum(gaps) / len(gaps) / 1e6)
 
 
+@given(some.lists(some.integers(0, 2**40), min_size=1, max_size=120), some.sampled_from([1, 7]))
+def test_quantiles_are_numpys_to_the_last_bit(values, divisor):
+    values = np.array(values) if divisor == 1 else np.array(values) / divisor
+    assert metrics.quantiles(values).tolist() == np.percentile(values, metrics.PERCENTILES).tolist()
+
+
 @given(some.integers(0, 2**62))
 def test_a_bucket_holds_its_gaps(gap):
-    value = metrics.gap_values()[blocks.gap_bucket(np.int64(gap))]
+    value = metrics.gap_values(np.array([blocks.gap_bucket(np.int64(gap))]))[0]
     assert math.isclose(value, gap, rel_tol=1 / 2048)
     if gap < 2 * st.GAP_SUBBUCKETS:
         assert value == gap
