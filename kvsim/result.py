@@ -391,7 +391,7 @@ def _bin_table(run, budget) -> pa.Table:
 
     now, bins = run.state.now[0], run.state.timeline
     width, end = int(now.bin_width), int(now.accounted)
-    bins = bins[: -(-end // width)]
+    bins = bins[: -(-end // width)].view(np.ndarray)
     start = np.arange(len(bins), dtype=np.int64) * width
     widths = np.minimum(width, end - start)
     usable = budget.num_gpu_blocks - 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from kvsim.units import NS_PER_MS, NS_PER_S
 
 if TYPE_CHECKING:
     from kvsim.result import Result
-    from kvsim.specs import Deployment
+    from kvsim.specs import Deployment, EngineSettings
     from kvsim.steptime import StepCost
     from kvsim.trace import Trace
 
@@ -67,6 +68,7 @@ def simulate(
     load_s: float = 0.0,
     progress: Callable[[Progress], None] | None = None,
     on_step: Callable[[st.State, bool], None] | None = None,
+    content_keys: Callable[[Trace, EngineSettings], st.Keys] | None = None,
 ) -> Result:
     """Replay `trace` on `deployment` and return a `Result`.
 
@@ -83,6 +85,7 @@ def simulate(
     progress: called between two calls of the engine, at least every 50 ms; it may raise to stop the run.
     on_step: called with the engine's state and False when a step has been scheduled, and with True when its output
         is there (the step log).
+    content_keys: `make_content_keys`, or one that remembers what runs of the same trace share (`sweeps`).
 
     If the deployment cannot start, nothing is replayed: the result's verdict is `does_not_start` and its one
     event says which term breaks it. Raises UserError for a trace or an option that cannot be used.
@@ -133,7 +136,7 @@ def simulate(
         log_steps=on_step is not None,
         record_events=record == "events",
     )
-    keys = _content_keys(trace, settings) if settings.enable_prefix_caching else None
+    keys = (content_keys or make_content_keys)(trace, settings) if settings.enable_prefix_caching else None
     span = int(trace.arrival_ns[-1]) if len(trace) else 0
     state = st.pack(
         arrival_ns=trace.arrival_ns,
@@ -164,7 +167,7 @@ def _groups(deployment, budget) -> list[dict]:
         raise UserError(f"{deployment.model.name} cannot be replayed: {error}") from None
 
 
-def _content_keys(trace: Trace, settings) -> st.Keys:
+def make_content_keys(trace: Trace, settings: EngineSettings) -> st.Keys:
     """Keys for the blocks of every request that will be served (3.21); the others never look any up."""
     from kvsim.engine.keys import intern_keys
 
@@ -174,9 +177,9 @@ def _content_keys(trace: Trace, settings) -> st.Keys:
     return intern_keys(most, settings.block_size, trace.prefix_offsets, trace.prefix_ids, trace.prefix_unit)
 
 
+@functools.cache
 def load_engine() -> None:
-    """Have the engine's machine code ready, from the cache or compiled: runs an empty trace, which takes no
-    time when it is loaded already."""
+    """Have the engine's machine code ready, from the cache or compiled: runs an empty trace, once a process."""
     from kvsim import _jit
 
     none = np.zeros(0, np.int32)
