@@ -20,7 +20,7 @@ class Journal:
         self.path = Path(path)
         try:
             self.known = _read(self.path)
-            self._file = open(self.path, "ab", buffering=0)
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
             if self._file.tell() and not _ends_whole(self.path):
                 self._file.write(b"\n")  # what was torn stays a line of its own
         except OSError as error:

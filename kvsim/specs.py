@@ -817,12 +817,17 @@ _NOT_VLLM = ("engine", "engine_version", "allocator", "prefix_unit")
 _ALIASES = {"device-memory-utilization": "gpu-memory-utilization"}
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser, *, pasted: bool = False) -> None:
+def add_engine_arguments(
+    parser: argparse.ArgumentParser,
+    *,
+    pasted: bool = False,
+    switch: type[argparse.Action] = argparse.BooleanOptionalAction,
+) -> None:
     """Add every engine flag to a parser: the modelled ones with help, vLLM's others hidden, to be warned of.
 
     Only what the user gives appears in the parsed namespace. The parser should have allow_abbrev=False.
     `pasted` adds the short names of flags that are not modelled and leaves out those that vLLM has not;
-    without it --seed is left to the command.
+    without it --seed is left to the command. `switch` is what --flag and --no-flag do.
     """
     group = parser if pasted else parser.add_argument_group("engine settings", "spelled as vLLM spells them")
     defaults = {f.name: f.default for f in msgspec.structs.fields(EngineSettings)}
@@ -836,7 +841,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, pasted: bool = Fals
         if flag.kind == "bool":
             names += ["-ep"] if pasted and flag.name == "enable_expert_parallel" else []
             options["help"] = f"{flag.help} (default: {'on' if defaults[flag.name] else 'off'})"
-            group.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
+            group.add_argument(*names, action=switch, **options)
             continue
         default = "" if defaults[flag.name] is None else f" (default: {defaults[flag.name]})"
         metavar = {"count": "N", "bytes": "BYTES", "float": "X", "str": "NAME"}[flag.kind]

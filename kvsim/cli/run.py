@@ -67,6 +67,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_reading_arguments(parser)
 
+    clock = add_clock_arguments(parser)
+    clock.add_argument(
+        "--require", metavar="goodput>=X", help="exit 1 unless that share of requests meets --goodput"
+    )
+    clock.add_argument("--case", metavar="FILE", help="replay a reference case; implies --strict")
+    add_engine_arguments(parser)
+
+
+def add_clock_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """--step-time, --deadline, --until, --strict and --goodput."""
     clock = parser.add_argument_group("clock and outcomes")
     clock.add_argument("--step-time", metavar="A0,A1,A2", help="a step of n tokens over ctx context tokens takes "
                        "A0 + A1*n + A2*ctx seconds (default: a roofline of the model on the GPU)")  # fmt: skip
@@ -77,11 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     clock.add_argument("--strict", action="store_true", help="block or livelock as the engine would, instead of "
                        "dropping what can never fit; ends with a stall report")  # fmt: skip
     clock.add_argument("--goodput", nargs="+", metavar="NAME:MS", help="objectives: ttft:MS tpot:MS e2el:MS")
-    clock.add_argument(
-        "--require", metavar="goodput>=X", help="exit 1 unless that share of requests meets --goodput"
-    )
-    clock.add_argument("--case", metavar="FILE", help="replay a reference case; implies --strict")
-    add_engine_arguments(parser)
+    return clock
 
 
 def main(args: argparse.Namespace) -> int:
@@ -92,14 +98,14 @@ def main(args: argparse.Namespace) -> int:
         _refuse_beside_case(args)
         return run_case(args)
     required = _requirement(args)  # before anything slow
-    goodput = _goodput(args.goodput)
-    step_time = _step_time(args.step_time)
+    goodput = goodput_of(args.goodput)
+    step_time = step_time_of(args.step_time)
     _check_out(args.out)
     deployment = _deployment(args)
     load_started = time.perf_counter()
     trace = _trace(args)
     load_s = time.perf_counter() - load_started
-    _warn_of_equal_priorities(trace, deployment)
+    warn_of_equal_priorities(trace, deployment)
 
     from kvsim import memory
     from kvsim.cli.warm import say_if_cold
@@ -159,7 +165,7 @@ def _refuse_beside_case(args: argparse.Namespace) -> None:
         raise UserError(f"--case brings its own traffic, settings and clock; leave {word} out")
 
 
-def _warn_of_equal_priorities(trace, deployment) -> None:
+def warn_of_equal_priorities(trace, deployment) -> None:
     is_by_priority = deployment.settings.scheduling_policy == "priority"
     if (
         is_by_priority
@@ -222,7 +228,7 @@ def _trace(args):
     return load(args.trace or DEFAULT_TRACE, args)
 
 
-def _step_time(text: str | None) -> tuple[float, float, float] | None:
+def step_time_of(text: str | None) -> tuple[float, float, float] | None:
     if text is None:
         return None
     try:
@@ -236,7 +242,7 @@ def _step_time(text: str | None) -> tuple[float, float, float] | None:
     return a0, a1, a2
 
 
-def _goodput(words: list[str] | None) -> dict[str, float] | None:
+def goodput_of(words: list[str] | None) -> dict[str, float] | None:
     from kvsim.metrics import OBJECTIVES
 
     if words is None:
