@@ -88,8 +88,9 @@ def sweep(
     """
     if "record" in options:
         raise UserError(
-            "a sweep keeps summaries, so record means nothing; grid[number] replays a cell with everything"
+            "a sweep keeps summaries alone, so leave record out; grid[number] replays a cell in full"
         )
+    _check_options(options)
     deployments = _checked(deployments)
     names = _varied_names(deployments)
     cells = [
@@ -271,6 +272,14 @@ def _always(trace: Trace) -> Callable[[Hashable], Workload]:
         )
     only = workload(trace)
     return lambda traffic: only
+
+
+def _check_options(options: dict) -> None:
+    """UserError for what `simulate()` does not take, or what belongs to one run alone."""
+    known = set(simulate.__kwdefaults__) - {"progress", "on_step", "content_keys", "load_s", "command"}
+    for name in options:
+        if name not in known:
+            raise UserError(f"there is no option {name!r} for many runs{did_you_mean(name, known)}")
 
 
 def _checked(deployments) -> list[Deployment | Impossible]:
