@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+import kvsim
 from kvsim.errors import UserError
 from kvsim.run import make_content_keys, simulate
 from kvsim.specs import Deployment, Impossible
@@ -175,11 +177,12 @@ def _on_ray(cells, trace_of, pick, max_workers, address) -> Iterator[tuple[int, 
     ray = _import_ray()
     was_connected = ray.is_initialized()
     if not was_connected:
+        _check_answers(address)
         try:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"no Ray cluster answers at {address or 'this machine'} ({reason})") from None
+            raise UserError(f"Ray cannot be used at {address or 'this machine'}: {reason}") from None
     task = ray.remote(num_cpus=1, max_retries=RAY_RETRIES)(_outcomes_on_ray)
     pending: dict = {}
     try:
@@ -189,7 +192,8 @@ def _on_ray(cells, trace_of, pick, max_workers, address) -> Iterator[tuple[int, 
         for batch, trace in _batches(cells, size, trace_of, ray.put):
             while len(pending) >= in_flight:
                 yield from _finished(ray, pending)
-            pending[task.remote(trace, [cell for _, cell in batch], pick)] = [number for number, _ in batch]
+            work = task.remote(trace, [cell for _, cell in batch], pick, kvsim.__version__)
+            pending[work] = [number for number, _ in batch]
         while pending:
             yield from _finished(ray, pending)
     finally:
@@ -197,6 +201,19 @@ def _on_ray(cells, trace_of, pick, max_workers, address) -> Iterator[tuple[int, 
             ray.cancel(reference, force=True)
         if not was_connected:
             ray.shutdown()
+
+
+def _check_answers(address: str | None) -> None:
+    """UserError unless somebody listens there: Ray would end the whole process."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not colon:
+        return  # none, or a word such as "auto"
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"no Ray cluster answers at {address} ({error}); give the HOST:PORT of its head"
+        ) from None
 
 
 def _batches(cells, size, trace_of, put) -> Iterator[tuple[list, object]]:
@@ -225,12 +242,18 @@ def _finished(ray, pending: dict) -> Iterator[tuple[int, object]]:
     yield from zip(numbers, outcomes, strict=True)
 
 
-def _outcomes_on_ray(trace: Trace | Failed, cells: Iterable[Cell], pick) -> list:
-    """What a task does. Columns out of the object store are read-only, for which the interning of content ids would
-    be compiled a second time."""
+def _outcomes_on_ray(trace: Trace | Failed, cells: Iterable[Cell], pick, version: str) -> list:
+    """What a task does on its node, where the same kvsim must be installed."""
+    if version != kvsim.__version__:
+        reason = (
+            f"a node of the cluster has kvsim {kvsim.__version__}, not {version}; install the same everywhere"
+        )
+        trace = Failed(reason, is_final=False)
     if isinstance(trace, Failed):
         return [trace for _ in cells]
-    if trace.prefix_unit:
+    if (
+        trace.prefix_unit
+    ):  # columns out of the object store are read-only: the interning would be compiled again
         trace = dataclasses.replace(
             trace, prefix_offsets=trace.prefix_offsets.copy(), prefix_ids=trace.prefix_ids.copy()
         )
