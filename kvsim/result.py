@@ -126,7 +126,7 @@ class Result:
             "num_preemptions": int(now.total_preemptions),
             "num_admissions": int(now.total_admissions),
             "num_steps": int(now.num_steps),
-            "num_gpu_blocks": run.state.settings[0].num_gpu_blocks,
+            "num_gpu_blocks": int(run.state.settings[0].num_gpu_blocks),
             "peak_blocks_used": int(now.peak_used),
             "kv_cache_usage": metrics.usage(run.state.used_time),
             "prefix_cache": _prefix_cache(int(now.prefix_queries), int(now.prefix_hits)),
