@@ -79,7 +79,7 @@ def workload(trace: Trace) -> Workload:
                 known[name] = make_content_keys(trace, settings)
             keys = known[name]
         # the run writes to the prefix map
-        return keys._replace(oldest=np.zeros_like(keys.oldest), newest=np.zeros_like(keys.newest))
+        return keys._replace(ends=np.zeros_like(keys.ends))
 
     return Workload(trace, content_keys)
 

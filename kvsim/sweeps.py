@@ -165,7 +165,7 @@ def _run(
 class Grid:
     """A finished sweep: `len(grid)` cells, each with a summary or a `Failed`, in the order of its deployments.
 
-    `grid[3]` replays cell 3 and gives its Result, with requests and events; UserError if the cell failed.
+    `grid[3]` replays cell 3 and gives its Result, with requests and events; UserError if the cell cannot be run.
     """
 
     cells: tuple[Cell, ...]
@@ -177,7 +177,7 @@ class Grid:
 
     def __getitem__(self, number: int) -> Result:
         cell, outcome = self.cells[number], self.outcomes[number]
-        if isinstance(outcome, Failed):
+        if isinstance(outcome, Failed) and outcome.is_final:
             raise UserError(f"cell {number} has no result: {outcome.reason}")
         trace, content_keys = self._trace_of(cell.traffic)
         return simulate(trace, cell.deployment, content_keys=content_keys, **cell.options)

@@ -204,7 +204,7 @@ def test_a_mistake_gets_one_sentence(words, says, trace, capsys):
 
 # ---------------------------------------------------------------- killed and resumed
 
-CELLS = 300
+CELLS = 150
 
 
 def started(trace, table):
