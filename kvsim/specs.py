@@ -535,8 +535,8 @@ def _refuse_not_built(s: EngineSettings) -> None:
         raise UserError(f"allocator {s.allocator} is not built yet; use allocator paged")
     if s.data_parallel_size > 1:
         raise UserError(
-            f"data_parallel_size {s.data_parallel_size} is not simulated yet; simulate one replica with its"
-            " share of the traffic (data_parallel_size 1)"
+            f"data_parallel_size {s.data_parallel_size} is not simulated as one engine; simulate"
+            f" data_parallel_size 1 and --replicas {s.data_parallel_size}, which have a pool and a queue each"
         )
 
 

@@ -20,6 +20,7 @@ _EPILOG = """examples:
   kvsim run azure.csv.gz --model llama-3.1-8b --gpu a100-80gb --max-num-seqs 128 -o out
   kvsim run mooncake.jsonl --gpu h100 -- vllm serve meta-llama/Llama-3.1-8B --max-model-len 32k
   kvsim run chat-small --deadline 30 --goodput ttft:500 tpot:50 --require 'goodput>=0.99'
+  kvsim run azure-conv-like --replicas 4 --router random --rate-scale 4
   kvsim run --case c02.case.json.gz --step-log out.jsonl.gz
 
 exit codes: 0 answered; 1 the answer is no (it does not start, or --require is missed); 2 a mistake in the call
@@ -30,6 +31,7 @@ or the input; 130 interrupted. An option may be left out: what GPU memory then d
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `kvsim run`."""
     from kvsim.cli.traffic import add_reading_arguments, add_traffic_arguments, count
+    from kvsim.routing import ROUTERS
     from kvsim.specs import add_engine_arguments
 
     parser.epilog = _EPILOG
@@ -65,6 +67,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-concurrency", type=count, metavar="N", help="closed loop: N requests in flight at most"
     )
+    fleet = parser.add_argument_group("a fleet")
+    fleet.add_argument(
+        "--replicas",
+        type=count,
+        default=1,
+        metavar="N",
+        help="that many copies of the deployment, each with its own pool and queue (default: 1)",
+    )
+    fleet.add_argument(
+        "--router",
+        choices=ROUTERS,
+        default="round-robin",
+        help="who gets a request: round-robin (default), random (by --seed) or prefix-affinity (by a hash of the first "
+        "prefix id that not all requests share; without prefix ids by conversation). A follow-up turn goes where "
+        "its conversation began. These are stateless: they split the trace beforehand, and replicas use all cores",
+    )
+    fleet.add_argument("--threads", type=count, metavar="N", help="replicas simulated at a time (default: all cores); "
+                       "no result depends on it")  # fmt: skip
     add_reading_arguments(parser)
 
     clock = add_clock_arguments(parser)
@@ -126,6 +146,9 @@ def main(args: argparse.Namespace) -> int:
             strict=args.strict,
             check=args.check,
             goodput=goodput,
+            replicas=args.replicas,
+            router=args.router,
+            threads=args.threads,
             seed=args.seed,
             command=shlex.join(["kvsim", *sys.argv[1:]]),
             load_s=load_s,
@@ -150,7 +173,7 @@ def main(args: argparse.Namespace) -> int:
 # What a case says itself, or has none of.
 _NOT_BESIDE_CASE = (
     "trace", "model", "gpu", "pasted", "out", "record", "bin", "check", "max_concurrency", "step_time",
-    "deadline", "until", "goodput", "require", "rate", "rate_scale", "limit",
+    "deadline", "until", "goodput", "require", "rate", "rate_scale", "limit", "threads",
 )  # fmt: skip
 
 
@@ -158,6 +181,7 @@ def _refuse_beside_case(args: argparse.Namespace) -> None:
     from kvsim import specs
 
     given = [name for name in _NOT_BESIDE_CASE if getattr(args, name) not in (None, False, [])]
+    given += ["replicas"] if args.replicas > 1 else []
     for name in (*given, *specs.settings_from_args(args)):
         word = {"trace": "TRACE", "pasted": "the pasted command line"}.get(
             name, "--" + name.replace("_", "-")
