@@ -51,7 +51,7 @@ bench: .venv/test-all.done
 	touch $@
 
 .venv/test-all.done: .venv/test.done
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,plot,lint,bench]' build
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,plot,lint,bench,ray]' build
 	touch $@
 
 clean:

@@ -24,6 +24,8 @@ _PUBLIC = {
     "uniform": "kvsim.workload",
     "constant": "kvsim.workload",
     "simulate": "kvsim.run",
+    "simulate_many": "kvsim.sweeps",
+    "sweep": "kvsim.sweeps",
     "Result": "kvsim.result",
     "UserError": "kvsim.errors",
 }

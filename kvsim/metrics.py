@@ -10,6 +10,9 @@ exact).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 
 from kvsim.engine import state as st
@@ -18,7 +21,26 @@ from kvsim.units import NS_PER_MS, NS_PER_S
 PERCENTILES = (50, 90, 95, 99)
 LATENCIES = ("ttft", "tpot", "itl", "e2el", "queue")
 OBJECTIVES = ("ttft", "tpot", "e2el")
+_BLOCK = 1 << 20  # values; at least the 128 below which numpy adds in another order
 MANY_PREEMPTIONS = 0.01  # of admissions: from there on a run counts as overloaded
+REFUSED = (st.REJECTED, st.UNSERVABLE, st.TIMED_OUT, st.OOM)
+COMPLETED = (st.FINISHED, st.CAPPED)
+
+
+def is_one_of(outcomes: np.ndarray, chosen: tuple[int, ...]) -> np.ndarray:
+    """bool[n]: which outcome codes are among `chosen`."""
+    has = np.zeros(len(st.OUTCOMES), bool)
+    has[list(chosen)] = True
+    return has[outcomes]
+
+
+def columns(table: np.ndarray, rows: np.ndarray) -> Callable[[str], np.ndarray]:
+    """name -> that column of the `rows` (bool[n]) of a table. Column by column, since copying whole rows costs
+    more than all statistics together."""
+    plain = table.view(np.ndarray)
+    if rows.all():
+        return plain.__getitem__
+    return lambda name: plain[name][rows]
 
 
 def latencies_ns(table: np.ndarray, completed: np.ndarray) -> dict[str, np.ndarray]:
@@ -27,54 +49,92 @@ def latencies_ns(table: np.ndarray, completed: np.ndarray) -> dict[str, np.ndarr
     tpot is float64 and has only the requests with two tokens or more; the others are int64 with a value for
     each completed request.
     """
-    done = table[completed]
-    several = done[done["generated"] > 1]
-    span = several["finished_at"] - several["first_token_at"]
+    done = columns(table, completed)
+    arrival, first, last, tokens = (
+        done(name) for name in ("arrival", "first_token_at", "finished_at", "generated")
+    )
+    span, gaps, several = last - first, tokens - 1, tokens > 1
+    if not several.all():
+        span, gaps = span[several], gaps[several]
     return {
-        "ttft": done["first_token_at"] - done["arrival"],
-        "tpot": span / (several["generated"] - 1),
-        "e2el": done["finished_at"] - done["arrival"],
-        "queue": done["scheduled_at"] - done["arrival"],
+        "ttft": first - arrival,
+        "tpot": span / gaps,
+        "e2el": last - arrival,
+        "queue": done("scheduled_at") - arrival,
     }
 
 
 def spread(name: str, values_ns: np.ndarray) -> dict[str, float | None]:
-    """`mean_x_ms`, `median_x_ms`, `std_x_ms`, `p50_x_ms`, ... of values in ns; None where there are no values."""
+    """`mean_x_ms`, `median_x_ms`, `std_x_ms`, `p50_x_ms`, ... of values in ns; None where there are no values.
+    Their order is lost."""
     keys = [f"{word}_{name}_ms" for word in ("mean", "median", "std", *(f"p{p}" for p in PERCENTILES))]
     if len(values_ns) == 0:
         return dict.fromkeys(keys)
-    quantiles = np.percentile(values_ns, PERCENTILES)
-    numbers = (values_ns.mean(), quantiles[0], values_ns.std(), *quantiles)
+    mean = values_ns.mean()
+    std = math.sqrt(_sum_of_squares(values_ns, mean) / len(values_ns))
+    at = quantiles(values_ns)
+    numbers = (mean, at[0], std, *at)
     return {key: float(number) / NS_PER_MS for key, number in zip(keys, numbers, strict=True)}
+
+
+def _sum_of_squares(values: np.ndarray, mean: float) -> float:
+    """The sum of (values - mean)**2, added up in numpy's own order (halves, each a multiple of 8 long), so that the
+    deviation is `values.std()` to the last bit, without two more columns of tens of millions."""
+    n = len(values)
+    if n <= _BLOCK:
+        distance = values - mean
+        distance *= distance
+        return distance.sum()
+    half = n // 2
+    half -= half % 8
+    return _sum_of_squares(values[:half], mean) + _sum_of_squares(values[half:], mean)
+
+
+def quantiles(values: np.ndarray) -> list[float]:
+    """`np.percentile(values, PERCENTILES)` to the last bit, in a third of the time. Wants a value or more. Their
+    order is lost: a copy of a column of tens of millions is worth saving."""
+    ranks = [(len(values) - 1) * (percentile / 100) for percentile in PERCENTILES]
+    near = [(math.floor(rank), math.ceil(rank)) for rank in ranks]
+    places = sorted({place for pair in near for place in pair})
+    if values.dtype.kind == "f":  # whichever is faster
+        values.sort()
+    else:
+        values.partition(places)
+    out = []
+    for rank, pair in zip(ranks, near, strict=True):
+        low, high = values[list(pair)].tolist()
+        share = rank - pair[0]
+        out.append(low + (high - low) * share if share < 0.5 else high - (high - low) * (1 - share))
+    return out
 
 
 def spread_of_gaps(counts: np.ndarray, total_ns: int, count: int) -> dict[str, float | None]:
     """`spread` for itl, from the engine's histogram of gaps; the mean is exact."""
-    values = gap_values()
-    hit = np.flatnonzero(counts)
+    hit = np.flatnonzero(counts > 0)
+    counts, values = counts[hit], gap_values(hit)
     keys = [f"{word}_itl_ms" for word in ("mean", "median", "std", *(f"p{p}" for p in PERCENTILES))]
     if count == 0:
         return dict.fromkeys(keys)
-    cumulative = np.cumsum(counts[hit])
+    cumulative = np.cumsum(counts)
     ranks = np.array(PERCENTILES) / 100 * (count - 1)
 
     def at(position):  # the value at a 0-based rank
-        return values[hit[np.searchsorted(cumulative, position, side="right")]]
+        return values[np.searchsorted(cumulative, position, side="right")]
 
     low, high = np.floor(ranks), np.ceil(ranks)
-    quantiles = at(low) + (ranks - low) * (at(high) - at(low))
+    between = at(low) + (ranks - low) * (at(high) - at(low))
     mean = total_ns / count
-    std = np.sqrt(np.average((values[hit] - mean) ** 2, weights=counts[hit]))
-    numbers = (mean, quantiles[0], std, *quantiles)
+    std = np.sqrt(np.average((values - mean) ** 2, weights=counts))
+    numbers = (mean, between[0], std, *between)
     return {key: float(number) / NS_PER_MS for key, number in zip(keys, numbers, strict=True)}
 
 
-def gap_values() -> np.ndarray:
-    """The middle of each bucket of the gap histogram, in ns, float64[GAP_BUCKETS]."""
-    bucket = np.arange(st.GAP_BUCKETS)
+def gap_values(bucket: np.ndarray) -> np.ndarray:
+    """The middle of each of these buckets of the gap histogram, in ns, float64."""
     shift = np.maximum(bucket // st.GAP_SUBBUCKETS - 1, 0)
     mantissa = bucket - shift * st.GAP_SUBBUCKETS
-    return mantissa * 2.0**shift + (2.0**shift - 1) / 2
+    width = np.ldexp(1.0, shift)
+    return mantissa * width + (width - 1) / 2
 
 
 def usage(used_time: np.ndarray) -> dict[str, float]:
@@ -86,7 +146,7 @@ def usage(used_time: np.ndarray) -> dict[str, float]:
     total = int(used_time.sum())
     if total == 0:
         return {"mean": 0.0, "p95": 0.0, "max": 0.0}
-    levels = np.flatnonzero(used_time)
+    levels = np.flatnonzero(used_time > 0)
     cumulative = np.cumsum(used_time[levels])
     p95 = levels[np.searchsorted(cumulative, 0.95 * total)]
     mean = float((levels * used_time[levels].astype(np.float64)).sum()) / total
@@ -95,14 +155,14 @@ def usage(used_time: np.ndarray) -> dict[str, float]:
 
 def met_objectives(table: np.ndarray, completed: np.ndarray, objectives_ms: dict[str, float]) -> int:
     """How many completed requests meet every objective (<=). tpot counts as 0 for a single token, as in vLLM."""
-    done = table[completed]
-    ok = np.ones(len(done), bool)
-    span = done["finished_at"] - done["first_token_at"]
+    done = columns(table, completed)
+    arrival, first, last = (done(name) for name in ("arrival", "first_token_at", "finished_at"))
     by_name = {
-        "ttft": done["first_token_at"] - done["arrival"],
-        "tpot": span / np.maximum(done["generated"] - 1, 1),
-        "e2el": done["finished_at"] - done["arrival"],
+        "ttft": first - arrival,
+        "tpot": (last - first) / np.maximum(done("generated") - 1, 1),
+        "e2el": last - arrival,
     }
+    ok = np.ones(len(arrival), bool)
     for name, limit_ms in objectives_ms.items():
         ok &= by_name[name] <= limit_ms * NS_PER_MS
     return int(ok.sum())
@@ -111,23 +171,30 @@ def met_objectives(table: np.ndarray, completed: np.ndarray, objectives_ms: dict
 def is_backlogged(table: np.ndarray, outcomes: np.ndarray) -> bool:
     """True when the queue still grows over the last third of the arrivals: it is longer on average in the second
     half of that third than in the first, and never empty in that second half."""
-    received = table[(outcomes != st.REJECTED) & (table["status"] != st.PENDING)]
-    n = len(received)
+    received = columns(table, (outcomes != st.REJECTED) & (table["status"] != st.PENDING))
+    first_times, arrivals = received("scheduled_at"), received("arrival")
+    n = len(arrivals)
     if n < 12:
         return False
-    first_times = received["scheduled_at"]
-    scheduled = np.sort(first_times[first_times >= 0])
-    last_third = np.sort(received["arrival"])[-(n // 3) :]  # follow-up turns arrive out of the trace's order
+    scheduled = _sorted(first_times[first_times >= 0])
+    last_third = _sorted(arrivals)[-(n // 3) :]  # follow-up turns arrive out of the trace's order
     arrived = np.arange(n - n // 3, n)  # others that arrived before each of them
+    half = len(last_third) // 2
+    some = slice(half, None, 32)  # a look at a few of them tells most runs apart
+    if (arrived[some] <= np.searchsorted(scheduled, last_third[some])).any():
+        return False
     waiting = arrived - np.searchsorted(scheduled, last_third)
-    half = len(waiting) // 2
     return bool(waiting[half:].min() > 0 and waiting[half:].mean() > waiting[:half].mean())
+
+
+def _sorted(times: np.ndarray) -> np.ndarray:
+    """Sorted; most columns of times are already, which is seen much sooner."""
+    return times if (times[1:] >= times[:-1]).all() else np.sort(times)
 
 
 def verdict(table: np.ndarray, outcomes: np.ndarray, num_preemptions: int, num_admissions: int) -> str:
     """`overloaded`, `backlogged` or `stable` (the results contract)."""
-    refused = np.isin(outcomes, (st.REJECTED, st.UNSERVABLE, st.TIMED_OUT, st.OOM)).any()
-    if refused or num_preemptions > MANY_PREEMPTIONS * num_admissions:
+    if is_one_of(outcomes, REFUSED).any() or num_preemptions > MANY_PREEMPTIONS * num_admissions:
         return "overloaded"
     return "backlogged" if is_backlogged(table, outcomes) else "stable"
 

@@ -18,13 +18,13 @@ from kvsim.errors import UserError, did_you_mean
 from kvsim.trace import Trace, load_trace
 from kvsim.trace.columns import MAX_TOKENS, columns_sha256
 from kvsim.trace.describe import prefix_sharing
-from kvsim.trace.philox import stratified, uniforms
+from kvsim.trace.philox import sliced_uniforms, stratified, uniforms
 from kvsim.units import NS_PER_S
-from kvsim.workload import MAX_REQUESTS, OUTPUT, PROMPT, parse_lengths, renewal
+from kvsim.workload import MAX_REQUESTS, OUTPUT, PROMPT, gaps, parse_lengths
 
 UNIT = 16  # tokens of a prefix id
 _TOP = {"name", "seed", "rate", "duration", "profile", "period", "bursts", "class"}
-_CLASS = {"name", "share", "prompt", "output", "arrivals", "burstiness", "priority", "shared_prefix",
+_CLASS = {"name", "share", "prompt", "output", "lengths_of", "arrivals", "burstiness", "priority", "shared_prefix",
           "shared_prefixes", "shared_share", "turns", "think"}  # fmt: skip
 _BURSTS = {"on", "off", "off_rate"}
 _STREAMS_A_CLASS = 16
@@ -51,7 +51,8 @@ def make_mix(spec: Mapping) -> Trace:
     profile    relative rates in equal steps of one `period` (default: the duration), repeated; any scale
     bursts     {"on": s, "off": s, "off_rate": 0.0}: exponential ON and OFF times of these means, with the rate
                of OFF relative to ON; the mean over long times stays
-    class      a list of {"name", "share" (of requests), "prompt", "output" (as --prompt and --output),
+    class      a list of {"name", "share" (of requests), "prompt", "output" (as --prompt and --output), or
+               "lengths_of" (a trace, whose pairs of prompt and output are drawn, each row equally likely),
                "arrivals", "burstiness", "priority",
                "shared_prefix" (tokens before the prompt, rounded to 16), "shared_prefixes" (how many different
                ones, equally likely), "shared_share" (of first turns that have one, default 1),
@@ -80,6 +81,9 @@ def make_mix(spec: Mapping) -> Trace:
         trace, start_ns, next_id = _one_class(
             c, k, rate * shares[k] / sum(shares), seed, edges, work, next_id
         )
+        if trace is not None and (len(classes) > 1 or "name" in c):
+            names = np.full(len(trace), str(c.get("name", f"class {k + 1}")), object)
+            trace = replace(trace, request_class=names)
         if trace is not None:
             made.append((trace, start_ns))
     if not made:
@@ -90,9 +94,8 @@ def make_mix(spec: Mapping) -> Trace:
         for k, (trace, _) in enumerate(made)
     ]
     first_ns = min(start_ns for _, start_ns in made)
-    trace = Trace.concatenated(parts, [start_ns - first_ns for _, start_ns in made], [False] * len(parts))
-    if len(classes) == 1 and "name" not in classes[0]:
-        trace = replace(trace, request_class=None)
+    starts = [start_ns - first_ns for _, start_ns in made]
+    trace = parts[0] if len(parts) == 1 else Trace.concatenated(parts, starts, [False] * len(parts))
     return _finished(trace, str(spec.get("name", "mix")), f"make_mix({dict(spec)!r})", seed, shares_prefixes)
 
 
@@ -201,8 +204,6 @@ def _one_class(
     """(requests of one class, ns at which the first arrives, next free prefix id); None when there is none."""
     what = f"class {c.get('name', k + 1)}"
     stream = (k + 1) * _STREAMS_A_CLASS
-    prompts = parse_lengths(c["prompt"]) if "prompt" in c else PROMPT
-    outputs = parse_lengths(c["output"]) if "output" in c else OUTPUT
     kind = c.get("arrivals", "gamma" if "burstiness" in c else "poisson")
     shape = c.get("burstiness", 1.0)
     if kind not in ("poisson", "gamma", "constant"):
@@ -212,13 +213,26 @@ def _one_class(
     u = (np.arange(4096) + 0.5) / 4096
     mean_turns = float(np.clip(turns_of.at(u), 1, _MOST_TURNS).mean()) if turns_of else 1.0
     wanted = work[-1] * rate / mean_turns  # first turns
-    n = int(wanted + 8 * math.sqrt(wanted) * max(1.0, shape**-0.5) + 20)
-    done = renewal(kind, shape, uniforms(seed, stream + _GAPS, n))[1:] * (mean_turns / rate)
-    done = done[done < work[-1]]
-    n = len(done)
+    most = int(wanted + 8 * math.sqrt(wanted) * max(1.0, shape**-0.5) + 20)
+    first_ns = _first_turns(kind, shape, seed, stream + _GAPS, most, mean_turns / rate, edges, work)
+    n = len(first_ns)
     if not n:
         return None, 0, next_id
-    first_ns = np.rint(np.interp(done, work, edges) * NS_PER_S).astype(np.int64)
+    # Shared prefixes: whole blocks, so that they are shared whole.
+    shared = c.get("shared_prefix", 0)
+    many, share = c.get("shared_prefixes", 1), c.get("shared_share", 1.0)
+    _number(shared, f"{what}: shared_prefix", 0, including=True)
+    _number(many, f"{what}: shared_prefixes", 0)
+    _number(share, f"{what}: shared_share", 0, including=True)
+    shared_blocks = round(shared / UNIT)
+    if not turns_of and not shared_blocks:
+        question, answer = _lengths(c, what, seed, stream, n)
+        start_ns = int(first_ns[0])
+        first_ns -= start_ns
+        trace = Trace(
+            arrival_ns=first_ns, prompt_tokens=question, output_tokens=answer, priority=_priority(c, n)
+        )
+        return trace, start_ns, next_id
     turns = np.ones(n, np.int64)
     if turns_of:
         turns = np.clip(turns_of.draw(seed, stream + _TURNS, n), 1, _MOST_TURNS).astype(np.int64)
@@ -228,19 +242,11 @@ def _one_class(
     session = np.repeat(np.arange(n), turns)
     starts = np.concatenate([[0], np.cumsum(turns)[:-1]])
     turn = np.arange(total) - starts[session]
-    question = prompts.draw(seed, stream + _PROMPT, total).astype(np.int64)
-    answer = outputs.draw(seed, stream + _OUTPUT, total).astype(np.int64)
+    question, answer = (tokens.astype(np.int64) for tokens in _lengths(c, what, seed, stream, total))
     think = parse_lengths(c["think"]) if "think" in c else parse_lengths("constant:0")
     delay = np.where(turn > 0, think.draw(seed, stream + _THINK, total).astype(np.int64) * 10**6, 0)
     arrival = first_ns[session] + _sums_within(delay, starts, turns)
 
-    # Shared prefixes: whole blocks, so that they are shared whole.
-    shared = c.get("shared_prefix", 0)
-    many, share = c.get("shared_prefixes", 1), c.get("shared_share", 1.0)
-    _number(shared, f"{what}: shared_prefix", 0, including=True)
-    _number(many, f"{what}: shared_prefixes", 0)
-    _number(share, f"{what}: shared_share", 0, including=True)
-    shared_blocks = round(shared / UNIT)
     has = (uniforms(seed, stream + _SHARED, n) < share) if shared_blocks else np.zeros(n, bool)
     which = (uniforms(seed, stream + _WHICH, n) * int(many)).astype(np.int64)
     before = np.where(has, shared_blocks * UNIT, 0)
@@ -255,14 +261,59 @@ def _one_class(
         arrival_ns=arrival,
         prompt_tokens=prompt.astype(np.int32),
         output_tokens=answer.astype(np.int32),
-        priority=np.full(total, int(c.get("priority", 0)), np.int32) if "priority" in c else None,
-        request_class=np.full(total, str(c.get("name", f"class {k + 1}")), object),
+        priority=_priority(c, total),
         parent=np.where(turn > 0, np.arange(total) - 1, -1) if turns_of else None,
         delay_ns=delay if turns_of else None,
     )
     if shared_blocks or turns_of:
         trace, next_id = _with_ids(trace, session, turn, has, which, shared_blocks, int(many), next_id)
     return trace.sorted_by_arrival(), int(arrival.min()), next_id
+
+
+def _first_turns(
+    kind: str,
+    shape: float,
+    seed: int,
+    stream: int,
+    most: int,
+    scale: float,
+    edges: np.ndarray,
+    work: np.ndarray,
+) -> np.ndarray:
+    """int64[n] ns, never decreasing: a renewal process of mean gap `scale` in operational time, as far as that
+    goes, at most `most` of them."""
+    arrival, n, last = np.empty(most, np.int64), 0, 0.0
+    for u, _ in sliced_uniforms(seed, stream, most):
+        sums = np.cumsum(np.concatenate([[last], gaps(kind, shape, u)]))[1:]
+        last = sums[-1]
+        done = sums * scale
+        done = done[: np.searchsorted(done, work[-1])]
+        arrival[n : n + len(done)] = np.rint(np.interp(done, work, edges) * NS_PER_S)
+        n += len(done)
+        if len(done) < len(sums):
+            break
+    return arrival[:n]
+
+
+def _lengths(c: Mapping, what: str, seed: int, stream: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """(prompt, output) int32[n] of one class."""
+    if "lengths_of" not in c:
+        prompts = parse_lengths(c["prompt"]) if "prompt" in c else PROMPT
+        outputs = parse_lengths(c["output"]) if "output" in c else OUTPUT
+        return prompts.draw(seed, stream + _PROMPT, n), outputs.draw(seed, stream + _OUTPUT, n)
+    given = [name for name in ("prompt", "output") if name in c]
+    if given:
+        raise UserError(f"{what}: lengths_of decides what {' and '.join(given)} would; leave one out")
+    file = load_trace(c["lengths_of"])
+    prompt, output = np.empty(n, np.int32), np.empty(n, np.int32)
+    for u, rows in sliced_uniforms(seed, stream + _PROMPT, n):
+        pick = (u * len(file)).astype(np.int64)
+        prompt[rows], output[rows] = file.prompt_tokens[pick], file.output_tokens[pick]
+    return prompt, output
+
+
+def _priority(c: Mapping, n: int) -> np.ndarray | None:
+    return np.full(n, int(c["priority"]), np.int32) if "priority" in c else None
 
 
 def _with_ids(trace, session, turn, has, which, shared_blocks, many, next_id):

@@ -113,35 +113,18 @@ class Result:
         engine_s: float,
     ) -> Result:
         """Engine columns to result columns."""
-        table, now = run.state.requests, run.state.now[0]
         outcomes, causes = outcome_and_cause(run)
-        summary = _head(trace, deployment, options, seed, command)
-        summary |= {
-            "verdict": metrics.verdict(
-                table, outcomes, int(now.total_preemptions), int(now.total_admissions)
-            ),
-            "ended": run.ended,
-            "num_requests": len(table),
-            "outcomes": {
-                name: int((outcomes == code).sum()) for code, name in enumerate(st.OUTCOMES) if name
-            },
-            "num_preemptions": int(now.total_preemptions),
-            "num_admissions": int(now.total_admissions),
-            "num_steps": int(now.num_steps),
-            "num_gpu_blocks": run.state.settings[0].num_gpu_blocks,
-            "peak_blocks_used": int(now.peak_used),
-            "kv_cache_usage": metrics.usage(run.state.used_time),
-            "prefix_cache": _prefix_cache(int(now.prefix_queries), int(now.prefix_hits)),
-            "makespan_s": float(now.t) / 1e9,
-            "wall": {"load_s": load_s, "prepare_s": prepare_s, "engine_s": engine_s, "write_s": 0.0},
-        }
+        summary = head(trace, deployment, options, seed, command) | totals(run, outcomes)
+        summary["wall"] = {"load_s": load_s, "prepare_s": prepare_s, "engine_s": engine_s, "write_s": 0.0}
         summary |= _latency_summary(run, outcomes, options["goodput"])
         record = options["record"]
         return cls(
-            requests=None if record == "summary" else _request_table(run, trace, outcomes, causes),
-            events=_event_table(run.events) if record == "events" else None,
-            bins=_bin_table(run, budget),
-            deployment=_plain(deployment, budget, options),
+            requests=None
+            if record == "summary"
+            else request_table(run.state.requests, trace, outcomes, causes),
+            events=event_table(run.events) if record == "events" else None,
+            bins=bin_table(run.state.now[0], run.state.timeline, budget),
+            deployment=plain(deployment, budget, options),
             notes=(*trace.notes, *deployment.notes, *budget.notes),
             _summary=summary,
         )
@@ -160,8 +143,9 @@ class Result:
         event = st.table(st.EVENT, 1)
         event.kind, event.cause = st.KINDS.index(failure.kind), cause
         event.request = event.for_request = -1
-        run = _EmptyRun(table, event)
-        summary = _head(trace, deployment, options, seed, command)
+        now = st.table(st.NOW, 1)[0]
+        now.bin_width = 1
+        summary = head(trace, deployment, options, seed, command)
         summary |= {
             "verdict": "does_not_start",
             "ended": failure.kind,
@@ -179,7 +163,7 @@ class Result:
             "num_gpu_blocks": budget.num_gpu_blocks,
             "peak_blocks_used": 0,
             "kv_cache_usage": {"mean": 0.0, "p95": 0.0, "max": 0.0},
-            "prefix_cache": _prefix_cache(0, 0),
+            "prefix_cache": prefix_cache(0, 0),
             "makespan_s": 0.0,
             "wall": {"load_s": load_s, "prepare_s": 0.0, "engine_s": 0.0, "write_s": 0.0},
         }
@@ -190,10 +174,10 @@ class Result:
         record = options["record"]
         causes = np.full(n, cause, np.int8)
         return cls(
-            requests=None if record == "summary" else _request_table(run, trace, outcomes, causes),
-            events=_event_table(event),
-            bins=_bin_table(run, budget),
-            deployment=_plain(deployment, budget, options),
+            requests=None if record == "summary" else request_table(table, trace, outcomes, causes),
+            events=event_table(event),
+            bins=bin_table(now, st.table(st.BIN, 0), budget),
+            deployment=plain(deployment, budget, options),
             notes=(*trace.notes, *deployment.notes, *budget.notes),
             _summary=summary,
         )
@@ -216,16 +200,6 @@ class Timeline:
         return plotly_figure(self.result)
 
 
-class _EmptyRun:
-    """Shaped like an EngineRun of which nothing ran."""
-
-    def __init__(self, table, events):
-        now = st.table(st.NOW, 1)
-        now.bin_width = 1
-        self.state = type("State", (), {"requests": table, "now": now, "timeline": st.table(st.BIN, 0)})
-        self.events = events
-
-
 def outcome_and_cause(run: EngineRun) -> tuple[np.ndarray, np.ndarray]:
     """(outcome codes, cause codes) int8[n]; whatever has no outcome when the run ends is `unfinished`."""
     table = run.state.requests
@@ -236,7 +210,32 @@ def outcome_and_cause(run: EngineRun) -> tuple[np.ndarray, np.ndarray]:
     return outcomes, causes
 
 
-def _head(trace, deployment, options, seed, command) -> dict:
+def _counts(outcomes: np.ndarray) -> dict[str, int]:
+    counts = np.bincount(outcomes, minlength=len(st.OUTCOMES)).tolist()
+    return {name: count for name, count in zip(st.OUTCOMES, counts, strict=True) if name}
+
+
+def totals(run: EngineRun, outcomes: np.ndarray) -> dict:
+    """Verdict, counts and pool of one replica's run, as `summary.json` has them."""
+    now = run.state.now[0]
+    preemptions, admissions = int(now.total_preemptions), int(now.total_admissions)
+    return {
+        "verdict": metrics.verdict(run.state.requests, outcomes, preemptions, admissions),
+        "ended": run.ended,
+        "num_requests": len(outcomes),
+        "outcomes": _counts(outcomes),
+        "num_preemptions": preemptions,
+        "num_admissions": admissions,
+        "num_steps": int(now.num_steps),
+        "num_gpu_blocks": int(run.state.settings[0].num_gpu_blocks),
+        "peak_blocks_used": int(now.peak_used),
+        "kv_cache_usage": metrics.usage(run.state.used_time),
+        "prefix_cache": prefix_cache(int(now.prefix_queries), int(now.prefix_hits)),
+        "makespan_s": float(now.t) / 1e9,
+    }
+
+
+def head(trace, deployment, options, seed, command) -> dict:
     import msgspec
 
     inputs = msgspec.json.encode([trace.sha256, _settings_of(deployment), options, seed], order="sorted")
@@ -270,7 +269,7 @@ def _settings_of(deployment) -> dict:
     }
 
 
-def _plain(deployment, budget, options) -> dict:
+def plain(deployment, budget, options) -> dict:
     """The input as JSON holds it (lists, no tuples), so that it is the same when it is read back."""
     import msgspec
 
@@ -278,20 +277,21 @@ def _plain(deployment, budget, options) -> dict:
     return msgspec.json.decode(text)
 
 
-def _prefix_cache(queries: int, hits: int) -> dict:
+def prefix_cache(queries: int, hits: int) -> dict:
     """Tokens looked up and found over all admissions, those after a preemption included."""
     return {"queries": queries, "hits": hits, "hit_rate": hits / queries if queries else 0.0}
 
 
 def _latency_summary(run, outcomes, objectives) -> dict:
     table, now = run.state.requests, run.state.now[0]
-    completed = np.isin(outcomes, (st.FINISHED, st.CAPPED))
-    done = table[completed]
-    duration = int(done["finished_at"].max()) if len(done) else 0
+    completed = metrics.is_one_of(outcomes, metrics.COMPLETED)
+    count = int(np.count_nonzero(completed))
+    done = metrics.columns(table, completed)
+    duration = int(done("finished_at").max(initial=0))
     summary = metrics.throughput(
-        len(done),
-        int(done["prompt"].sum(dtype=np.int64)),
-        int(done["generated"].sum(dtype=np.int64)),
+        count,
+        int(done("prompt").sum(dtype=np.int64)),
+        int(done("generated").sum(dtype=np.int64)),
         duration,
     )
     if objectives:
@@ -300,18 +300,18 @@ def _latency_summary(run, outcomes, objectives) -> dict:
         summary["goodput"] = {"objectives_ms": objectives, "met": good, "fraction": good / max(1, len(table))}
     by_name = metrics.latencies_ns(table, completed)
     for name in metrics.LATENCIES:
-        if name == "itl" and len(done):
+        if name == "itl" and count:
             summary |= metrics.spread_of_gaps(run.state.gap_counts, int(now.gap_sum), int(now.gap_count))
         else:
             summary |= metrics.spread(name, by_name.get(name, np.zeros(0)))
     return summary
 
 
-def _request_table(run, trace, outcomes, causes) -> pa.Table:
+def request_table(table, trace, outcomes, causes, replica=None) -> pa.Table:
+    """The requests table. `table`: columns by the names of state.REQUEST; `replica` int16[n], None: all 0."""
     import pyarrow as pa
 
-    table = run.state.requests
-    n = len(table)
+    n = len(outcomes)
 
     def when(name):
         values = table[name]
@@ -328,7 +328,7 @@ def _request_table(run, trace, outcomes, causes) -> pa.Table:
             "request": pa.array(np.arange(n, dtype=np.int64)),
             "request_id": optional(trace.request_id),
             "request_class": optional(trace.request_class),
-            "replica": pa.array(np.zeros(n, np.int16)),
+            "replica": pa.array(np.zeros(n, np.int16) if replica is None else replica),
             "arrival_ns": plain("arrival"),
             "scheduled_ns": when("scheduled_at"),
             "first_token_ns": when("first_token_at"),
@@ -348,7 +348,8 @@ def _request_table(run, trace, outcomes, causes) -> pa.Table:
     )
 
 
-def _event_table(events: np.ndarray) -> pa.Table:
+def event_table(events: np.ndarray, replica=None) -> pa.Table:
+    """The events table of rows of state.EVENT; `replica` int16[n], None: all 0."""
     import pyarrow as pa
 
     n = len(events)
@@ -363,7 +364,7 @@ def _event_table(events: np.ndarray) -> pa.Table:
             "step": plain("step"),
             "kind": words(events["kind"], st.KINDS),
             "request": plain("request"),
-            "replica": pa.array(np.zeros(n, np.int16)),
+            "replica": pa.array(np.zeros(n, np.int16) if replica is None else replica),
             "cause": words(events["cause"], st.CAUSES),
             "blocks_free_before": plain("blocks_free_before"),
             "blocks_free_after": plain("blocks_free_after"),
@@ -382,12 +383,12 @@ def words(codes: np.ndarray, names: tuple[str, ...]) -> pa.DictionaryArray:
     return pa.DictionaryArray.from_arrays(indices, pa.array(names))
 
 
-def _bin_table(run, budget) -> pa.Table:
+def bin_table(now, bins: np.ndarray, budget, replica: int = 0) -> pa.Table:
+    """The timeline of one replica. `now` needs `bin_width` and `accounted`, ns; `bins` rows of state.BIN."""
     import pyarrow as pa
 
-    now, bins = run.state.now[0], run.state.timeline
     width, end = int(now.bin_width), int(now.accounted)
-    bins = bins[: -(-end // width)]
+    bins = bins[: -(-end // width)].view(np.ndarray)
     start = np.arange(len(bins), dtype=np.int64) * width
     widths = np.minimum(width, end - start)
     usable = budget.num_gpu_blocks - 1
@@ -403,7 +404,7 @@ def _bin_table(run, budget) -> pa.Table:
         {
             "time_ns": pa.array(start),
             "width_ns": pa.array(widths),
-            "replica": pa.array(np.zeros(len(bins), np.int16)),
+            "replica": pa.array(np.full(len(bins), replica, np.int16)),
             "blocks_used_mean": mean("used_area"),
             "blocks_used_max": count("used_max"),
             "blocks_cached_mean": mean("cached_area"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from kvsim.units import NS_PER_MS, NS_PER_S
 
 if TYPE_CHECKING:
     from kvsim.result import Result
-    from kvsim.specs import Deployment
+    from kvsim.specs import Deployment, EngineSettings
     from kvsim.steptime import StepCost
     from kvsim.trace import Trace
 
@@ -62,11 +63,15 @@ def simulate(
     strict: bool = False,
     check: bool = False,
     goodput: dict[str, float] | None = None,
+    replicas: int = 1,
+    router: str = "round-robin",
+    threads: int | None = None,
     seed: int | None = None,
     command: str | None = None,
     load_s: float = 0.0,
     progress: Callable[[Progress], None] | None = None,
     on_step: Callable[[st.State, bool], None] | None = None,
+    content_keys: Callable[[Trace, EngineSettings], st.Keys] | None = None,
 ) -> Result:
     """Replay `trace` on `deployment` and return a `Result`.
 
@@ -80,9 +85,13 @@ def simulate(
     strict: keep the engine's own behaviour where a request can never fit (it blocks or livelocks).
     check: verify the invariants of the pool at every event (slow).
     goodput: objectives in ms by "ttft", "tpot", "e2el"; `request_goodput` counts requests that meet them all.
+    replicas: a fleet of that many, each the whole deployment with its own pool and queue; `router` splits the
+        traffic: "round-robin", "random" (by `seed`) or "prefix-affinity" (see `kvsim.routing`).
+    threads: how many replicas run at a time (default: one for each core). It changes no result.
     progress: called between two calls of the engine, at least every 50 ms; it may raise to stop the run.
     on_step: called with the engine's state and False when a step has been scheduled, and with True when its output
         is there (the step log).
+    content_keys: `make_content_keys`, or one that remembers what runs of the same trace share (`sweeps`).
 
     If the deployment cannot start, nothing is replayed: the result's verdict is `does_not_start` and its one
     event says which term breaks it. Raises UserError for a trace or an option that cannot be used.
@@ -92,6 +101,10 @@ def simulate(
 
     prepare_started = time.perf_counter()
     _check_call(trace, deployment, step_time, max_concurrency, goodput)
+    if replicas != 1:
+        from kvsim.fleet import check_fleet
+
+        check_fleet(replicas, threads, max_concurrency=max_concurrency, on_step=on_step)
     specs.check_simulated(deployment)
     record = _record_level(record, len(trace))
     budget = memory.fit(deployment)
@@ -107,6 +120,8 @@ def simulate(
         "strict": strict,
         "goodput": goodput,
     }
+    if replicas > 1:
+        options |= {"replicas": replicas, "router": router}
     common = {
         "trace": trace, "deployment": deployment, "budget": budget, "options": options, "seed": seed,
         "command": command, "load_s": load_s,
@@ -133,21 +148,37 @@ def simulate(
         log_steps=on_step is not None,
         record_events=record == "events",
     )
-    keys = _content_keys(trace, settings) if settings.enable_prefix_caching else None
+    groups = _groups(deployment, budget)
     span = int(trace.arrival_ns[-1]) if len(trace) else 0
-    state = st.pack(
-        arrival_ns=trace.arrival_ns,
-        prompt_tokens=trace.prompt_tokens,
-        output_tokens=trace.output_tokens,
-        settings=engine_settings,
-        cost=st.Cost(*cost),
-        groups=_groups(deployment, budget),
-        bin_width_ns=_ns(bin_s, "bin") if bin_s is not None else _nice_width(span // 1000),
-        keys=keys,
-        priority=trace.priority,
-        parent=trace.parent,
-        delay_ns=trace.delay_ns,
-    )
+    bin_width_ns = _ns(bin_s, "bin") if bin_s is not None else _nice_width(span // 1000)
+
+    keys_of = content_keys or make_content_keys
+
+    def packed(part: Trace) -> st.State:
+        keys = keys_of(part, settings) if settings.enable_prefix_caching else None
+        return st.pack(
+            arrival_ns=part.arrival_ns,
+            prompt_tokens=part.prompt_tokens,
+            output_tokens=part.output_tokens,
+            settings=engine_settings,
+            cost=st.Cost(*cost),
+            groups=groups,
+            bin_width_ns=bin_width_ns,
+            keys=keys,
+            priority=part.priority,
+            parent=part.parent,
+            delay_ns=part.delay_ns,
+        )
+
+    if replicas > 1:
+        from kvsim.fleet import run_fleet
+
+        load_engine()
+        return run_fleet(
+            packed, threads=threads, fixed_bins=bin_s is not None, progress=progress,
+            prepare_started=prepare_started, **common,
+        )  # fmt: skip
+    state = packed(trace)
     load_engine()
     engine_started = time.perf_counter()
     run = drive(state, fixed_bins=bin_s is not None, progress=progress, on_step=on_step)
@@ -164,7 +195,7 @@ def _groups(deployment, budget) -> list[dict]:
         raise UserError(f"{deployment.model.name} cannot be replayed: {error}") from None
 
 
-def _content_keys(trace: Trace, settings) -> st.Keys:
+def make_content_keys(trace: Trace, settings: EngineSettings) -> st.Keys:
     """Keys for the blocks of every request that will be served (3.21); the others never look any up."""
     from kvsim.engine.keys import intern_keys
 
@@ -174,9 +205,9 @@ def _content_keys(trace: Trace, settings) -> st.Keys:
     return intern_keys(most, settings.block_size, trace.prefix_offsets, trace.prefix_ids, trace.prefix_unit)
 
 
+@functools.cache
 def load_engine() -> None:
-    """Have the engine's machine code ready, from the cache or compiled: runs an empty trace, which takes no
-    time when it is loaded already."""
+    """Have the engine's machine code ready, from the cache or compiled: runs an empty trace, once a process."""
     from kvsim import _jit
 
     none = np.zeros(0, np.int32)
@@ -298,14 +329,21 @@ def _wider_bins(state: st.State, time_ns: int) -> st.State:
     now, line = state.now[0], state.timeline
     half = len(line) // 2
     while time_ns // now.bin_width >= len(line):
-        for name in line.dtype.names:
-            pairs = line[name].reshape(half, 2)
-            line[name][:half] = pairs.max(axis=1) if name.endswith("_max") else pairs.sum(axis=1)
+        line[:half] = merged_pairs(line)
         line[half:] = 0
         now.bin_width *= 2
     now.bin = now.accounted // now.bin_width
     now.bin_end = (now.bin + 1) * now.bin_width
     return state
+
+
+def merged_pairs(bins: np.ndarray) -> np.ndarray:
+    """An even number of rows of state.BIN as half as many of double width."""
+    merged = st.table(st.BIN, len(bins) // 2)
+    for name in bins.dtype.names:
+        pairs = bins[name].reshape(-1, 2)
+        merged[name] = pairs.max(axis=1) if name.endswith("_max") else pairs.sum(axis=1)
+    return merged
 
 
 def _more_bins(state: st.State, time_ns: int) -> st.State:

@@ -8,7 +8,10 @@ one list of engine settings: argument parsers and pasted `vllm serve` lines are 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import re
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +28,7 @@ __all__ = [
     "Deployment",
     "EngineSettings",
     "GpuSpec",
+    "Impossible",
     "LayerGroup",
     "ModelSpec",
     "Part",
@@ -167,6 +171,66 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
         """The same deployment with something else asked for; defaults are decided afresh."""
         asked = {**self.asked, **settings}
         return deployment(model or self.model, gpu=gpu or self.gpu, **asked)
+
+    def vary(self, **values) -> list[Deployment | Impossible]:
+        """The same deployment under every combination of settings, the last named varying fastest:
+
+            dep.vary(block_size=[8, 16], max_num_seqs=[64, 128, 256], kv_cache_dtype=["auto", "fp8"])
+
+        Each name is an engine setting, `model` or `gpu`, with the values it takes; None means not given. A
+        combination that contradicts itself is an `Impossible` with the reason, which a sweep records as a row.
+        Raises UserError for a name that is no setting or is not modelled, for no values, and for a value that
+        cannot be read.
+        """
+        lists = {name: _values_of(name, given) for name, given in values.items()}
+        fixed = {name: value for name, value in self.asked.items() if name not in lists}
+        cells = []
+        for combination in itertools.product(*lists.values()):
+            asked = dict(zip(lists, combination, strict=True))
+            model, gpu = asked.pop("model", self.model), asked.pop("gpu", self.gpu)
+            cells.append(deployment_or_reason(model, gpu, {**fixed, **asked}))
+        return cells
+
+
+class Impossible(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings that make no deployment, in the place of one: what was asked, and why it cannot be."""
+
+    model: ModelSpec
+    gpu: GpuSpec
+    asked: dict[str, object]
+    reason: str
+
+
+def asked_value(dep: Deployment | Impossible, name: str) -> object:
+    """What was asked for under `name`: the names of model and GPU, a setting as a value ("32k" is 32,000), None if
+    the engine decides."""
+    if name in ("model", "gpu"):
+        return getattr(dep, name).name
+    return getattr(_read_settings({name: dep.asked[name]}), name) if name in dep.asked else None
+
+
+def deployment_or_reason(model: ModelSpec, gpu: GpuSpec, asked: dict) -> Deployment | Impossible:
+    """`deployment()`, and what it would raise as data."""
+    try:
+        return deployment(model, gpu=gpu, **asked)
+    except UserError as error:
+        return Impossible(model=model, gpu=gpu, asked=asked, reason=str(error))
+
+
+def _values_of(name: str, given) -> list:
+    """The values that a setting takes in a sweep, models and GPUs loaded. See `Deployment.vary`."""
+    load = {"model": load_model, "gpu": load_gpu}.get(name)
+    is_list = isinstance(given, Iterable) and not isinstance(given, str)
+    values = list(given) if is_list else [given]
+    if not values:
+        raise UserError(f"{name} has no values; give a list of at least one")
+    if load is not None:
+        return [load(value) if isinstance(value, str | Path) else value for value in values]
+    if name not in _setting_types() and name.replace("_", "-") in _known_flags().kinds():
+        raise UserError(f"{name} is not modelled, so varying it would change nothing; leave it out")
+    for value in values:
+        _read_settings({name: value})
+    return values
 
 
 # ---------------------------------------------------------------- loading
@@ -390,19 +454,27 @@ def deployment(model: str | Path | ModelSpec, *, gpu: str | GpuSpec, **settings)
     return _raise_block_size(dep)
 
 
+@functools.cache
+def _setting_types() -> dict[str, type]:
+    """The type of each setting; msgspec works them out anew at every call, which takes longer than the rest."""
+    return {f.name: f.type for f in msgspec.structs.fields(EngineSettings)}
+
+
 def _read_settings(asked: dict) -> EngineSettings:
-    fields = {f.name: f for f in msgspec.structs.fields(EngineSettings)}
+    types = _setting_types()
     values = {}
     for name, value in asked.items():
-        if name not in fields:
-            raise UserError(f"there is no engine setting {name!r}{did_you_mean(name, fields)}")
-        wants = fields[name].type
+        if name not in types:
+            raise UserError(f"there is no engine setting {name!r}{did_you_mean(name, types)}")
+        wants = types[name]
         if isinstance(value, str) and int in getattr(wants, "__args__", (wants,)):
             value = _bytes(value) if name == "kv_cache_memory_bytes" else _count(value)
         elif isinstance(value, Path):
             value = str(value)
         elif hasattr(value, "item"):  # a NumPy number out of a sweep
             value = value.item()
+        if value is None:
+            continue
         try:
             values[name] = msgspec.convert(value, wants)
         except msgspec.ValidationError as error:
@@ -463,8 +535,8 @@ def _refuse_not_built(s: EngineSettings) -> None:
         raise UserError(f"allocator {s.allocator} is not built yet; use allocator paged")
     if s.data_parallel_size > 1:
         raise UserError(
-            f"data_parallel_size {s.data_parallel_size} is not simulated yet; simulate one replica with its"
-            " share of the traffic (data_parallel_size 1)"
+            f"data_parallel_size {s.data_parallel_size} is not simulated as one engine; simulate"
+            f" data_parallel_size 1 and --replicas {s.data_parallel_size}, which have a pool and a queue each"
         )
 
 
@@ -745,12 +817,17 @@ _NOT_VLLM = ("engine", "engine_version", "allocator", "prefix_unit")
 _ALIASES = {"device-memory-utilization": "gpu-memory-utilization"}
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser, *, pasted: bool = False) -> None:
+def add_engine_arguments(
+    parser: argparse.ArgumentParser,
+    *,
+    pasted: bool = False,
+    switch: type[argparse.Action] = argparse.BooleanOptionalAction,
+) -> None:
     """Add every engine flag to a parser: the modelled ones with help, vLLM's others hidden, to be warned of.
 
     Only what the user gives appears in the parsed namespace. The parser should have allow_abbrev=False.
     `pasted` adds the short names of flags that are not modelled and leaves out those that vLLM has not;
-    without it --seed is left to the command.
+    without it --seed is left to the command. `switch` is what --flag and --no-flag do.
     """
     group = parser if pasted else parser.add_argument_group("engine settings", "spelled as vLLM spells them")
     defaults = {f.name: f.default for f in msgspec.structs.fields(EngineSettings)}
@@ -764,7 +841,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, pasted: bool = Fals
         if flag.kind == "bool":
             names += ["-ep"] if pasted and flag.name == "enable_expert_parallel" else []
             options["help"] = f"{flag.help} (default: {'on' if defaults[flag.name] else 'off'})"
-            group.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
+            group.add_argument(*names, action=switch, **options)
             continue
         default = "" if defaults[flag.name] is None else f" (default: {defaults[flag.name]})"
         metavar = {"count": "N", "bytes": "BYTES", "float": "X", "str": "NAME"}[flag.kind]

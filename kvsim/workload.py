@@ -19,7 +19,7 @@ import numpy as np
 from kvsim import traces
 from kvsim.errors import UserError, did_you_mean
 from kvsim.trace.columns import MAX_TOKENS, Trace, columns_sha256
-from kvsim.trace.philox import stratified, uniforms
+from kvsim.trace.philox import sliced_uniforms, stratified, uniforms
 from kvsim.units import NS_PER_S, NS_PER_US
 
 DEFAULT_SEED = 0
@@ -67,7 +67,12 @@ class Lengths(NamedTuple):
 
     def draw(self, seed: int, stream: int, n: int) -> np.ndarray:
         """int32[n] of a stream; tables are stratified, which takes `stream + 1` too."""
-        return self.at((stratified if self.kind == "table" else uniforms)(seed, stream, n))
+        if self.kind == "table":
+            return self.at(stratified(seed, stream, n))
+        drawn = np.empty(n, np.int32)
+        for u, rows in sliced_uniforms(seed, stream, n):
+            drawn[rows] = self.at(u)
+        return drawn
 
 
 def lognormal(median: float, sigma: float) -> Lengths:
@@ -348,13 +353,16 @@ def _generated(name: str, source: str, seed: int, **columns) -> Trace:
 
 def renewal(arrivals: str, burstiness: float, u: np.ndarray) -> np.ndarray:
     """float64[n + 1] arrivals at mean gap 1 from u float64[n], the first at 0."""
+    return np.concatenate([[0.0], np.cumsum(gaps(arrivals, burstiness, u))])
+
+
+def gaps(arrivals: str, burstiness: float, u: np.ndarray) -> np.ndarray:
+    """float64[n] gaps of mean 1 from u float64[n]."""
     if arrivals == "poisson":
-        gaps = -np.log1p(-u)
-    elif arrivals == "gamma":
-        gaps = _gamma(burstiness, u)
-    else:
-        gaps = np.ones(len(u))
-    return np.concatenate([[0.0], np.cumsum(gaps)])
+        return -np.log1p(-u)
+    if arrivals == "gamma":
+        return _gamma(burstiness, u)
+    return np.ones(len(u))
 
 
 def _gamma(shape: float, u: np.ndarray) -> np.ndarray:

@@ -88,9 +88,25 @@ def test_percentiles_of_gaps_are_within_a_thousandth(gaps):
     assert got["mean_itl_ms"] == pytest.approx(sum(gaps) / len(gaps) / 1e6)
 
 
+@pytest.mark.parametrize("n", [1, 7, 128, 129, 1000, 4096, 5003, 65_537])
+def test_deviations_are_numpys_to_the_last_bit(n, monkeypatch):
+    values = (np.random.default_rng(n).lognormal(20, 2, n)).astype(np.int64)
+    for column in (values, values / 7):
+        want = column.std() / 1e6
+        for block in (128, 1024, 10**6):
+            monkeypatch.setattr(metrics, "_BLOCK", block)
+            assert metrics.spread("ttft", column.copy())["std_ttft_ms"] == want
+
+
+@given(some.lists(some.integers(0, 2**40), min_size=1, max_size=120), some.sampled_from([1, 7]))
+def test_quantiles_are_numpys_to_the_last_bit(values, divisor):
+    values = np.array(values) if divisor == 1 else np.array(values) / divisor
+    assert metrics.quantiles(values) == np.percentile(values, metrics.PERCENTILES).tolist()
+
+
 @given(some.integers(0, 2**62))
 def test_a_bucket_holds_its_gaps(gap):
-    value = metrics.gap_values()[blocks.gap_bucket(np.int64(gap))]
+    value = metrics.gap_values(np.array([blocks.gap_bucket(np.int64(gap))]))[0]
     assert math.isclose(value, gap, rel_tol=1 / 2048)
     if gap < 2 * st.GAP_SUBBUCKETS:
         assert value == gap

@@ -11,7 +11,7 @@ import pytest
 from kvsim.cli import main
 from kvsim.errors import UserError
 from kvsim.mix import like, make_mix, read_spec
-from kvsim.trace import load_trace, write_trace
+from kvsim.trace import load_trace, philox, write_trace
 from kvsim.trace.describe import describe
 
 CHAT = {"name": "chat", "share": 3, "prompt": "lognormal:100,0.8", "output": "geometric:50"}
@@ -233,3 +233,41 @@ def test_the_command_states_the_reuse(tmp_path, capsys):
     spec.write_text('rate = 10.0\nduration = 20\n[[class]]\nname = "chat"\nturns = "geometric:3"\n')
     assert main(["trace", "make", "--spec", str(spec)]) == 0
     assert "of the prompt tokens repeat an earlier prefix" in capsys.readouterr().out
+
+
+SPECS = (
+    {"rate": 5, "duration": 400, "class": [CHAT | TURNS | SHARED, BATCH]},
+    {"rate": 5, "duration": 400, "profile": [1, 3, 0], "class": [{"arrivals": "gamma", "burstiness": 0.4}]},
+    {"rate": 9, "duration": 300, "class": [{"lengths_of": "azure-conv-like"}]},
+)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_drawing_in_slices_changes_nothing(spec, monkeypatch):
+    whole = make_mix(spec)
+    assert len(whole) > 500
+    for size in (1, 37, 1000):
+        monkeypatch.setattr(philox, "SLICE", size)
+        assert make_mix(spec).sha256 == whole.sha256
+
+
+def test_lengths_of_a_trace_are_its_pairs():
+    trace, source = mix({"lengths_of": "azure-conv-like"}, rate=100.0), load_trace("azure-conv-like")
+
+    def pairs(t):
+        return list(zip(t.prompt_tokens.tolist(), t.output_tokens.tolist(), strict=True))
+
+    assert set(pairs(trace)) <= set(pairs(source))
+    assert trace.request_class is None and len(trace) == pytest.approx(200_000, rel=0.02)
+    for tokens in ("prompt_tokens", "output_tokens"):
+        assert getattr(trace, tokens).mean() == pytest.approx(getattr(source, tokens).mean(), rel=0.01)
+
+
+def test_lengths_of_goes_alone(capsys):
+    with pytest.raises(UserError, match="lengths_of decides what prompt would"):
+        mix({"lengths_of": "azure-conv-like", "prompt": "constant:5"})
+    words = ["trace", "make", "--rate", "5", "--duration", "60", "--lengths-of"]
+    assert main([*words, "chat-small"]) == 0
+    assert "requests" in capsys.readouterr().out
+    assert main([*words, "chat-smal"]) == 2
+    assert "no such file" in capsys.readouterr().err

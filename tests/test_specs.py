@@ -290,7 +290,7 @@ def test_scheduling_defaults():
         ({"scheduling_policy": "lifo"}, "one of fcfs, priority"),
         ({"allocator": "reserve_max"}, "use allocator paged"),
         ({"engine": "sglang"}, "use engine vllm"),
-        ({"data_parallel_size": 2}, "one replica"),
+        ({"data_parallel_size": 2}, "--replicas 2"),
     ],
 )
 def test_impossible_settings(settings, sentence):

@@ -20,6 +20,7 @@ _EPILOG = """examples:
   kvsim run azure.csv.gz --model llama-3.1-8b --gpu a100-80gb --max-num-seqs 128 -o out
   kvsim run mooncake.jsonl --gpu h100 -- vllm serve meta-llama/Llama-3.1-8B --max-model-len 32k
   kvsim run chat-small --deadline 30 --goodput ttft:500 tpot:50 --require 'goodput>=0.99'
+  kvsim run azure-conv-like --replicas 4 --router random --rate-scale 4
   kvsim run --case c02.case.json.gz --step-log out.jsonl.gz
 
 exit codes: 0 answered; 1 the answer is no (it does not start, or --require is missed); 2 a mistake in the call
@@ -30,6 +31,7 @@ or the input; 130 interrupted. An option may be left out: what GPU memory then d
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `kvsim run`."""
     from kvsim.cli.traffic import add_reading_arguments, add_traffic_arguments, count
+    from kvsim.routing import ROUTERS
     from kvsim.specs import add_engine_arguments
 
     parser.epilog = _EPILOG
@@ -65,8 +67,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-concurrency", type=count, metavar="N", help="closed loop: N requests in flight at most"
     )
+    fleet = parser.add_argument_group("a fleet")
+    fleet.add_argument(
+        "--replicas",
+        type=count,
+        default=1,
+        metavar="N",
+        help="that many copies of the deployment, each with its own pool and queue (default: 1)",
+    )
+    fleet.add_argument(
+        "--router",
+        choices=ROUTERS,
+        default="round-robin",
+        help="who gets a request: round-robin (default), random (by --seed) or prefix-affinity (by a hash of the first "
+        "prefix id that not all requests share; without prefix ids by conversation). A follow-up turn goes where "
+        "its conversation began. These are stateless: they split the trace beforehand, and replicas use all cores",
+    )
+    fleet.add_argument("--threads", type=count, metavar="N", help="replicas simulated at a time (default: all cores); "
+                       "no result depends on it")  # fmt: skip
     add_reading_arguments(parser)
 
+    clock = add_clock_arguments(parser)
+    clock.add_argument(
+        "--require", metavar="goodput>=X", help="exit 1 unless that share of requests meets --goodput"
+    )
+    clock.add_argument("--case", metavar="FILE", help="replay a reference case; implies --strict")
+    add_engine_arguments(parser)
+
+
+def add_clock_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """--step-time, --deadline, --until, --strict and --goodput."""
     clock = parser.add_argument_group("clock and outcomes")
     clock.add_argument("--step-time", metavar="A0,A1,A2", help="a step of n tokens over ctx context tokens takes "
                        "A0 + A1*n + A2*ctx seconds (default: a roofline of the model on the GPU)")  # fmt: skip
@@ -77,11 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     clock.add_argument("--strict", action="store_true", help="block or livelock as the engine would, instead of "
                        "dropping what can never fit; ends with a stall report")  # fmt: skip
     clock.add_argument("--goodput", nargs="+", metavar="NAME:MS", help="objectives: ttft:MS tpot:MS e2el:MS")
-    clock.add_argument(
-        "--require", metavar="goodput>=X", help="exit 1 unless that share of requests meets --goodput"
-    )
-    clock.add_argument("--case", metavar="FILE", help="replay a reference case; implies --strict")
-    add_engine_arguments(parser)
+    return clock
 
 
 def main(args: argparse.Namespace) -> int:
@@ -92,14 +118,14 @@ def main(args: argparse.Namespace) -> int:
         _refuse_beside_case(args)
         return run_case(args)
     required = _requirement(args)  # before anything slow
-    goodput = _goodput(args.goodput)
-    step_time = _step_time(args.step_time)
+    goodput = goodput_of(args.goodput)
+    step_time = step_time_of(args.step_time)
     _check_out(args.out)
     deployment = _deployment(args)
     load_started = time.perf_counter()
     trace = _trace(args)
     load_s = time.perf_counter() - load_started
-    _warn_of_equal_priorities(trace, deployment)
+    warn_of_equal_priorities(trace, deployment)
 
     from kvsim import memory
     from kvsim.cli.warm import say_if_cold
@@ -120,6 +146,9 @@ def main(args: argparse.Namespace) -> int:
             strict=args.strict,
             check=args.check,
             goodput=goodput,
+            replicas=args.replicas,
+            router=args.router,
+            threads=args.threads,
             seed=args.seed,
             command=shlex.join(["kvsim", *sys.argv[1:]]),
             load_s=load_s,
@@ -144,7 +173,7 @@ def main(args: argparse.Namespace) -> int:
 # What a case says itself, or has none of.
 _NOT_BESIDE_CASE = (
     "trace", "model", "gpu", "pasted", "out", "record", "bin", "check", "max_concurrency", "step_time",
-    "deadline", "until", "goodput", "require", "rate", "rate_scale", "limit",
+    "deadline", "until", "goodput", "require", "rate", "rate_scale", "limit", "threads",
 )  # fmt: skip
 
 
@@ -152,6 +181,7 @@ def _refuse_beside_case(args: argparse.Namespace) -> None:
     from kvsim import specs
 
     given = [name for name in _NOT_BESIDE_CASE if getattr(args, name) not in (None, False, [])]
+    given += ["replicas"] if args.replicas > 1 else []
     for name in (*given, *specs.settings_from_args(args)):
         word = {"trace": "TRACE", "pasted": "the pasted command line"}.get(
             name, "--" + name.replace("_", "-")
@@ -159,7 +189,7 @@ def _refuse_beside_case(args: argparse.Namespace) -> None:
         raise UserError(f"--case brings its own traffic, settings and clock; leave {word} out")
 
 
-def _warn_of_equal_priorities(trace, deployment) -> None:
+def warn_of_equal_priorities(trace, deployment) -> None:
     is_by_priority = deployment.settings.scheduling_policy == "priority"
     if (
         is_by_priority
@@ -222,7 +252,7 @@ def _trace(args):
     return load(args.trace or DEFAULT_TRACE, args)
 
 
-def _step_time(text: str | None) -> tuple[float, float, float] | None:
+def step_time_of(text: str | None) -> tuple[float, float, float] | None:
     if text is None:
         return None
     try:
@@ -236,7 +266,7 @@ def _step_time(text: str | None) -> tuple[float, float, float] | None:
     return a0, a1, a2
 
 
-def _goodput(words: list[str] | None) -> dict[str, float] | None:
+def goodput_of(words: list[str] | None) -> dict[str, float] | None:
     from kvsim.metrics import OBJECTIVES
 
     if words is None:

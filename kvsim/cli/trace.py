@@ -107,6 +107,8 @@ def _add_make(verbs) -> None:
         "(default lognormal:512,1.1)",
     )
     add("--output", metavar="DIST", help="likewise (default geometric:200)")
+    add("--lengths-of", metavar="TRACE", help="draw pairs of prompt and output from this trace instead, each row "
+        "equally likely")  # fmt: skip
     add("--seed", type=int, metavar="N", help="default 0, never the clock")
     add(
         "-o",
@@ -202,7 +204,7 @@ def _make(args: argparse.Namespace) -> int:
 def _made(args: argparse.Namespace, seed_given: bool):
     from kvsim import workload
 
-    if args.spec or args.classes or args.profile or args.bursts:
+    if args.spec or args.classes or args.profile or args.bursts or args.lengths_of:
         return _mixed(args, seed_given)
     requests = parse_count(args.requests) if args.requests is not None else None
     if args.like:
@@ -242,7 +244,9 @@ def _mixed(args: argparse.Namespace, seed_given: bool):
 
     given = [f"--{n}" for n in ("like", "requests", "arrivals", "burstiness") if getattr(args, n) is not None]
     if given:
-        raise UserError(f"{', '.join(given)} does not go with classes, --profile or --bursts; leave one out")
+        raise UserError(
+            f"{', '.join(given)} does not go with classes, --profile, --bursts or --lengths-of; leave one out"
+        )
     spec = read_spec(args.spec) if args.spec else {}
     spec |= {key: getattr(args, key) for key in ("rate", "duration") if getattr(args, key) is not None}
     if seed_given:
@@ -250,8 +254,9 @@ def _mixed(args: argparse.Namespace, seed_given: bool):
     args.seed = spec.get("seed", 0)
     if args.classes:
         spec["class"] = [_pairs(text) for text in args.classes]
-    elif args.prompt or args.output:
-        spec["class"] = [{k: v for k, v in (("prompt", args.prompt), ("output", args.output)) if v}]
+    elif args.prompt or args.output or args.lengths_of:
+        lengths = {"prompt": args.prompt, "output": args.output, "lengths_of": args.lengths_of}
+        spec["class"] = [{key: value for key, value in lengths.items() if value}]
     if args.profile:
         rates, _, period = args.profile.partition("@")
         spec["profile"] = [_value(rate) for rate in rates.split(",")]
@@ -270,7 +275,9 @@ def _pairs(text: str) -> dict:
         if not value or key in pairs:
             raise UserError(f"--class {text!r}: {word!r} is no KEY=VALUE of its own; write such as share=0.7")
         pairs[key] = (
-            value if key in ("name", "prompt", "output", "arrivals", "turns", "think") else _value(value)
+            value
+            if key in ("name", "prompt", "output", "lengths_of", "arrivals", "turns", "think")
+            else _value(value)
         )
     return pairs
 

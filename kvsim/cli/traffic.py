@@ -41,10 +41,15 @@ def add_traffic_arguments(parser: argparse.ArgumentParser, *, sample: bool = Fal
 
 
 def load(source, args: argparse.Namespace):
-    """The trace of a file or several, read and changed as the flags say: limit, sample, rate, scale, cut, clip."""
+    """The trace of a file or several, read and changed as the flags say."""
+    return changed(read(source, args), args)
+
+
+def read(source, args: argparse.Namespace):
+    """The trace of a file or several as the reading flags say."""
     from kvsim.trace import load_trace
 
-    trace = load_trace(
+    return load_trace(
         source,
         format=args.format,
         columns=args.columns,
@@ -55,6 +60,10 @@ def load(source, args: argparse.Namespace):
         failed=args.failed,
         backward=args.backward,
     )
+
+
+def changed(trace, args: argparse.Namespace):
+    """The trace as the traffic flags say: limit, sample, rate, scale, cut, clip."""
     if args.limit is not None:
         trace = trace.limit(args.limit)
     if getattr(args, "sample", None) is not None:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvsim.report import words
+from kvsim.report.fleet import num_replicas, one_timeline
 from kvsim.units import GIB, NS_PER_S, format_gib
 
 MAX_BINS = 2_000  # more are merged: a screen has no more columns
@@ -79,7 +80,8 @@ class Panels(NamedTuple):
     width_ns: int
     rate_start_ns: np.ndarray
     rate_width_ns: int
-    capacity: int
+    capacity: int  # blocks of one pool
+    pools: int
     used_mean: np.ndarray
     used_max: np.ndarray
     running: np.ndarray
@@ -106,7 +108,7 @@ class Panels(NamedTuple):
 
 def panels(result) -> Panels:
     """Bins and marks of a run that started."""
-    summary, bins = result.summary(), result.bins
+    summary, bins = result.summary(), one_timeline(result)
     column = {name: bins[name].to_numpy() for name in bins.column_names}
     if bins.num_rows == 0:  # everything was over at time 0: a second of nothing
         column = {name: np.zeros(1, values.dtype) for name, values in column.items()}
@@ -136,6 +138,7 @@ def panels(result) -> Panels:
         rate_start_ns=start[windows],
         rate_width_ns=int(width[:a_rate].sum()),
         capacity=max(0, summary["num_gpu_blocks"] - 1),
+        pools=num_replicas(result),
         used_mean=mean("blocks_used_mean"),
         used_max=highest("blocks_used_max"),
         running=mean("running_mean"),
@@ -259,9 +262,10 @@ def _from_requests(result, kind: str, width_ns: int) -> Marks:
 
 def _from_bins(result, kind: str, name: str) -> Marks:
     """Counts of the timeline, all that is left when events were not kept."""
-    number = result.bins[name].to_numpy()
+    bins = one_timeline(result)
+    number = bins[name].to_numpy()
     hit = np.flatnonzero(number)
-    start, width = result.bins["time_ns"].to_numpy()[hit], result.bins["width_ns"].to_numpy()[hit]
+    start, width = bins["time_ns"].to_numpy()[hit], bins["width_ns"].to_numpy()[hit]
     text = [
         f"{n:,} {KINDS[kind][0]} in the {span(w)} from {words.at(t)}\n"
         "which and why was not kept (--record events)"
@@ -395,9 +399,13 @@ def _in(colour: str, text: str) -> str:
 
 def _pool_title(p: Panels) -> str:
     return (
-        f"<b>KV blocks in use</b>   {_in(POOL, '━ mean')}  {_in(HIGHEST, '━ highest')} of each"
+        f"<b>{pool_name(p)}</b>   {_in(POOL, '━ mean')}  {_in(HIGHEST, '━ highest')} of each"
         f" {span(p.width_ns)}   {_in(QUIET, f'╌ capacity {p.capacity:,} blocks')}"
     )
+
+
+def pool_name(p: Panels) -> str:
+    return "KV blocks in use" + (f", a pool of {p.pools}" if p.pools > 1 else "")
 
 
 def _marks_title(p: Panels) -> str:

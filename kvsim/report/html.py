@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kvsim.report import figure as fig
 from kvsim.report import words
+from kvsim.report.fleet import replica_rows
 from kvsim.report.table import cause_rows, goodput_sentence, latency_rows, throughput_rows
 
 # The buttons are named one by one because plotly.js has one that offers to send the chart to its maker.
@@ -66,7 +67,7 @@ def _text(text: object) -> str:
 
 def _what(result) -> str:
     summary = result.summary()
-    return f"{summary['trace']['name']} on {summary['model']}, {summary['num_gpus']} x {summary['gpu']}"
+    return f"{summary['trace']['name']} on {summary['model']}, {words.gpus(summary)}"
 
 
 def _facts(result) -> str:
@@ -106,6 +107,9 @@ def _tables(result) -> str:
         _table(["throughput", ""], [list(row) for row in throughput_rows(summary)]),
         _table(latencies[0], latencies[1:]),
     ]
+    replicas = replica_rows(summary)
+    if replicas:
+        tables.append(_table(replicas[0], replicas[1:], "wide"))
     causes = cause_rows(result)
     if causes:
         tables.append(_table(causes[0], causes[1:], "wide"))

@@ -133,7 +133,7 @@ def _draw_pool(ax, p) -> None:
     ax.axhline(p.capacity, color=fig.QUIET, linewidth=1, linestyle=(0, (5, 3)))
     ax.set_ylim(0, max(1, p.capacity) * 1.03)
     named = [("mean", fig.POOL), ("highest", fig.HIGHEST), (f"of each {fig.span(p.width_ns)}", fig.QUIET)]
-    _title(ax, "KV blocks in use", [*named, (f"dashed: capacity {p.capacity:,} blocks", fig.QUIET)])
+    _title(ax, fig.pool_name(p), [*named, (f"dashed: capacity {p.capacity:,} blocks", fig.QUIET)])
 
 
 def _draw_marks(ax, p) -> None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvsim.report import words
+from kvsim.report.fleet import num_replicas, of_replica
 from kvsim.result import row_of
 from kvsim.units import NS_PER_S
 
@@ -108,6 +109,7 @@ def life_of(result, request: int) -> dict:
     """What `tell` tells, as plain data: title, story [{time_ns, text}], figures, meaning, change, and the row
     (`request`), its latencies in ns and its events."""
     row = row_of(result.requests, request)
+    result = of_replica(result, row["replica"])
     events = [] if result.events is None else _events_of(result.events, request)
     latencies = _latencies(row)
     if events:
@@ -116,7 +118,7 @@ def life_of(result, request: int) -> dict:
         story, waited = _without_events(result, row), {}
     meaning, change = _reasons(result, row, events, waited)
     return {
-        "title": _title(row),
+        "title": _title(row) + (f" On replica {row['replica']}." if num_replicas(result) > 1 else ""),
         "story": story,
         "figures": _figures(row, latencies),
         "meaning": meaning,
@@ -273,7 +275,7 @@ def _tell_arrive(result, row, event):
 
 def _levels_before(events, seq: int) -> tuple[int, int]:
     """(running, waiting) just before the event `seq`, by the latest event of each request."""
-    before = events.slice(0, seq)
+    before = events.slice(0, int(np.searchsorted(events["seq"].to_numpy(), seq)))
     kind, kinds = words.codes(before["kind"])
 
     def is_one_of(column, *names):

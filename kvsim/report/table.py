@@ -16,6 +16,7 @@ import numpy as np
 
 from kvsim.metrics import LATENCIES
 from kvsim.report import words
+from kvsim.report.fleet import MAX_ROWS, num_replicas, of_replica, one_timeline, replica_rows
 from kvsim.report.story import head_waits
 from kvsim.units import NS_PER_S, format_ns
 
@@ -32,7 +33,9 @@ def summary_text(summary: dict) -> str:
     """Verdict, outcomes, throughput, latencies and pool usage, from the summary alone."""
     if summary["verdict"] == "does_not_start":
         return _joined([_verdict(summary)])
-    return _joined([_verdict(summary), _outcomes(summary), _latencies(summary), _usage(summary)])
+    return _joined(
+        [_verdict(summary), _outcomes(summary), _latencies(summary), _replicas(summary), _usage(summary)]
+    )
 
 
 def result_text(result, folder: str | None = None) -> str:
@@ -45,6 +48,7 @@ def result_text(result, folder: str | None = None) -> str:
     sections += [
         _outcomes(summary),
         _latencies(summary),
+        _replicas(summary),
         _chart(result) + _queue_head(result),
         _preemptions(result),
         _causes(result, folder),
@@ -208,7 +212,18 @@ def _usage(summary: dict) -> list[str]:
     usage, blocks = summary["kv_cache_usage"], summary["num_gpu_blocks"] - 1
     mean, p95, peak = (f"{100 * usage[name]:.1f} %" for name in ("mean", "p95", "max"))
     pool, most = words.count(max(0, blocks), "block"), words.count(summary["peak_blocks_used"], "block")
-    return _wrapped(f"KV pool of {pool}: mean {mean}, p95 {p95}, peak {peak} ({most})")
+    each = f"{summary['num_replicas']} KV pools" if "num_replicas" in summary else "KV pool"
+    return _wrapped(f"{each} of {pool}: mean {mean}, p95 {p95}, peak {peak} ({most})")
+
+
+def _replicas(summary: dict) -> list[str]:
+    """A row for each replica of a fleet, or for the worst of many."""
+    rows = replica_rows(summary, MAX_ROWS)
+    if not rows:
+        return []
+    left = summary["num_replicas"] - (len(rows) - 1)
+    lines = aligned([rows[0], *([f"  {row[0]}", *row[1:]] for row in rows[1:])], "<<>>>>>>")
+    return lines + ([f"  and {words.count(left, 'more replica')} that fared better"] if left else [])
 
 
 def _notes(result) -> list[str]:
@@ -220,7 +235,7 @@ def _notes(result) -> list[str]:
 
 def _chart(result) -> list[str]:
     """The pool, running and waiting over time; rows for preemptions and rejections when there are any."""
-    summary, bins = result.summary(), result.bins
+    summary, bins = result.summary(), one_timeline(result)
     if bins.num_rows == 0:
         return _usage(summary)
     usable = max(1, summary["num_gpu_blocks"] - 1)
@@ -295,12 +310,19 @@ def _queue_head(result) -> list[str]:
     """For how long someone waited at the head of the queue, and on what."""
     if result.events is None or result.requests is None:
         return []
-    by_cause = head_waits(result).total_ns()
-    total, run = sum(by_cause.values()), result.summary()["makespan_s"] * NS_PER_S
+    n, by_cause = num_replicas(result), {}
+    for k in range(n):
+        for cause, ns in head_waits(of_replica(result, k)).total_ns().items():
+            by_cause[cause] = by_cause.get(cause, 0) + ns
+    total, run = sum(by_cause.values()), n * result.summary()["makespan_s"] * NS_PER_S
     if total == 0:
         return []
-    shares = ", ".join(f"{cause} {words.percent(ns, total)}" for cause, ns in by_cause.items())
-    return _wrapped(f"someone waited to be admitted for {words.percent(total, run)} of the time: {shares}")
+    longest = sorted(by_cause.items(), key=lambda item: -item[1])
+    shares = ", ".join(f"{cause} {words.percent(ns, total)}" for cause, ns in longest)
+    of_whom = "" if n == 1 else " of a replica"
+    return _wrapped(
+        f"someone waited to be admitted for {words.percent(total, run)} of the time{of_whom}: {shares}"
+    )
 
 
 def _preemptions(result) -> list[str]:

@@ -102,7 +102,26 @@ def listed(parts: list[str]) -> str:
 
 def verdict_sentence(summary: dict) -> tuple[str, str]:
     """The verdict's word and one sentence of why."""
-    return VERDICTS[summary["verdict"]], _REASONS[summary["verdict"]](summary) + _early_end(summary)
+    verdict = summary["verdict"]
+    if "replicas" in summary and verdict not in ("stable", "does_not_start"):
+        return VERDICTS[verdict], _of_fleet(summary) + _early_end(summary)
+    return VERDICTS[verdict], _REASONS[verdict](summary) + _early_end(summary)
+
+
+def _of_fleet(summary: dict) -> str:
+    """How many replicas have the fleet's verdict, and why the first of them does."""
+    verdict, replicas = summary["verdict"], summary["replicas"]
+    which = [k for k, entry in enumerate(replicas) if entry["verdict"] == verdict]
+    are = "replica is" if len(which) == 1 else "replicas are"
+    reason = _REASONS[verdict](replicas[which[0]])
+    return f"{len(which)} of {len(replicas)} {are} {verdict}; replica {which[0]}: {reason}"
+
+
+def gpus(summary: dict) -> str:
+    """`"1 x l4"`, `"4 replicas of 2 x h100"`."""
+    n = summary.get("num_replicas", 1)
+    each = f"{summary['num_gpus'] // n} x {summary['gpu']}"
+    return each if n == 1 else f"{n} replicas of {each}"
 
 
 def _does_not_start(summary: dict) -> str:
@@ -166,7 +185,7 @@ def deployment_facts(result) -> list[str]:
     blocks, tokens = summary["num_gpu_blocks"], budget["kv_cache_tokens"]
     pool = f"{blocks:,} blocks of {budget['block_size']} tokens, {tokens:,} KV tokens"
     return [
-        f"{summary['model']} on {summary['num_gpus']} x {summary['gpu']}",
+        f"{summary['model']} on {gpus(summary)}",
         pool,
         f"max_num_seqs {settings['max_num_seqs']:,}",
         f"max_num_batched_tokens {settings['max_num_batched_tokens']:,}",

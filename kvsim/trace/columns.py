@@ -132,6 +132,22 @@ class Trace:
             clipped = replace(clipped, prefix_offsets=offsets, prefix_ids=ids)
         return clipped
 
+    def part(self, rows: np.ndarray) -> Trace:
+        """The rows picked, in that order, on this trace's clock: the first need not arrive at 0. Classes and ids
+        are left out. Wants every turn's parent among them."""
+        picked = replace(self, request_class=None, request_id=None)
+        if len(rows):
+            picked = picked._rows(rows)
+            return replace(picked, arrival_ns=self.arrival_ns[rows], notes=self.notes)
+        empty = {
+            name: getattr(self, name)[rows]
+            for name in (*COLUMNS, "parent")
+            if getattr(picked, name) is not None
+        }
+        if self.prefix_unit:
+            empty |= {"prefix_offsets": np.zeros(1, np.int64), "prefix_ids": self.prefix_ids[:0]}
+        return replace(picked, **empty)
+
     def sample(self, share: float, seed: int = 0) -> Trace:
         """Each request with probability `share`, at its own time; the same seed keeps a longer trace's start.
 
@@ -201,7 +217,8 @@ class Trace:
     def sorted_by_arrival(self) -> Trace:
         """Rows by arrival, ties in the order they had, the first at 0: what a reader ends with."""
         if np.all(self.arrival_ns[1:] >= self.arrival_ns[:-1]):
-            return replace(self, arrival_ns=self.arrival_ns - self.arrival_ns[0])
+            first = self.arrival_ns[0]
+            return self if first == 0 else replace(self, arrival_ns=self.arrival_ns - first)
         return self._rows(np.argsort(self.arrival_ns, kind="stable"))
 
     def check_integrity(self) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import os
 import zlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -105,7 +106,9 @@ def _read(
     prefix_unit: int | None,
     policies: dict[str, str],
 ) -> _Part:
+    pool = ThreadPoolExecutor(1)  # the digest of a large file takes a while, beside the reading
     try:
+        digest = pool.submit(_sha256, file)
         kind = container(file)
         reader = _READERS[kind]
         names, first = reader.header(file)
@@ -120,8 +123,7 @@ def _read(
             if other is not None:
                 schema, notes = other, (*notes, note)
                 rows = reader.read(file, schema, names)
-        with open(file.path, "rb") as raw:
-            sha256 = hashlib.file_digest(raw, "sha256").hexdigest()
+        sha256 = digest.result()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise file.error(f"the gzip stream is truncated or corrupt ({error}); download it again") from None
     except MemoryError:
@@ -133,9 +135,16 @@ def _read(
                 f"the zstd stream is truncated or corrupt ({reason}); download it again"
             ) from None
         raise file.error(f"cannot be read ({error.strerror or error}); check disk and permissions") from None
+    finally:
+        pool.shutdown()
     if prefix_unit is not None and rows.prefix_ids is None:
         raise file.error("has no prefix ids, so prefix_unit means nothing; leave it out")
     return _in_order(file, schema, rows, sha256, notes, policies)
+
+
+def _sha256(file: Source) -> str:
+    with open(file.path, "rb") as raw:
+        return hashlib.file_digest(raw, "sha256").hexdigest()
 
 
 def _settled(
@@ -286,7 +295,7 @@ def _any(texts: np.ndarray | None) -> np.ndarray | None:
 
 def _counted(
     file: Source, schema: Schema, rows: Rows, policies: dict[str, str], told: list[str]
-) -> tuple[Rows, np.ndarray]:
+) -> tuple[Rows, np.ndarray | range]:
     """(the rows that are requests and that the policies keep, their numbers in the file); counts are told."""
     n = len(rows.prompt)
     keep = np.ones(n, bool) if rows.kept is None else rows.kept.copy()
@@ -313,6 +322,8 @@ def _counted(
         (rows.output == 0, "zero_output", f"{schema.output} is 0", "no_output_requested"),
     )
     for hit, policy, fact, cause in rules:
+        if not hit.any():
+            continue
         hit = hit & keep
         count = np.count_nonzero(hit)
         if not count:
@@ -326,7 +337,7 @@ def _counted(
             f"which this is the first; {fate}"
         )
     if keep.all():
-        return rows, np.arange(n)
+        return rows, range(n)
     index = np.flatnonzero(keep)
     picked = {
         field: column[index]

@@ -48,7 +48,7 @@ def with_own_times(file: Source, schema: Schema, rows: Rows, told: list[str]) ->
 
 
 def links(
-    file: Source, rows: Rows, index: np.ndarray, order: np.ndarray | None, told: list[str]
+    file: Source, rows: Rows, index: np.ndarray | range, order: np.ndarray | None, told: list[str]
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """(parent int64[n] as row numbers before sorting by `order`, -1 none; delay_ns int64[n]); None, None when
     nothing links rows. A parent always comes earlier in that order; other links are dropped and counted."""
@@ -59,6 +59,7 @@ def links(
     elif rows.parent_id is not None and rows.turn_id is not None:
         parent, dropped = _by_id(rows.turn_id, rows.parent_id, order, n)
     elif rows.parent_row is not None:
+        index = np.arange(n) if isinstance(index, range) else index
         parent, dropped = _by_row(rows.parent_row, index, order, n)
     else:
         return None, None

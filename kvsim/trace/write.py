@@ -42,7 +42,15 @@ def write_trace(trace: Trace, path: str | os.PathLike, format: str | None = None
         )
     if format == "kvsim" and path.suffix == ".gz":
         raise UserError(f"{path}: Parquet is compressed already; leave .gz off the name")
-    data = _parquet(trace) if format == "kvsim" else "".join(_WRITERS[format](trace)).encode()
+    if format == "kvsim":
+        with files.atomic(path) as temporary:
+            _parquet(trace, temporary)
+    else:
+        _write_text(path, "".join(_WRITERS[format](trace)).encode())
+    return _what_is_lost(trace, path, format)
+
+
+def _write_text(path: Path, data: bytes) -> None:
     if path.suffix == ".gz":
         packed = io.BytesIO()
         with gzip.GzipFile(filename="", mode="wb", fileobj=packed, mtime=0) as file:
@@ -50,6 +58,9 @@ def write_trace(trace: Trace, path: str | os.PathLike, format: str | None = None
         data = packed.getvalue()
     with files.atomic(path) as temporary:
         temporary.write_bytes(data)
+
+
+def _what_is_lost(trace: Trace, path: Path, format: str) -> tuple[str, ...]:
     optional = ("priority", "request_class", "request_id", "prefix_ids", "parent")
     held = {
         "kvsim": optional,
@@ -133,7 +144,7 @@ def _sessions(trace: Trace) -> list[int] | None:
     return sessions
 
 
-def _parquet(trace: Trace) -> bytes:
+def _parquet(trace: Trace, path: Path) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -162,15 +173,13 @@ def _parquet(trace: Trace) -> bytes:
         for name in ("arrival_ns", "prefix_ids.list.element")
         if name.split(".")[0] in columns
     }
-    out = io.BytesIO()
     parquet.write_table(
         table,
-        out,
+        path,
         compression="zstd",
         column_encoding=deltas or None,
         use_dictionary=[n for n in columns if n not in ("arrival_ns", "prefix_ids")],
     )
-    return out.getvalue()
 
 
 _WRITERS = {"kvsim": _parquet, "mooncake": _mooncake, "azure": _azure, "vidur": _vidur}

@@ -1,0 +1,343 @@
+"""`kvsim sweep`: the same, for many settings."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import math
+import sys
+import threading
+import time
+from pathlib import Path
+
+from kvsim.cli.run import DEFAULT_GPU, DEFAULT_MODEL, DEFAULT_TRACE
+from kvsim.errors import UserError, did_you_mean
+
+MAX_CELLS = 1_000_000
+FORMATS = (".parquet", ".csv")
+JOURNAL_SUFFIX = ".cells.jsonl"
+
+# What may be a list besides the engine settings, by destination.
+_DEPLOYMENT = ("model", "gpu")
+_TRAFFIC = ("rate_scale", "rate", "seed", "limit", "from_s", "to_s", "clip_prompt", "prefix_unit")
+_OPTIONS = {"max_concurrency": "max_concurrency", "deadline": "deadline_s", "until": "until_s"}
+
+_EPILOG = """examples:
+  kvsim sweep chat-small --max-num-seqs 64,128,256 --kv-cache-dtype auto,fp8 --gpu l40s
+  kvsim sweep chat-small --rate-scale 0.5:2.0:0.1 --gpu l4,l40s --max-model-len 8192 -o table.parquet
+  kvsim sweep chat-small --async-scheduling --no-async-scheduling --metrics p50_ttft_ms,p99_ttft_ms
+  kvsim sweep azure.csv.gz --gpu h100 --block-size 16,32,64 --executor ray --address 10.0.0.7:6379 -o table.csv
+
+Model, GPU, engine settings, traffic, --max-concurrency, --deadline and --until take a value, a list (64,128), a range
+(start:stop:step, the stop included) or a list of both; a switch given both ways is tried both ways. Every combination
+is a cell of the table, the flag given last varying fastest. A cell that fails is a row with its reason.
+
+With -o TABLE, finished cells are kept in TABLE.cells.jsonl: the same command again goes on where it was ended, and
+with other values it runs only the new cells. Remove that file to start anew.
+
+exit codes: 0 answered; 1 no cell starts; 2 a mistake in the call or the input; 130 interrupted.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """All flags of `kvsim sweep`."""
+    from kvsim.cli.lists import BothWays, take_lists
+    from kvsim.cli.run import add_clock_arguments
+    from kvsim.cli.traffic import add_reading_arguments, add_traffic_arguments, count
+    from kvsim.executors import EXECUTORS
+    from kvsim.specs import ENGINE_FLAGS, add_engine_arguments
+
+    parser.epilog = _EPILOG
+    parser.usage = "kvsim sweep [TRACE ...] [--model M,..] [--gpu G,..] [options] [-- vllm serve M ...]"
+    parser.add_argument("trace", nargs="*", metavar="TRACE",
+                        help=f"file, several in order, or a bundled name (default: {DEFAULT_TRACE})")  # fmt: skip
+    parser.add_argument("--model", help=f"catalogue names or files (default: {DEFAULT_MODEL})")
+    parser.add_argument("--gpu", help=f"catalogue names or files of nvidia-smi (default: {DEFAULT_GPU})")
+
+    out = parser.add_argument_group("output")
+    out.add_argument(
+        "-o", "--out", metavar="TABLE", help="write all metrics here: .parquet or .csv; resumable"
+    )
+    out.add_argument(
+        "--metrics", metavar="NAME,...", help="columns to print and write (default: the main ones, all)"
+    )
+    out.add_argument("--json", action="store_true", help="print the rows as JSON")
+    out.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+    how = parser.add_argument_group("how it runs")
+    how.add_argument("--executor", choices=EXECUTORS, default="threads",
+                     help="threads of this process (default), or a Ray cluster (pip install 'kvsim[ray]')")  # fmt: skip
+    how.add_argument("--address", metavar="HOST:PORT", help="of the Ray cluster (default: as RAY_ADDRESS says, one that"
+                     " runs here, or a new one on this machine)")  # fmt: skip
+    how.add_argument(
+        "--max-workers", type=count, metavar="N", help="cells at a time (default: one for each core)"
+    )
+
+    add_traffic_arguments(parser)
+    parser.add_argument(
+        "--max-concurrency", type=count, metavar="N", help="closed loop: N requests in flight at most"
+    )
+    add_reading_arguments(parser)
+    add_clock_arguments(parser)
+    add_engine_arguments(parser, switch=BothWays)
+    take_lists(parser, {*_DEPLOYMENT, *_TRAFFIC, *_OPTIONS, *(flag.name for flag in ENGINE_FLAGS)})
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run every cell, print, write; the exit code."""
+    from kvsim import sweeps
+    from kvsim.cli.run import goodput_of, step_time_of
+    from kvsim.cli.warm import say_if_cold
+
+    common = {
+        "step_time": step_time_of(args.step_time), "goodput": goodput_of(args.goodput), "strict": args.strict,
+    }  # fmt: skip
+    _check_out(args.out)
+    sweeps.check_executor(args.executor, args.max_workers, args.address)
+    lists, fixed = _given(args)
+    traffic = _Traffic(args)
+    cells = _cells(lists, fixed, common)
+    _check_priorities(traffic, cells)
+    metrics = _metrics(args.metrics, traffic, cells)
+    if args.executor == "threads":
+        say_if_cold()
+    with _Progress(args.quiet or args.json) as progress:
+        grid = sweeps.run_grid(
+            cells,
+            traffic.workload,
+            executor=args.executor,
+            max_workers=args.max_workers,
+            address=args.address,
+            on_done=progress,
+            journal=f"{args.out}{JOURNAL_SUFFIX}" if args.out else None,
+            trace_identity=traffic.identity,
+        )
+    if grid.num_failed == len(grid):
+        raise UserError(f"no cell could be run: {grid.outcomes[0].reason}")
+    everything = grid.table(*(metrics or grid.metrics))
+    if args.out:
+        _write(everything, Path(args.out))
+    _print(args, grid, everything, metrics)
+    verdicts = grid.table("verdict")["verdict"].to_pylist()
+    return 1 if set(verdicts) <= {"does_not_start", "failed"} else 0
+
+
+# ---------------------------------------------------------------- cells
+
+
+def _given(args: argparse.Namespace) -> tuple[dict[str, list], dict[str, object]]:
+    """Name to values of what the flags list, in the order of the flags; and the settings of a pasted command line."""
+    from kvsim import specs
+
+    names = {*_DEPLOYMENT, *_TRAFFIC, *_OPTIONS, *specs.settings_from_args(args)}
+    lists = {name: values for name, values in vars(args).items() if name in names}
+    fixed, warnings = {}, specs.warnings_from_args(args)
+    if args.pasted is not None:
+        model, fixed, more = specs.parse_vllm_serve(args.pasted)
+        warnings += more
+        lists.setdefault("model", [model])
+        if lists["model"] == [None]:
+            raise UserError(
+                "the pasted command line names no model; write it after `vllm serve` or give --model"
+            )
+        if "gpu" not in lists:
+            raise UserError("a pasted command line does not say which GPU; give --gpu NAME before the --")
+    for warning in warnings:
+        print(f"kvsim: warning: {warning}", file=sys.stderr)
+    return lists, fixed
+
+
+def _cells(lists: dict[str, list], fixed: dict[str, object], common: dict[str, object]) -> list:
+    """Every combination of the listed values as a cell of the sweep."""
+    from kvsim.executors import Cell
+
+    count = math.prod(map(len, lists.values()))
+    if count > MAX_CELLS:
+        raise UserError(
+            f"that makes {count:,} cells; kvsim takes at most {MAX_CELLS:,}, so leave some values out"
+        )
+    deployment = _deployment_maker(lists, fixed)
+    varied = [name for name, values in lists.items() if len(values) > 1]
+    cells = []
+    for combination in itertools.product(*lists.values()):
+        values = dict(zip(lists, combination, strict=True))
+        options = {_OPTIONS[name]: value for name, value in values.items() if name in _OPTIONS}
+        traffic = {name: value for name, value in values.items() if name in _TRAFFIC}
+        settings = [(name, value) for name, value in values.items() if name not in _OPTIONS and (
+            name not in _TRAFFIC or name == "prefix_unit")]  # fmt: skip
+        dep = deployment(tuple(settings))
+        shown = {_OPTIONS.get(name, name): _shown(dep, name, values[name]) for name in varied}
+        cells.append(
+            Cell(shown, tuple(traffic.items()), dep, {**common, **options, "seed": traffic.get("seed", 0)})
+        )
+    return cells
+
+
+def _shown(deployment, name: str, value) -> object:
+    return getattr(deployment, name).name if name in _DEPLOYMENT else value
+
+
+def _deployment_maker(lists: dict[str, list], fixed: dict[str, object]):
+    """A function from (name, value) pairs to the deployment, or to why there is none. Models and GPUs are looked up
+    now: a name that nobody knows is a mistake in the call, no row of a table."""
+    from kvsim import specs
+
+    models = {name: specs.load_model(name) for name in lists.get("model", [DEFAULT_MODEL])}
+    gpus = {name: specs.load_gpu(name) for name in lists.get("gpu", [DEFAULT_GPU])}
+
+    @functools.cache
+    def make(settings: tuple):
+        asked = {**fixed, **dict(settings)}
+        model, gpu = asked.pop("model", DEFAULT_MODEL), asked.pop("gpu", DEFAULT_GPU)
+        return specs.deployment_or_reason(models[model], gpus[gpu], asked)
+
+    return make
+
+
+class _Traffic:
+    """The trace under each combination of traffic flags. One or two are kept, besides the file's own."""
+
+    def __init__(self, args: argparse.Namespace):
+        if "" in args.trace:
+            raise UserError(f"TRACE is empty; name a file, or leave it out for {DEFAULT_TRACE}")
+        self._source = args.trace or DEFAULT_TRACE
+        self._args = argparse.Namespace(**{**vars(args), **dict.fromkeys(_TRAFFIC), "seed": 0})
+        self._lock = threading.Lock()  # threads that want the same trace make it once
+        self._read = functools.lru_cache(2)(self._read)
+        self._workload = functools.lru_cache(2)(self._workload)
+        first = self._read(getattr(args, "prefix_unit", [None])[0])
+        reading = ("format", "columns", "time_unit", "zero_prompt", "zero_output", "failed", "backward")
+        self.identity = repr([first.sha256, *(getattr(args, name) for name in reading)])
+
+    def workload(self, traffic: tuple):
+        """The trace under (name, value) pairs, as cells take it."""
+        with self._lock:
+            return self._workload(traffic)
+
+    def _workload(self, traffic: tuple):
+        from kvsim.executors import workload
+
+        return workload(self.trace(traffic))
+
+    def trace(self, traffic: tuple):
+        """The trace under (name, value) pairs. UserError when they leave nothing of it."""
+        from kvsim.cli.traffic import changed
+
+        values = dict(traffic)
+        args = argparse.Namespace(**{**vars(self._args), **values})
+        return changed(self._read(values.get("prefix_unit")), args)
+
+    def _read(self, prefix_unit: int | None):
+        from kvsim.cli.traffic import read
+
+        return read(self._source, argparse.Namespace(**{**vars(self._args), "prefix_unit": prefix_unit}))
+
+
+def _check_priorities(traffic: _Traffic, cells: list) -> None:
+    from kvsim.cli.run import warn_of_equal_priorities
+    from kvsim.specs import Deployment
+
+    deployments = [cell.deployment for cell in cells if isinstance(cell.deployment, Deployment)]
+    ranked = [dep for dep in deployments if dep.settings.scheduling_policy == "priority"]
+    if ranked:
+        warn_of_equal_priorities(traffic.trace(()), ranked[0])
+
+
+# ---------------------------------------------------------------- output
+
+
+def _check_out(out: str | None) -> None:
+    if out is None:
+        return
+    path = Path(out)
+    if path.suffix not in FORMATS:
+        raise UserError(f"-o {out!r} is no table; give a name that ends in {' or '.join(FORMATS)}")
+    if path.is_dir():
+        raise UserError(f"-o {out} is a folder; give a file")
+    if not path.parent.is_dir():
+        raise UserError(f"-o {out}: there is no folder {path.parent}; make it first")
+
+
+def _metrics(text: str | None, traffic: _Traffic, cells: list) -> tuple[str, ...]:
+    """The metrics asked for, `reason` always among them. A misspelt one is told before the sweep, by a look at what a
+    run of one request has."""
+    if text is None:
+        return ()
+    from kvsim.sweeps import run_grid
+
+    names = tuple(dict.fromkeys([*(name.strip() for name in text.split(",")), "reason"]))
+    for cell in cells:
+        grid = run_grid([cell], lambda key: _first_request(traffic, key), max_workers=1)
+        if not grid.num_failed:
+            for name in names:
+                if name not in grid.metrics:
+                    raise UserError(
+                        f"--metrics: there is no metric {name!r}{did_you_mean(name, grid.metrics)}"
+                    )
+            break
+    return names
+
+
+def _first_request(traffic: _Traffic, key: tuple):
+    from kvsim.executors import workload
+
+    return workload(traffic.trace(key).limit(1))
+
+
+def _write(table, path: Path) -> None:
+    """The table as Parquet or CSV, whole or not at all."""
+    from kvsim.files import atomic
+
+    with atomic(path) as temporary:
+        if path.suffix == ".csv":
+            import pyarrow.csv
+
+            pyarrow.csv.write_csv(table, temporary)
+        else:
+            import pyarrow.parquet
+
+            pyarrow.parquet.write_table(table, temporary, compression="zstd")
+
+
+def _print(args: argparse.Namespace, grid, everything, metrics: tuple[str, ...]) -> None:
+    if args.json:
+        import json
+
+        print(json.dumps({"varied": grid.varied, "cells": everything.to_pylist()}, indent=1))
+    elif not args.quiet:
+        from kvsim.report.sweep_table import grid_text
+        from kvsim.report.table import print_text
+
+        print_text(grid_text(grid, grid.table(*metrics)))
+        if args.out:
+            print(f"wrote {args.out}, and the finished cells to {args.out}{JOURNAL_SUFFIX}")
+
+
+class _Progress:
+    """A bar of cells on standard error, only on a terminal and for sweeps that take longer than a moment."""
+
+    def __init__(self, hidden: bool):
+        self.hidden = hidden or not sys.stderr.isatty()
+        self.started = time.monotonic()
+        self.bar = None
+
+    def __enter__(self):
+        return None if self.hidden else self.update
+
+    def update(self, done: int, total: int) -> None:
+        if self.bar is None:
+            if time.monotonic() - self.started < 0.5:
+                return
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self.bar.start()
+            self.task = self.bar.add_task("sweep", total=total)
+        self.bar.update(self.task, completed=done)
+
+    def __exit__(self, *_):
+        if self.bar is not None:
+            self.bar.stop()
