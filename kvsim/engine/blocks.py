@@ -18,9 +18,9 @@ def blocks_for(tokens, block_size):
 
 
 @inline_njit
-def table_start(s, row, group):
+def table_start(now, groups, row, group):
     """Where in `Pool.table` the table of a request in a group starts. Needs an open slot."""
-    return (row.slot * len(s.groups) + group) * s.now[0].table_stride
+    return (row.slot * len(groups) + group) * now.table_stride
 
 
 @inline_njit
@@ -34,7 +34,7 @@ def take(s, row, entry, count):
     for group in range(len(s.groups)):
         total += blocks_to_take(s.groups[group], row.num_blocks, count)
     if s.settings[0].identities:
-        take_from_list(s, row, count)
+        take_from_list(now, s.groups, s.pool, s.keys.ends, row, count)
     now.free_blocks -= total
     now.table_entries += count * len(s.groups)
     row.num_blocks += count
@@ -43,17 +43,26 @@ def take(s, row, entry, count):
 
 
 @inner_njit
-def take_from_list(s, row, count):
-    """The part of `take` that knows which block is where: group by group, from the front of the free list."""
-    table = s.pool.table
-    for group in range(len(s.groups)):
-        taken = blocks_to_take(s.groups[group], row.num_blocks, count)
-        start = table_start(s, row, group) + row.num_blocks
+def take_from_list(now, groups, pool, ends, row, count):
+    """The part of `take` that knows which block is where: group by group, from the front of the free list. What a
+    block had cached is evicted (1.4)."""
+    blocks, table = pool.blocks, pool.table
+    for group in range(len(groups)):
+        taken = blocks_to_take(groups[group], row.num_blocks, count)
+        start = table_start(now, groups, row, group) + row.num_blocks
         if taken < count:  # the new state is that of the last token, null blocks lie before it
             table[start : start + count] = 0
             start += count - taken
-        for k in range(taken):
-            table[start + k] = take_front(s)
+        b = blocks[0].next
+        for k in range(start, start + taken):
+            table[k] = b
+            blocks[b].num_refs = 1
+            if blocks[b].key >= 0:
+                evict(blocks, ends, b)
+                now.cached_blocks -= 1
+            b = blocks[b].next
+        blocks[0].next = b
+        blocks[b].prev = 0
 
 
 @inline_njit
@@ -65,18 +74,6 @@ def blocks_to_take(group, num_blocks, count):
     if group.kind == STATE:
         return 1 if num_blocks == 0 and count > 0 else 0
     return count
-
-
-@inline_njit
-def take_front(s):
-    """Unlink the block at the front of the free list; what it had cached is evicted (1.4)."""
-    blocks = s.pool.blocks
-    b = blocks[0].next
-    unlink(blocks, b)
-    blocks[b].num_refs = 1
-    if blocks[b].key >= 0:
-        evict(s, b)
-    return b
 
 
 @inline_njit
@@ -96,58 +93,56 @@ def link(blocks, b, before, after):
     blocks[after].prev = b
 
 
-@inner_njit
-def evict(s, b):
+@inline_njit
+def evict(blocks, ends, b):
     """Block `b`, no longer free, loses its key."""
-    blocks, keys = s.pool.blocks, s.keys
     key, older, newer = blocks[b].key, blocks[b].older, blocks[b].newer
     if older > 0:
         blocks[older].newer = newer
     else:
-        keys.ends[key].oldest = newer
+        ends[key].oldest = newer
     if newer > 0:
         blocks[newer].older = older
     else:
-        keys.ends[key].newest = older
+        ends[key].newest = older
     blocks[b].key = -1
-    s.now[0].cached_blocks -= 1
 
 
 @inner_njit
-def cache(s, row, r, num_full):
+def cache(now, cfg, groups, pool, keys, row, r, num_full):
     """Put the blocks of request `r` up to its first `num_full` into the prefix map of their group, those that are
     not yet in it and can be of use (2.6, 6.7)."""
-    now, pool, keys = s.now[0], s.pool, s.keys
-    for group in range(len(s.groups)):
-        start = table_start(s, row, group)
+    blocks, ends, table = pool.blocks, keys.ends, pool.table
+    cached_in = now.num_steps if now.is_scheduling else -1
+    for group in range(len(groups)):
+        start, first_key = table_start(now, groups, row, group), group * now.num_keys
+        has_all = groups[group].kind != SLIDING and groups[group].kind != MAMBA
         for k in range(row.num_cached, num_full):
-            b = pool.table[start + k]
-            if b == 0 or not is_of_use(s, group, row, k):
+            b = table[start + k]
+            if b == 0 or not (has_all or is_of_use(cfg, groups[group], row, k)):
                 continue
-            key = group * now.num_keys + key_of(keys, r, k)
-            last = keys.ends[key].newest
-            pool.blocks[b].key = key
-            pool.blocks[b].cached_in = now.num_steps if now.is_scheduling else -1
-            pool.blocks[b].older = last
-            pool.blocks[b].newer = 0
+            key = first_key + key_of(keys, r, k)
+            last = ends[key].newest
+            blocks[b].key = key
+            blocks[b].cached_in = cached_in
+            blocks[b].older = last
+            blocks[b].newer = 0
             if last > 0:
-                pool.blocks[last].newer = b
+                blocks[last].newer = b
             else:
-                keys.ends[key].oldest = b
-            keys.ends[key].newest = b
+                ends[key].oldest = b
+            ends[key].newest = b
     row.num_cached = num_full
 
 
 @inline_njit
-def is_of_use(s, group, row, k):
-    """True when block `k` of a request is to be found later: with a window or a state only the blocks that a
-    look-up ending at its prompt's end or at its junction needs (6.7, 6.10)."""
-    if s.groups[group].kind != SLIDING and s.groups[group].kind != MAMBA:
-        return True
-    run = s.groups[group].run_blocks
-    if s.settings[0].cache_every_block:
+def is_of_use(cfg, group, row, k):
+    """True when block `k` of a request is to be found later in a group with a window or a state: only the blocks
+    that a look-up ending at its prompt's end or at its junction needs (6.7, 6.10)."""
+    run = group.run_blocks
+    if cfg.cache_every_block:
         return run > 0
-    end = (row.prompt - 1) // s.settings[0].block_size
+    end = (row.prompt - 1) // cfg.block_size
     return end - run <= k < end or row.junction - run <= k < row.junction
 
 
@@ -237,6 +232,15 @@ def find(s, r, like, k):
 def find_run(s, r, like, most):
     """Full attention: leading blocks in the map, up to `most`."""
     k = 0
+    if len(s.groups) == 1:  # the same without the search for groups that are alike
+        ends, table, hits_at = s.keys.ends, s.pool.table, s.now[0].hits_at
+        while k < most:
+            b = ends[key_of(s.keys, r, k)].oldest
+            if b == 0:
+                break
+            table[hits_at + k] = b
+            k += 1
+        return k
     while k < most and find(s, r, like, k):
         k += 1
     return k
@@ -302,7 +306,7 @@ def touch_hits(s, row, num_hits):
     need them any more (1.5, 2.5, 6.6). Needs an open slot and empty tables."""
     now, pool = s.now[0], s.pool
     for group in range(len(s.groups)):
-        start, hits = table_start(s, row, group), now.hits_at + group * now.table_stride
+        start, hits = table_start(now, s.groups, row, group), now.hits_at + group * now.table_stride
         skipped = skipped_blocks(s, group, num_hits * s.settings[0].block_size)
         for k in range(num_hits):
             b = pool.table[hits + k] if k >= skipped else 0
@@ -332,7 +336,7 @@ def release(s, row):
         release_tables(s, row)
     now.table_entries -= row.num_blocks * len(s.groups)
     now.held_tokens -= row.computed
-    row.num_blocks = row.held_blocks = row.num_cached = row.num_retired = row.computed = 0
+    row.num_blocks = row.held_blocks = row.num_cached = row.windows_at = row.computed = 0
 
 
 @inner_njit
@@ -340,7 +344,7 @@ def release_tables(s, row):
     """The part of `release` that knows which block is where."""
     now = s.now[0]
     for group in range(len(s.groups)):
-        start = table_start(s, row, group)
+        start = table_start(now, s.groups, row, group)
         free_entries(s, row, start, start + row.num_blocks)
     s.seats[now.num_free_slots].free_slot = row.slot
     now.num_free_slots += 1
@@ -352,40 +356,57 @@ def free_entries(s, row, start, end):
     """Free the blocks in a stretch of the table of `row`, last one first: of those that nobody else holds, the ones
     without a key go to the front of the free list, so that the last block is the next one taken, the others to its
     end (1.6)."""
-    now, pool, blocks = s.now[0], s.pool, s.pool.blocks
+    now, table, blocks = s.now[0], s.pool.table, s.pool.blocks
+    before = blocks[0].prev
+    plain = 0
     for at in range(end - 1, start - 1, -1):
-        b = pool.table[at]
+        b = table[at]
         if b == 0:
             continue
         row.held_blocks -= 1
         blocks[b].num_refs -= 1
-        if blocks[b].num_refs == 0:
-            now.free_blocks += 1
-            if blocks[b].key >= 0:
-                now.cached_blocks += 1
-                link(blocks, b, blocks[0].prev, 0)
-    for at in range(start, end):
-        b = pool.table[at]
+        if blocks[b].num_refs > 0:
+            continue
+        now.free_blocks += 1
+        if blocks[b].key < 0:
+            plain += 1
+            continue
+        now.cached_blocks += 1
+        blocks[before].next = b
+        blocks[b].prev = before
+        before = b
+    blocks[before].next = 0
+    blocks[0].prev = before
+    at = start
+    while plain > 0:
+        b = table[at]
+        at += 1
         if b > 0 and blocks[b].key < 0:
             link(blocks, b, 0, blocks[0].next)
+            plain -= 1
 
 
 @inner_njit
 def free_skipped(s, row):
     """Free the blocks of the request `row` that its windows have left behind (6.5)."""
+    now, moved_from, moved_to = s.now[0], row.windows_at, row.computed - row.in_flight
+    row.windows_at = moved_to
     for group in range(len(s.groups)):
-        start = table_start(s, row, group)
-        end = min(skipped_blocks(s, group, row.computed - row.in_flight), row.num_blocks)
+        end = min(skipped_blocks(s, group, moved_to), row.num_blocks)
+        if not s.settings[0].identities:
+            count = end - skipped_blocks(s, group, moved_from)
+            row.held_blocks -= count
+            now.free_blocks += count
+            continue
+        start = table_start(now, s.groups, row, group)
         first = end
         if s.groups[group].kind == MAMBA:  # between the states of chunks there are null blocks
-            first = min(row.num_retired, end)
+            first = min(skipped_blocks(s, group, moved_from), end)
         while first > 0 and s.pool.table[start + first - 1] > 0:
             first -= 1
         if first < end:
             free_entries(s, row, start + first, start + end)
             s.pool.table[start + first : start + end] = 0
-    if s.now[0].has_states:
-        row.num_retired = max(0, row.computed - row.in_flight - 1) // s.settings[0].block_size
 
 
 @inner_njit
@@ -427,25 +448,20 @@ def check_integrity(s):
 @inner_njit
 def check_blocks(s):
     """The part of `check_integrity` that looks at every block."""
-    now, req, pool = s.now[0], s.requests, s.pool
-    for b in range(s.settings[0].num_gpu_blocks):
-        pool.blocks[b].owners = 0
-    r = now.first_running
-    while r >= 0:
-        row = req[r]
-        for group in range(len(s.groups)):
-            start = table_start(s, row, group)
-            for k in range(row.num_blocks):
-                pool.blocks[pool.table[start + k]].owners += 1
-        r = row.after
+    now, pool = s.now[0], s.pool
+    num_gpu_blocks = s.settings[0].num_gpu_blocks
     in_use = cached = 0
-    for b in range(1, s.settings[0].num_gpu_blocks):
-        if pool.blocks[b].owners != pool.blocks[b].num_refs:
-            return 2
-        if pool.blocks[b].num_refs > 0:
-            in_use += 1
-        elif pool.blocks[b].key >= 0:
-            cached += 1
+    for b in range(1, num_gpu_blocks):
+        in_use += pool.blocks[b].num_refs > 0
+        cached += pool.blocks[b].num_refs == 0 and pool.blocks[b].key >= 0
+    add_to_references(s, -1)
+    is_counted = True
+    for b in range(1, num_gpu_blocks):
+        is_counted &= pool.blocks[b].num_refs == 0
+    add_to_references(s, 1)
+    if not is_counted:
+        return 2
+    for b in range(1, num_gpu_blocks):
         key = pool.blocks[b].key
         if key >= 0:
             older, newer = pool.blocks[b].older, pool.blocks[b].newer
@@ -453,7 +469,7 @@ def check_blocks(s):
                 return 6
             if (pool.blocks[newer].older if newer > 0 else s.keys.ends[key].newest) != b:
                 return 6
-    if in_use + now.free_blocks != s.settings[0].num_gpu_blocks - 1 or cached != now.cached_blocks:
+    if in_use + now.free_blocks != num_gpu_blocks - 1 or cached != now.cached_blocks:
         return 5
     b = pool.blocks[0].next
     free = 0
@@ -463,6 +479,21 @@ def check_blocks(s):
         free += 1
         b = pool.blocks[b].next
     return 0 if free == now.free_blocks else 5
+
+
+@inner_njit
+def add_to_references(s, amount):
+    """Count every entry of the tables of running requests into its block's references, or out again (-1)."""
+    now = s.now[0]
+    r = now.first_running
+    while r >= 0:
+        row = s.requests[r]
+        for group in range(len(s.groups)):
+            start = table_start(now, s.groups, row, group)
+            for at in range(start, start + row.num_blocks):
+                if s.pool.table[at] > 0:
+                    s.pool.blocks[s.pool.table[at]].num_refs += amount
+        r = row.after
 
 
 @inline_njit

@@ -48,7 +48,7 @@ def settle(s, row):
     row.last_token_at = now.last_handout
     if cfg.async_scheduling:
         row.in_flight = row.placeholders = in_flight
-    if not cfg.identities:  # else whoever takes a block is visited
+    if not now.is_visiting:  # else whoever takes a block is visited
         num_blocks = (row.computed + cfg.block_size - 1) // cfg.block_size
         if num_blocks > row.num_blocks:
             row.num_blocks = num_blocks

@@ -386,6 +386,7 @@ def coast(s, until_ns, most_steps):
     ctx, at, growing_groups = member_tokens(now), list_of(now, 0), now.growing_groups
     usable, free, is_visiting = cfg.num_gpu_blocks - 1, now.free_blocks, now.is_visiting
     unfilled = unfilled_places(s)
+    is_head_waiting_for_blocks = num_waiting(now) > 0 and now.num_running < cfg.max_num_seqs
     bucket = bucket_start = bucket_end = in_bucket = 0
     used_area = unfilled_area = cached_area = used_max = grown = steps = is_launched = handed_next = 0
     while steps < most_steps and t < stop:
@@ -395,6 +396,8 @@ def coast(s, until_ns, most_steps):
         ctx += n
         duration = 1 if is_lockstep else max(1, int(np.rint(1e9 * (seconds + context_s * ctx))))
         if is_visiting and is_visit_due(s, at):
+            if is_head_waiting_for_blocks:
+                break  # what is cached now it may find
             now.free_blocks = free
             visit_in_step(s, steps, handed_at)
             free = now.free_blocks

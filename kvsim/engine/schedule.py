@@ -12,6 +12,7 @@ from kvsim.engine.blocks import (
     cache,
     free_skipped,
     hits_fresh_state,
+    key_of,
     line_at,
     look_up,
     open_slot,
@@ -84,11 +85,14 @@ def schedule(s):
     now = s.now[0]
     open_step(s)
     run(s)
-    if now.num_victims == 0:
-        admit_waiting(s)
-        if not now.defer:
-            now.cap_bound = num_waiting(now) > 0  # 3.16
-    note_wait(s)
+    if now.num_victims == 0 and now.budget > 0 and num_waiting(now) > 0 and is_blocked_for_long(s):
+        now.cap_bound = 1
+    else:
+        if now.num_victims == 0:
+            admit_waiting(s)
+            if not now.defer:
+                now.cap_bound = num_waiting(now) > 0  # 3.16
+        note_wait(s)
     close_step(s)
 
 
@@ -296,7 +300,7 @@ def cache_full(s, row, r, num_tokens):
     block_size = s.settings[0].block_size
     tokens = min(num_tokens, known_tokens(row))
     if s.settings[0].enable_prefix_caching and tokens >= (row.num_cached + 1) * block_size:
-        cache(s, row, r, tokens // block_size)
+        cache(s.now[0], s.settings[0], s.groups, s.pool, s.keys, row, r, tokens // block_size)
 
 
 @inline_njit
@@ -728,16 +732,22 @@ def count_hits(now, row, hit, is_first):
 
 @inline_njit
 def is_blocked_for_long(s):
-    """True when the queue head will be left where it is, for the reason that is noted already, until somebody leaves
-    the running list. Needs a waiting request."""
+    """True when the queue head will be left where it is, for the reason that is noted already, at least until a
+    request leaves the running list or something is cached. Needs a waiting request and some budget."""
     now, cfg = s.now[0], s.settings[0]
-    if cfg.prefill_schedule_interval > 1 or now.wait_request != queue_head(s):
+    r = queue_head(s)
+    if cfg.prefill_schedule_interval > 1 or now.wait_request != r or now.num_running == 0:
         return False
     if now.num_running >= cfg.max_num_seqs:
         return now.wait_cause == MAX_NUM_SEQS and cfg.enable_chunked_prefill and not now.has_states
-    # What the head needs is the same while nothing is cached, and the free blocks get fewer while no window moves.
-    is_fixed = not cfg.enable_prefix_caching and not now.has_windows
-    return is_fixed and now.wait_cause == POOL_FULL_GATE and now.wait_needed > now.free_blocks
+    # It needs what it needed when this was noted, less the cached blocks that it finds: without windows, no more than
+    # then, as long as the first that it missed is missing.
+    if now.wait_cause != POOL_FULL_GATE or now.wait_least <= now.free_blocks:
+        return False
+    if not cfg.enable_prefix_caching or now.wait_hits == (known_tokens(s.requests[r]) - 1) // cfg.block_size:
+        return True
+    is_alone = len(s.groups) == 1 and not now.has_windows
+    return is_alone and s.keys.ends[key_of(s.keys, r, now.wait_hits)].oldest == 0
 
 
 @inline_njit
@@ -748,7 +758,7 @@ def note_wait(s):
         now.wait_request = -1
         return
     r = queue_head(s)
-    needed = 0
+    needed = free_hits = 0
     if now.num_victims > 0:
         cause = PREEMPTION_IN_STEP
     elif now.budget == 0:
@@ -767,7 +777,7 @@ def note_wait(s):
             cause = PREFILL_INTERVAL
         else:
             cause, needed = pool_obstacle(s, r, n_cut, num_hits, free_hits)
-    now.wait_needed = needed
+    now.wait_least, now.wait_hits = needed - free_hits, now.num_hits
     if r != now.wait_request or cause != now.wait_cause:
         now.wait_request, now.wait_cause = r, cause
         record(now, s.events, now.t, now.num_steps, EVENT_WAIT, r, cause, now.free_blocks, needed, 0, -1)

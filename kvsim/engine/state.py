@@ -154,7 +154,7 @@ REQUEST = np.dtype(
         ("num_blocks", np.int32),  # entries in its block table of each group, null blocks included
         ("held_blocks", np.int32),  # blocks that it holds, over all groups
         ("num_cached", np.int32),  # leading blocks already considered for the prefix map
-        ("num_retired", np.int32),  # leading blocks whose recurrent states were given back
+        ("windows_at", np.int32),  # computed tokens that its windows know of (6.5)
         (
             "junction",
             np.int32,
@@ -261,7 +261,6 @@ BLOCK = np.dtype(
         ("older", np.int32),  # neighbours among the blocks with the same key, 0: none
         ("newer", np.int32),
         ("cached_in", np.int32),  # the step whose schedule() gave it its key, -1: an output did
-        ("owners", np.int32),  # scratch of `check_integrity`
     ],
     align=True,
 )
@@ -379,7 +378,7 @@ NOW = np.dtype(
             "log_running", "log_waiting", "log_free", "log_running_after", "log_waiting_after", "log_free_after",
             "finished_entry", "num_finished_entries",
             # last `wait` event
-            "wait_request", "wait_cause", "wait_needed",
+            "wait_request", "wait_cause", "wait_least", "wait_hits",
             # livelock, of a lonely request (strict) or of equal ranks
             "lonely_request", "lonely_tokens", "lonely_rounds", "preemptions_at_token", "livelock",
             # totals
@@ -420,7 +419,7 @@ def pack(
     settings = Settings(*(int(value) for value in settings))
     seqs, depth = settings.max_num_seqs, 2 if settings.async_scheduling else 1
     kv_groups, num_lookups = _groups(groups, settings)
-    if has_windows(kv_groups):
+    if has_windows(kv_groups) and settings.enable_prefix_caching:
         settings = settings._replace(identities=1)
     keys = keys or Keys(table(SPAN, 0), np.zeros(0, np.int64), table(ENDS, 0))
     if len(kv_groups) > 1 and settings.enable_prefix_caching:
@@ -468,7 +467,7 @@ def pack(
     now.must_walk = settings.log_steps or len(cost.windows) > 1
     now.is_scattered = 1
     now.num_phases = len(phases)
-    now.is_visiting = settings.identities
+    now.is_visiting = settings.identities or now.has_windows
     now.is_recording = settings.record_events
     now.growing_groups = (kv_groups.kind != STATE).sum()
     return State(
