@@ -78,9 +78,7 @@ def quantiles(values: np.ndarray) -> list[float]:
     ranks = [(len(values) - 1) * (percentile / 100) for percentile in PERCENTILES]
     near = [(math.floor(rank), math.ceil(rank)) for rank in ranks]
     places = sorted({place for pair in near for place in pair})
-    ordered = (
-        np.sort(values) if values.dtype.kind == "f" else np.partition(values, places)
-    )  # whichever is faster
+    ordered = np.sort(values) if values.dtype.kind == "f" else np.partition(values, places)  # whichever is faster
     out = []
     for rank, pair in zip(ranks, near, strict=True):
         low, high = ordered[list(pair)].tolist()
