@@ -17,7 +17,7 @@ from kvsim.errors import UserError
 from kvsim.units import parse_count
 
 CSV = "arrived_at,num_prefill_tokens,num_decode_tokens\n" + "".join(
-    f"{i * 0.1},{100 + i},{20 + i}\n" for i in range(50)
+    f"{i * 0.05},{100 + 9 * i},{2 + i % 5}\n" for i in range(24)
 )
 CLOCK = ("--step-time", "0.0065,3e-5,3e-8")
 
@@ -94,14 +94,14 @@ def test_each_row_is_a_run(trace, capsys):
     """Deployment, traffic and options, each of them varied: the flag given last varies fastest."""
     words = (trace, "--gpu", "a100-80gb", *CLOCK, "--goodput", "ttft:200", "--block-size", 16)
     code, got = sweep(
-        capsys, *words, "--max-num-seqs", "2,8", "--rate-scale", "1:2:0.5", "--deadline", "1.5,60",
+        capsys, *words, "--max-num-seqs", "2,8", "--rate-scale", "1:2:0.5", "--deadline", "0.5,60",
         "--max-concurrency", "4,40", "--async-scheduling", "--no-async-scheduling",
     )  # fmt: skip
     names = ["max_num_seqs", "rate_scale", "deadline_s", "max_concurrency", "async_scheduling"]
     assert code == 0 and got["varied"] == names
     assert [[row[name] for name in names] for row in got["cells"]] == [
         [seqs, scale, deadline, concurrency, is_async]
-        for seqs in (2, 8) for scale in (1.0, 1.5, 2.0) for deadline in (1.5, 60.0) for concurrency in (4, 40)
+        for seqs in (2, 8) for scale in (1.0, 1.5, 2.0) for deadline in (0.5, 60.0) for concurrency in (4, 40)
         for is_async in (True, False)
     ]  # fmt: skip
     for row in got["cells"][::5]:
