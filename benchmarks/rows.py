@@ -223,6 +223,23 @@ def check_same(trace, deployment, outcome: per_token.Outcome) -> None:
         sys.exit(f"{trace.name}: kvsim and the per-token loop differ, so their times mean nothing")
 
 
+def against_peer(name: str):
+    def rows(args) -> Iterator[dict]:
+        from peers import compare
+
+        if not (compare.environment_of(name) / "bin").is_dir():
+            yield {NOT_AVAILABLE: "its environment is not made yet; make peers makes it"}
+            return
+        few = argparse.Namespace(shared=args.shared, repeat=min(args.repeat, 3), requests=2_000)
+        for row in compare.PEERS[name](few):
+            what = f"{row['what']}; kvsim is {row['ratio']:,.1f} times as fast; {row['compared']}"
+            yield measured(
+                args, row["requests"], row["peer_s"], what, **{k: row[k] for k in ("ratio", "is_same")}
+            )
+
+    return rows
+
+
 # ---------------------------------------------------------------- many settings, fleets, whole commands
 
 
@@ -353,6 +370,8 @@ ROWS = {
     "B-1000": b_thrashing,
     "mooncake": mooncake,
     "per-token": against_per_token,
+    "vllm": against_peer("vllm"),
+    "aisimulate": against_peer("aisimulate"),
     "settings": many_settings,
     "week": fleet(44e6, 32, "round-robin"),
     "fleet": fleet(10e6, 16, "least-kv"),
