@@ -32,8 +32,10 @@ lint: .venv/test-all.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Every benchmark once, small sizes only; benchmarks/README.md says how to measure.
 bench: .venv/test-all.done
-	cd benchmarks && ../$(BIN)/asv machine --yes && ../$(BIN)/asv run --quick --python=same --show-stderr
+	cd benchmarks && ../$(BIN)/asv machine --yes && \
+	  KVSIM_BENCH_QUICK=1 ../$(BIN)/asv run --quick --python=same --show-stderr
 
 # Every row of the speed table: ARGS="--rows A,B --json FILE"; benchmarks/README.md.
 rows: .venv/test.done

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-import numpy as np
-
-import kvsim
-from kvsim import run
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # what is measured is this tree, in this process and in those of `command`
+
+import numpy as np  # noqa: E402
+
+import kvsim  # noqa: E402
+from kvsim import run  # noqa: E402
+
 SHARED = ROOT.parent / "shared"
 WORKLOADS = {"A": "workload_a_16000.csv.gz", "B": "workload_b_19366.csv.gz"}
 STEP_TIME = (0.0065, 3e-5, 3e-8)  # seconds a step, a token, a context token
