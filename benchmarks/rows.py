@@ -12,6 +12,7 @@ import inspect
 import itertools
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -283,7 +284,10 @@ def fleet(requests: float, replicas: int, router: str):
         elif not args.large:
             yield {NOT_AVAILABLE: "takes minutes and gigabytes; give --large"}
         else:
-            yield fleet_row(args, requests, replicas, router)
+            try:
+                yield fleet_row(args, requests, replicas, router)
+            except subprocess.CalledProcessError:
+                yield {NOT_AVAILABLE: "kvsim failed; what it said is above"}
 
     return rows
 

@@ -17,7 +17,7 @@ MODE_REQUESTS = 1_000 if IS_QUICK else 10_000
 # name -> (requests/s, model, usable blocks, max_num_seqs)
 LOADS = {
     "calm": (2.0, "llama-3.1-8b", 30_000, 256),  # a few sequences run, nobody waits
-    "loaded": (12.0, "llama-3.1-8b", 30_000, 64),  # the sequence limit binds: a queue, no preemption
+    "loaded": (12.0, "llama-3.1-8b", 30_000, 32),  # the sequence limit binds: a queue, no preemption
     "thrashing": (20.0, "llama-3.1-8b", 1_500, 256),  # the pool binds: one admission in six is preempted
     "prefix-heavy": (6.0, "llama-3.1-8b", 8_000, 128),  # conversations behind shared prompts, and evictions
     "hybrid": (12.0, "gpt-oss-20b", 4_000, 128),  # full attention and windows of 128 tokens, two groups
