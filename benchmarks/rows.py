@@ -32,7 +32,7 @@ GRID_BLOCKS = (1_000, 1_500, 2_000, 3_000, 4_000, 5_000, 6_000, 7_424, 10_000, 1
 GRID_BUDGETS = (512, 768, 1_024, 1_536, 2_048, 3_072, 4_096, 6_144, 8_192, 16_384)
 TWO_CORES = 2
 
-WEEK_S, DAY_S = 7 * 24 * 3600, 24 * 3600
+DAY_S = 24 * 3600
 # Relative rates by hour of a day: quiet at night, two humps.
 HOURS = (4, 3, 2, 2, 2, 3, 5, 8, 11, 13, 14, 14, 13, 13, 14, 14, 13, 12, 11, 10, 9, 8, 7, 5)
 REQUESTS_A_WEEK_AND_REPLICA = 44e6 / 32
@@ -293,8 +293,9 @@ def fleet(requests: float, replicas: int, router: str):
 
 
 def fleet_row(args, requests: float, replicas: int, router: str) -> dict:
-    """The whole command on a generated trace; the rate of a replica is that of the week, whose end is cut off."""
-    duration_s = WEEK_S * requests / replicas / REQUESTS_A_WEEK_AND_REPLICA
+    """The whole command on a generated trace of whole days; the load of a replica is about that of the week."""
+    days = max(1, round(7 * (requests / replicas) / REQUESTS_A_WEEK_AND_REPLICA))
+    duration_s = days * DAY_S
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "week.parquet"
         lengths = json.loads((measure.ROOT / "traces" / "azure_like.json").read_text())["conv"]
