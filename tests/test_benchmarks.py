@@ -106,7 +106,10 @@ TIGHT = {
 }
 
 
-def small_trace(requests=30 if _jit.is_disabled() else 120, rate=40.0):
+SMALL = 30 if _jit.is_disabled() else 120  # requests
+
+
+def small_trace(requests=SMALL, rate=40.0):
     return kvsim.make_trace(
         rate=rate, requests=requests, prompt=kvsim.uniform(1, 300), output=kvsim.uniform(1, 200), seed=3
     )
