@@ -72,7 +72,7 @@ def main(argv=None) -> int:
             print(line(row), flush=True)
     if args.json:
         args.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
-    return 0
+    return 0 if all(row.get("is_same", True) for row in rows) else 1  # a peer that did something else
 
 
 # ---------------------------------------------------------------- the table
