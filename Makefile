@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-all conformance mutations fuzz lint bench clean
+.PHONY: demo test test-all conformance mutations fuzz lint bench rows peers clean
 
 demo: .venv/run.done
 	$(BIN)/kvsim run -o demo-run
@@ -32,8 +32,19 @@ lint: .venv/test-all.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Every benchmark once, small sizes only; benchmarks/README.md says how to measure.
 bench: .venv/test-all.done
-	cd benchmarks && ../$(BIN)/asv machine --yes && ../$(BIN)/asv run --quick --python=same --show-stderr
+	cd benchmarks && ../$(BIN)/asv machine --yes && \
+	  KVSIM_BENCH_QUICK=1 ../$(BIN)/asv run --quick --python=same --show-stderr
+
+# Every row of the speed table: ARGS="--rows A,B --json FILE"; benchmarks/README.md.
+rows: .venv/test.done
+	$(BIN)/python benchmarks/rows.py $(ARGS)
+
+# The real scheduler and AISimulate on the same requests. The first run makes their environments (2.5 and 0.9 GB) in
+# .oracle-venv and .peers-venv, or in ORACLE_VENV and PEERS_VENV.
+peers: .venv/test.done
+	$(BIN)/python benchmarks/peers/compare.py $(ARGS)
 
 # One stamp for each set of installs; a changed pyproject.toml makes them again.
 .venv/python.done:
@@ -55,4 +66,4 @@ bench: .venv/test-all.done
 	touch $@
 
 clean:
-	rm -rf .venv .oracle-venv conformance-found demo-run build dist *.egg-info
+	rm -rf .venv .oracle-venv .peers-venv conformance-found demo-run build dist *.egg-info
