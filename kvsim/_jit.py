@@ -100,6 +100,7 @@ def _compiled_sources() -> list[Path]:
     folders = [Path(place) for place in kernels.submodule_search_locations] if kernels else []
     return [
         _PACKAGE / "_jit.py",
+        _PACKAGE / "_ref.py",
         _PACKAGE / "units.py",
         *sorted((_PACKAGE / "engine").glob("*.py")),
         *(path for folder in folders for path in sorted(folder.rglob("*.py"))),

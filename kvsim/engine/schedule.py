@@ -740,14 +740,16 @@ def is_blocked_for_long(s):
         return False
     if now.num_running >= cfg.max_num_seqs:
         return now.wait_cause == MAX_NUM_SEQS and cfg.enable_chunked_prefill and not now.has_states
-    # It needs what it needed when this was noted, less the cached blocks that it finds: without windows, no more than
-    # then, as long as the first that it missed is missing.
+    # It needs what it needed when this was noted, less the cached blocks that it finds: no more than then, as long as
+    # the first that it missed is missing. Windows and states find more by other rules.
     if now.wait_cause != POOL_FULL_GATE or now.wait_least <= now.free_blocks:
         return False
-    if not cfg.enable_prefix_caching or now.wait_hits == (known_tokens(s.requests[r]) - 1) // cfg.block_size:
+    if not cfg.enable_prefix_caching:
         return True
-    is_alone = len(s.groups) == 1 and not now.has_windows
-    return is_alone and s.keys.ends[key_of(s.keys, r, now.wait_hits)].oldest == 0
+    if len(s.groups) > 1 or now.has_windows:
+        return False
+    has_most = now.wait_hits == (known_tokens(s.requests[r]) - 1) // cfg.block_size
+    return has_most or s.keys.ends[key_of(s.keys, r, now.wait_hits)].oldest == 0
 
 
 @inner_njit

@@ -562,7 +562,7 @@ MUTATIONS = (
     ),
     Mutation(
         "quiet steps do not look at the pool", "3.6", LOOP,
-        "        if growing * growing_groups > free:\n            break\n",
+        "        if needed > usable:\n            break\n",
         "",
     ),
     Mutation(
@@ -571,8 +571,13 @@ MUTATIONS = (
         "    if now.wait_cause != POOL_FULL_GATE:",
     ),
     Mutation(
+        "who waits for a fresh state is taken to wait for blocks", "6.10", SCHEDULE,
+        "    if len(s.groups) > 1 or now.has_windows:\n        return False\n",
+        "",
+    ),
+    Mutation(
         "who waits for blocks does not notice what is cached meanwhile", "3.11", SCHEDULE,
-        "    is_alone = len(s.groups) == 1 and not now.has_windows\n    return is_alone and s.keys",
-        "    return True or s.keys",
+        "    return has_most or s.keys.ends",
+        "    return True or s.keys.ends",
     ),
 )  # fmt: skip

@@ -31,7 +31,7 @@ def test_contexts_and_pairs_are_cut_to_each_window(is_async):
         pair_s=np.array([2e-8, 5e-7, 1e-6]),
         windows=np.array(WINDOWS),
     )
-    state = packed(rows, settings, identities=True, log_steps=True)._replace(cost=st.Cost(*cost))
+    state = packed(rows, settings, identities=True, log_steps=True, cost=st.Cost(*cost))
     steps = []
     run.drive(state, on_step=StepLog(steps.append))
     computed = [0] * len(rows)

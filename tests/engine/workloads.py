@@ -152,7 +152,7 @@ def keys_of(rows, settings):
     return intern_keys(most, settings.block_size, offsets, flat, settings.prefix_unit)
 
 
-def packed(rows, settings, *, identities, log_steps=False, check=True, event_capacity=4096, num_bins=64):
+def packed(rows, settings, *, identities, log_steps=False, check=True, cost=None, **options):
     """The compiled engine's state for a workload of the naive one."""
     return st.pack(
         **columns_of(rows),
@@ -173,10 +173,9 @@ def packed(rows, settings, *, identities, log_steps=False, check=True, event_cap
             identities=identities,
             log_steps=log_steps,
         ),
-        cost=cost_columns(settings.max_num_batched_tokens, settings.max_num_seqs),
+        cost=cost or cost_columns(settings.max_num_batched_tokens, settings.max_num_seqs),
         bin_width_ns=1 if settings.lockstep else 1_000_000,
-        num_bins=num_bins,
-        event_capacity=event_capacity,
+        **{"num_bins": 64, **options},
     )
 
 
