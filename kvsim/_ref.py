@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 from numba.core import cgutils, types
 from numba.core.typing.templates import AttributeTemplate
 from numba.extending import infer_getattr, intrinsic, lower_getattr_generic, models, register_model
@@ -51,10 +52,63 @@ def _refer(typing_context, value):
     return Reference(value)(value), to_frame
 
 
+def _address(context, builder, buffer_type, buffer, k, value_type):
+    """The place of the k-th named tuple in a buffer of bytes."""
+    pointer_type = context.get_value_type(value_type).as_pointer()
+    data = context.make_array(buffer_type)(context, builder, buffer).data
+    return builder.gep(builder.bitcast(data, pointer_type), [k])
+
+
+@intrinsic
+def _size_of(typing_context, value):
+    def size(context, builder, signature, arguments):
+        return context.get_constant(types.int64, context.get_abi_sizeof(context.get_value_type(value)))
+
+    return types.int64(value), size
+
+
+@intrinsic
+def _put(typing_context, buffer, k, value):
+    def store(context, builder, signature, arguments):
+        builder.store(arguments[2], _address(context, builder, buffer, *arguments[:2], value))
+        return context.get_dummy_value()
+
+    return types.none(buffer, types.int64, value), store
+
+
+@intrinsic
+def _at(typing_context, buffer, k, like):
+    def address(context, builder, signature, arguments):
+        return _address(context, builder, buffer, *arguments[:2], like.target)
+
+    return like(buffer, types.int64, like), address
+
+
 def by_reference(s):
     """The named tuple `s` by its address, for compiled functions that this one calls."""
     return s
 
 
-if os.environ.get("NUMBA_DISABLE_JIT", "0") in ("", "0"):
-    by_reference = _refer
+def size_of(s):
+    """Bytes that a buffer needs for each named tuple like `s`."""
+    return 1
+
+
+def put(buffer, k, s):
+    """Make `s` the k-th named tuple of a buffer. It holds addresses only: keep the arrays of `s` elsewhere."""
+    buffer[k] = s
+
+
+def at(buffer, k, like):
+    """The k-th named tuple of a buffer by its address, if it is one like `like`, itself a reference."""
+    return buffer[k]
+
+
+def empty_buffer(num_bytes: int) -> np.ndarray:
+    """For as many named tuples as fit into `num_bytes` bytes."""
+    return np.zeros(num_bytes, np.uint8 if _IS_COMPILED else object)
+
+
+_IS_COMPILED = os.environ.get("NUMBA_DISABLE_JIT", "0") in ("", "0")
+if _IS_COMPILED:
+    by_reference, size_of, put, at = _refer, _size_of, _put, _at

@@ -2,7 +2,9 @@
 
 A stateless router splits the trace beforehand (`kvsim.routing`), so each replica is a run by itself, on a thread by
 itself: the compiled loop releases the interpreter lock. Only as many replicas are packed at a time as there are
-threads; of one that has run, `keep` keeps what the results need, and `fleet_result` makes one Result of it all.
+threads. A router that looks at the replicas needs them all at the moment of each request: `engine.fleet` brings them
+there one after the other, on one core, and only what is left after the last request runs on threads. Of a replica
+that has run, `keep` keeps what the results need, and `fleet_result` makes one Result of it all.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ import numpy as np
 from kvsim import metrics, result
 from kvsim.engine import state as st
 from kvsim.errors import UserError
-from kvsim.routing import route_stateless
-from kvsim.run import EngineRun, Progress, drive, merged_pairs
+from kvsim.routing import STATEFUL, check_router, route_stateless
+from kvsim.run import EngineRun, Progress, drive, merged_pairs, relieve
 
 if TYPE_CHECKING:
     from kvsim.trace import Trace
@@ -78,23 +80,28 @@ class _StoppedError(Exception):
     """Raised in the other replicas when one fails or the run is interrupted."""
 
 
-def check_fleet(replicas: int, threads: int | None, *, max_concurrency: int | None, on_step) -> None:
+def check_fleet(
+    replicas: int, threads: int | None, router_delay_s: float, *, max_concurrency: int | None, on_step
+) -> None:
     """UserError for a fleet that cannot be."""
+    is_number = isinstance(router_delay_s, int | float | np.number) and not isinstance(router_delay_s, bool)
+    if not is_number or not 0 <= router_delay_s < 9e9:
+        raise UserError(f"router_delay is {router_delay_s!r}; give a number of seconds from 0 up to 9e9")
     for name, value, most in (("replicas", replicas, MAX_REPLICAS), ("threads", threads or 1, 2**16)):
         is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
         if not is_whole or not 1 <= value <= most:
             raise UserError(f"{name} is {value!r}; give a whole number from 1 to {most:,}")
     if max_concurrency is not None:
         raise UserError(
-            "max_concurrency limits what all replicas have in flight together, which a router that splits the trace"
-            " beforehand cannot know; leave it out, or simulate one replica"
+            "max_concurrency limits what all replicas have in flight together, which no router here knows; leave it"
+            " out, or simulate one replica"
         )
     if on_step is not None:
         raise UserError("a step log is of one engine; leave it out, or simulate one replica")
 
 
 def run_fleet(
-    packed: Callable[[Trace], st.State],
+    packed: Callable[..., st.State],
     *,
     trace: Trace,
     options: dict,
@@ -106,10 +113,16 @@ def run_fleet(
     **common,
 ) -> result.Result:
     """Route the trace, run every replica and merge. `packed` makes the engine's state of a part of the trace."""
-    n = options["replicas"]
-    assigned = route_stateless(trace, n, options["router"], seed or 0)
-    fleet = empty_fleet(trace, assigned, n, common["budget"].num_gpu_blocks, options)
+    n, router = options["replicas"], options["router"]
+    check_router(router, trace)
     stop, told = threading.Event(), np.zeros(n, np.int64)
+    engine_started = time.perf_counter()
+    if router in STATEFUL:
+        states, assigned = route_with_looks(packed, trace, options, fixed_bins, progress)
+    else:
+        states = None
+        assigned = route_stateless(trace, n, router, seed or 0)
+    fleet = empty_fleet(trace, assigned, n, common["budget"].num_gpu_blocks, options)
 
     def tell(k: int) -> Callable[[Progress], None]:
         def told_of(p: Progress) -> None:
@@ -124,10 +137,17 @@ def run_fleet(
 
     def run_one(k: int) -> None:
         rows = np.flatnonzero(assigned == k)
-        state = packed(trace.part(rows))
-        keep(fleet, k, rows, drive(state, fixed_bins=fixed_bins, progress=tell(k)))
+        if states is None:
+            run = drive(packed(trace.part(rows)), fixed_bins=fixed_bins, progress=tell(k))
+            for name in ("request", "for_request"):
+                is_row = run.events[name] >= 0
+                run.events[name][is_row] = rows[run.events[name][is_row]]
+        else:
+            run = drive(states[k], fixed_bins=fixed_bins, progress=tell(k))
+            run.state = run.state._replace(requests=run.state.requests[rows])
+            states[k] = None
+        keep(fleet, k, rows, run)
 
-    engine_started = time.perf_counter()
     with ThreadPoolExecutor(min(threads or num_cores(), n)) as pool:
         try:
             for done in as_completed([pool.submit(run_one, k) for k in range(n)]):
@@ -141,6 +161,34 @@ def run_fleet(
         fleet, options=options, seed=seed, threads=threads or num_cores(),
         prepare_s=engine_started - prepare_started, engine_s=engine_s, **common,
     )  # fmt: skip
+
+
+def route_with_looks(
+    packed: Callable[..., st.State], trace: Trace, options: dict, fixed_bins: bool, progress
+) -> tuple[list[st.State], np.ndarray]:
+    """(the states of all replicas when the last request is sent, int16[n] replica of each request)."""
+    from kvsim._ref import empty_buffer
+    from kvsim.engine import fleet as engine
+
+    first = packed(trace, fed=True)
+    states = [first]
+    for _ in range(1, options["replicas"]):
+        own_keys = first.keys._replace(ends=st.table(st.ENDS, len(first.keys.ends)))
+        states.append(packed(trace, fed=True, requests=first.requests, keys=own_keys))
+    buffer = empty_buffer(int(engine.buffer_size(first)) * len(states))
+    for k, state in enumerate(states):
+        engine.put_state(buffer, k, state)
+    router = st.table(engine.ROUTER, 1, looked_at=-1, by_blocks=options["router"] == "least-kv")
+    router.interval = round(options["router_delay_s"] * 1e9)
+    loads, assigned = st.table(engine.LOAD, len(states)), np.full(len(trace), -1, np.int16)
+    while (status := engine.route(buffer, first, router, loads, assigned)) != st.DONE:
+        k = int(router[0].replica)
+        states[k] = relieve(states[k], status, fixed_bins)
+        engine.put_state(buffer, k, states[k])
+        if progress is not None:
+            ended = sum(int(state.now[0].num_ended) for state in states)
+            progress(Progress(ended, len(trace), int(states[k].now[0].t)))
+    return states, assigned
 
 
 def num_cores() -> int:
@@ -167,8 +215,8 @@ def empty_fleet(
 
 
 def keep(fleet: Fleet, k: int, rows: np.ndarray, run: EngineRun) -> None:
-    """Keep what the results need of replica `k`, whose requests are `rows` of the trace; its state can go then.
-    May be called from several threads."""
+    """Keep what the results need of replica `k`: its requests are `rows` of the trace, as its events have them. The
+    state can go then. May be called from several threads."""
     state, now = run.state, run.state.now[0]
     outcomes, causes = result.outcome_and_cause(run)
     for name, column in fleet.columns.items():
@@ -180,10 +228,6 @@ def keep(fleet: Fleet, k: int, rows: np.ndarray, run: EngineRun) -> None:
         else:
             column[rows] = values
     num_bins = -(-int(now.accounted) // int(now.bin_width))
-    events = run.events
-    for name in ("request", "for_request"):
-        is_row = events[name] >= 0
-        events[name][is_row] = rows[events[name][is_row]]
     completed = metrics.is_one_of(outcomes, metrics.COMPLETED)
     summary, last_token_ns = _entry(run, outcomes, completed)
     num_good = metrics.met_objectives(state.requests, completed, fleet.objectives) if fleet.objectives else 0
@@ -195,7 +239,7 @@ def keep(fleet: Fleet, k: int, rows: np.ndarray, run: EngineRun) -> None:
         fleet.num_good += num_good
     fleet.replicas[k] = Replica(
         summary=summary,
-        events=events,
+        events=run.events,
         bins=np.array(state.timeline[:num_bins]),
         bin_width=int(now.bin_width),
         accounted=int(now.accounted),

@@ -1,4 +1,4 @@
-"""Routers that know the request and nothing of the replicas: they split a trace before anything runs."""
+"""Routers. The stateless ones know the request and nothing of the replicas: they split a trace before anything runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from kvsim.trace import Trace
 from kvsim.trace.philox import sliced_uniforms
 
 STATELESS = ("round-robin", "random", "prefix-affinity")
-ROUTERS = STATELESS
+STATEFUL = ("least-requests", "least-kv")  # they look at the replicas: `engine.fleet`
+ROUTERS = STATELESS + STATEFUL
 _PICK = 21  # Philox stream of "random"
 
 
@@ -21,13 +22,9 @@ def route_stateless(trace: Trace, num_replicas: int, router: str, seed: int = 0)
     prefix-affinity  by a hash of the first prefix id that not all requests share, so that requests that begin
                      alike meet; in a trace without prefix ids by conversation
 
-    A follow-up turn goes where its conversation began. UserError for another router, and for prefix-affinity on
-    a trace that has neither prefix ids nor turns.
+    A follow-up turn goes where its conversation began. UserError for prefix-affinity on a trace that has neither
+    prefix ids nor turns.
     """
-    if router not in STATELESS:
-        raise UserError(
-            f"router {router!r} is unknown; choose {', '.join(STATELESS)}{did_you_mean(str(router), STATELESS)}"
-        )
     has_turns = trace.parent is not None and bool((trace.parent >= 0).any())
     if router == "round-robin":
         chosen = _in_turn(trace.parent < 0 if has_turns else None, len(trace), num_replicas)
@@ -41,6 +38,19 @@ def route_stateless(trace: Trace, num_replicas: int, router: str, seed: int = 0)
             " by; give round-robin or random"
         )
     return chosen[_first_turns(trace.parent)] if has_turns else chosen
+
+
+def check_router(router: str, trace: Trace) -> None:
+    """UserError for an unknown router, and for one that cannot route this trace."""
+    if router not in ROUTERS:
+        raise UserError(
+            f"router {router!r} is unknown; choose {', '.join(ROUTERS)}{did_you_mean(str(router), ROUTERS)}"
+        )
+    if router in STATEFUL and trace.parent is not None and (trace.parent >= 0).any():
+        raise UserError(
+            f"router {router} sends requests at their arrival, and {trace.name} has follow-up turns, which are sent"
+            f" when the one before has ended; give {', '.join(STATELESS)}"
+        )
 
 
 def _in_turn(is_first: np.ndarray | None, n: int, num_replicas: int) -> np.ndarray:

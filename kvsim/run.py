@@ -65,6 +65,7 @@ def simulate(
     goodput: dict[str, float] | None = None,
     replicas: int = 1,
     router: str = "round-robin",
+    router_delay_s: float = 0.0,
     threads: int | None = None,
     seed: int | None = None,
     command: str | None = None,
@@ -83,10 +84,12 @@ def simulate(
     until_s: the run ends at the first `schedule()` at or after this time (`unfinished`).
     max_concurrency: closed loop, at most that many requests in flight.
     strict: keep the engine's own behaviour where a request can never fit (it blocks or livelocks).
-    check: verify the invariants of the pool at every event (slow).
+    check: verify the invariants of the pool after every step and arrival (slow).
     goodput: objectives in ms by "ttft", "tpot", "e2el"; `request_goodput` counts requests that meet them all.
     replicas: a fleet of that many, each the whole deployment with its own pool and queue; `router` splits the
-        traffic: "round-robin", "random" (by `seed`) or "prefix-affinity" (see `kvsim.routing`).
+        traffic: "round-robin", "random" (by `seed`), "prefix-affinity", or after a look at the replicas
+        "least-requests" or "least-kv" (see `kvsim.routing`).
+    router_delay_s: the last two look every so many seconds, not at every request.
     threads: how many replicas run at a time (default: one for each core). It changes no result.
     progress: called between two calls of the engine, at least every 50 ms; it may raise to stop the run.
     on_step: called with the engine's state and False when a step has been scheduled, and with True when its output
@@ -104,7 +107,7 @@ def simulate(
     if replicas != 1:
         from kvsim.fleet import check_fleet
 
-        check_fleet(replicas, threads, max_concurrency=max_concurrency, on_step=on_step)
+        check_fleet(replicas, threads, router_delay_s, max_concurrency=max_concurrency, on_step=on_step)
     specs.check_simulated(deployment)
     record = _record_level(record, len(trace))
     budget = memory.fit(deployment)
@@ -121,7 +124,7 @@ def simulate(
         "goodput": goodput,
     }
     if replicas > 1:
-        options |= {"replicas": replicas, "router": router}
+        options |= {"replicas": replicas, "router": router, "router_delay_s": router_delay_s}
     common = {
         "trace": trace, "deployment": deployment, "budget": budget, "options": options, "seed": seed,
         "command": command, "load_s": load_s,
@@ -154,13 +157,16 @@ def simulate(
 
     keys_of = content_keys or make_content_keys
 
-    def packed(part: Trace) -> st.State:
-        keys = keys_of(part, settings) if settings.enable_prefix_caching else None
+    def packed(
+        part: Trace, fed: bool = False, requests: np.ndarray | None = None, keys: st.Keys | None = None
+    ) -> st.State:
+        if keys is None and settings.enable_prefix_caching:
+            keys = keys_of(part, settings)
         return st.pack(
             arrival_ns=part.arrival_ns,
             prompt_tokens=part.prompt_tokens,
             output_tokens=part.output_tokens,
-            settings=engine_settings,
+            settings=engine_settings._replace(fed=fed),
             cost=st.Cost(*cost),
             groups=groups,
             bin_width_ns=bin_width_ns,
@@ -168,6 +174,7 @@ def simulate(
             priority=part.priority,
             parent=part.parent,
             delay_ns=part.delay_ns,
+            requests=requests,
         )
 
     if replicas > 1:
@@ -240,6 +247,7 @@ def pack_settings(
     max_concurrency: int | None = None,
     strict: bool = False,
     lockstep: bool = False,
+    fed: bool = False,
     check: bool = False,
     identities: bool = False,
     log_steps: bool = False,
@@ -275,6 +283,7 @@ def pack_settings(
         max_concurrency=or_none(max_concurrency, 0),
         strict=strict,
         lockstep=lockstep,
+        fed=fed,
         identities=identities or settings.enable_prefix_caching,
         log_steps=log_steps,
         record_events=record_events,
@@ -292,36 +301,39 @@ def drive(
     """Call `advance` until the run is over: empty the event buffer, widen or add bins, report in between."""
     from kvsim.engine.loop import advance
 
-    chunks: list[np.recarray] = []
     while True:
         status = advance(state, st.NEVER, 1 if on_step else -1)
         now = state.now[0]
-        if status == st.EVENTS_FULL:
-            state = _empty_events(state, chunks)
-        elif status == st.TIMELINE_FULL:
-            state = _more_bins(state, int(now.needs)) if fixed_bins else _wider_bins(state, int(now.needs))
-        elif status == st.BROKEN:
-            raise AssertionError(
-                f"the engine broke invariant {int(now.broken)} at step {int(now.num_steps)}; please report this run"
-            )
-        elif status in (st.SCHEDULED, st.MAX_STEPS):
+        if status in (st.DONE, st.STALLED, st.HORIZON):
+            return EngineRun(state, state.events[: now.num_events], st.STATUSES[status])
+        if status in (st.SCHEDULED, st.MAX_STEPS):
             on_step(state, status == st.MAX_STEPS)
-        elif status != st.PAUSED:
-            chunks.append(state.events[: now.num_events])
-            return EngineRun(state, np.concatenate(chunks), st.STATUSES[status])
+        else:
+            state = relieve(state, status, fixed_bins)
         if progress is not None:
             progress(Progress(int(now.num_ended), len(state.requests), int(now.t)))
 
 
-def _empty_events(state: st.State, chunks: list[np.recarray]) -> st.State:
-    """Move the events out of the buffer; grow it when the next step may need more than all of it."""
+def relieve(state: st.State, status: int, fixed_bins: bool) -> st.State:
+    """The state with what `advance` lacked when it returned `status`: room for events, bins of the timeline."""
     now = state.now[0]
-    chunks.append(state.events[: now.num_events].copy())
-    now.num_events = 0
-    capacity = len(state.events)
-    if now.needs <= capacity:
-        return state
-    return state._replace(events=st.table(st.EVENT, max(2 * capacity, int(now.needs))))
+    if status == st.EVENTS_FULL:
+        return _more_events(state)
+    if status == st.TIMELINE_FULL:
+        return _more_bins(state, int(now.needs)) if fixed_bins else _wider_bins(state, int(now.needs))
+    if status == st.BROKEN:
+        raise AssertionError(
+            f"the engine broke invariant {int(now.broken)} at step {int(now.num_steps)}; please report this run"
+        )
+    return state
+
+
+def _more_events(state: st.State) -> st.State:
+    """Make room for twice as many events, or as many as the next step may need."""
+    now = state.now[0]
+    events = st.table(st.EVENT, max(2 * len(state.events), int(now.num_events + now.needs)))
+    events[: now.num_events] = state.events[: now.num_events]
+    return state._replace(events=events)
 
 
 def _wider_bins(state: st.State, time_ns: int) -> st.State:

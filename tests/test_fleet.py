@@ -104,8 +104,14 @@ def separate_runs(trace, dep, replica, n, **options):
     return requests, events, bins, results
 
 
-@pytest.mark.parametrize("router", ["round-robin", "random"])
-@pytest.mark.parametrize("name", CASES)
+WITH_LOOKS = ("least-requests", "least-kv")
+CASES_AND_ROUTERS = [
+    *((name, router) for name in CASES for router in ("round-robin", "random")),
+    *((name, router) for name in CASES if name != "turns" for router in WITH_LOOKS),
+]
+
+
+@pytest.mark.parametrize(("name", "router"), CASES_AND_ROUTERS)
 def test_a_fleet_is_as_many_separate_runs(name, router):
     make, settings, options = CASES[name]
     trace, dep = make(), llama(**settings)
@@ -371,3 +377,59 @@ def test_the_command_line(tmp_path, capsys):
     ):
         assert main([*words, *more]) == 2
         assert sentence in capsys.readouterr().err
+
+
+def loads_at(trace, dep, rows, time):
+    """(used blocks, requests) of a replica that was sent `rows`, just before `time`, from a run of these alone."""
+    from types import SimpleNamespace
+
+    from kvsim import memory, run, steptime
+    from kvsim.engine import state as st
+    from kvsim.engine.loop import advance
+
+    budget = memory.fit(dep)
+    settings = dep.settings
+    state = st.pack(
+        arrival_ns=trace.arrival_ns[rows],
+        prompt_tokens=trace.prompt_tokens[rows],
+        output_tokens=trace.output_tokens[rows],
+        settings=run.pack_settings(
+            SimpleNamespace(**{f: getattr(settings, f) for f in settings.__struct_fields__}),
+            budget.num_gpu_blocks,
+            frontend="openai",
+        ),
+        cost=st.Cost(*steptime.constant_step(*STEP, settings.max_num_batched_tokens, settings.max_num_seqs)),
+        bin_width_ns=10**9,
+        event_capacity=10**5,
+    )
+    assert advance(state, time - 1, -1) in (st.REACHED, st.DONE)
+    now = state.now[0]
+    waiting = now.num_ranked + now.num_preempted + now.num_received
+    return budget.num_gpu_blocks - 1 - int(now.free_blocks), int(now.num_running + waiting)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.75])
+@pytest.mark.parametrize("router", WITH_LOOKS)
+def test_a_router_that_looks_sends_to_who_has_least(router, delay):
+    # No two things happen at one time here, so that "just before" an arrival is the moment of the look.
+    trace = dataclasses.replace(crowd(120), arrival_ns=np.arange(120, dtype=np.int64) * 17_000_023)
+    dep = llama(num_gpu_blocks_override=121, max_model_len=1024, enable_prefix_caching=False)
+    got = simulate(trace, dep, step_time=STEP, replicas=3, router=router, router_delay_s=delay)
+    replica = got.requests["replica"].to_pylist()
+    rows, looked, loads = [[], [], []], -1, None
+    for row, time in enumerate(trace.arrival_ns.tolist()):
+        look = time if delay == 0 else time // round(delay * 1e9) * round(delay * 1e9)
+        if look > looked:
+            looked = look
+            loads = [loads_at(trace, dep, mine, look) if mine and look else (0, 0) for mine in rows]
+        order = [pair if router == "least-kv" else pair[::-1] for pair in loads]
+        assert replica[row] == order.index(min(order)), row
+        rows[replica[row]].append(row)
+    assert min(len(mine) for mine in rows) > 20
+
+
+def test_routers_that_look_refuse_turns_and_odd_delays():
+    with pytest.raises(UserError, match="has follow-up turns"):
+        simulate(conversations(), llama(), step_time=STEP, replicas=2, router="least-kv")
+    with pytest.raises(UserError, match="router_delay is -1"):
+        simulate(crowd(9), llama(), step_time=STEP, replicas=2, router="least-kv", router_delay_s=-1)

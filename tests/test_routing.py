@@ -86,7 +86,7 @@ def test_what_cannot_be_routed():
     with pytest.raises(UserError, match="neither prefix ids nor follow-up turns"):
         route_stateless(trace(3), 2, "prefix-affinity")
     with pytest.raises(UserError, match="did you mean 'random'"):
-        route_stateless(trace(3), 2, "randon")
+        routing.check_router("randon", trace(3))
 
 
 def test_an_empty_trace():

@@ -58,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument(
         "--bin", type=float, metavar="SECONDS", help="width of a timeline bin (default: about 1,000 bins)"
     )
-    out.add_argument("--check", action="store_true", help="check the invariants of the pool at every event")
+    out.add_argument(
+        "--check", action="store_true", help="check the invariants of the pool after every step and arrival"
+    )
     out.add_argument(
         "--step-log", metavar="FILE", help="every schedule() call as a JSON line (.jsonl or .jsonl.gz)"
     )
@@ -81,7 +83,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="round-robin",
         help="who gets a request: round-robin (default), random (by --seed) or prefix-affinity (by a hash of the first "
         "prefix id that not all requests share; without prefix ids by conversation). A follow-up turn goes where "
-        "its conversation began. These are stateless: they split the trace beforehand, and replicas use all cores",
+        "its conversation began. These are stateless: they split the trace beforehand, and replicas use all cores. "
+        "least-requests and least-kv (used blocks) look at the replicas and advance them to each arrival, on one core",
+    )
+    fleet.add_argument(
+        "--router-delay",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="least-requests and least-kv look every so many seconds, not at every request (default: 0)",
     )
     fleet.add_argument("--threads", type=count, metavar="N", help="replicas simulated at a time (default: all cores); "
                        "no result depends on it")  # fmt: skip
@@ -148,6 +158,7 @@ def main(args: argparse.Namespace) -> int:
             goodput=goodput,
             replicas=args.replicas,
             router=args.router,
+            router_delay_s=args.router_delay,
             threads=args.threads,
             seed=args.seed,
             command=shlex.join(["kvsim", *sys.argv[1:]]),

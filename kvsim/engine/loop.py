@@ -89,7 +89,8 @@ WORK_PER_CALL = (
 def advance(s, until_ns, max_steps):
     """Simulate on, and say why it stopped: one of `state.STATUSES`.
 
-    `reached`: nothing more happens up to and including `until_ns`, and arrivals up to then are in. `max_steps`:
+    `reached`: nothing more happens up to and including `until_ns`, and arrivals up to then are in (a state that is
+    fed leaves a step at `until_ns` itself to the next call, after what is sent then). `max_steps`:
     that many steps were completed (-1: no limit). `scheduled`: with `log_steps`, a step has just been scheduled.
     `paused`: enough work for one call, go on at will. `events_full`: empty the event buffer or grow it to
     `now.needs` free rows. `timeline_full`: widen the bins or add some, until `now.needs` ns lies within. `done`,
@@ -124,7 +125,7 @@ def go_on(s, until_ns, max_steps):
                     now.t = max(now.step_end, change)
                     now.idle = 0
                 now.is_stuck = 0
-            if now.t > until_ns:
+            if now.t > until_ns - cfg.fed:
                 return REACHED
         flight = oldest_flight(s)
         moment = flight.end if now.awaiting else now.t

@@ -103,6 +103,7 @@ class Settings(NamedTuple):
     max_concurrency: int  # 0: open loop
     strict: int
     lockstep: int
+    fed: int  # 1: `engine.fleet` sends requests, not `advance`, which leaves a step at its last moment for later
     identities: int  # 1: the blocks variant (which block is where); 0: counts only. Windows need 1
     log_steps: int  # 1: `advance` returns after each `schedule()` too
     record_events: int
@@ -405,7 +406,8 @@ def pack(
     parent: np.ndarray | None = None,
     delay_ns: np.ndarray | None = None,
     num_bins: int = 2048,
-    event_capacity: int = 4096,
+    event_capacity: int | None = None,
+    requests: np.ndarray | None = None,
 ) -> State:
     """The state for `n` requests, every dtype and contiguity fixed, so that `advance` has one signature.
 
@@ -413,7 +415,8 @@ def pack(
     the engine writes. `groups`: the KV groups in order, each a kind and, for some, a window in tokens; all have
     blocks of the same size. `keys` (from `engine.keys`) are needed with prefix caching. `priority` int64[n].
     `parent` int64[n], the row of the previous turn (always an earlier row) or -1, and `delay_ns` int64[n], think
-    time: see `Turns`. Blocks are taken from the front of a free list 1, 2, ..., N-1 (1.2).
+    time: see `TURN`. Blocks are taken from the front of a free list 1, 2, ..., N-1 (1.2). `requests`: the rows of
+    another state for the same columns, to be shared by replicas that are sent different ones.
     """
     n = len(arrival_ns)
     settings = Settings(*(int(value) for value in settings))
@@ -425,13 +428,14 @@ def pack(
     if len(kv_groups) > 1 and settings.enable_prefix_caching:
         keys = keys._replace(ends=table(ENDS, len(keys.ends) * len(kv_groups)))
 
-    requests = table(REQUEST, n)
-    requests.arrival = arrival_ns
-    requests.prompt = prompt_tokens
-    requests.output = output_tokens
-    requests.priority = 0 if priority is None else priority
-    for name in ("scheduled_at", "first_token_at", "last_token_at", "finished_at", "slot", "phase"):
-        requests[name] = -1
+    if requests is None:
+        requests = table(REQUEST, n)
+        requests.arrival = arrival_ns
+        requests.prompt = prompt_tokens
+        requests.output = output_tokens
+        requests.priority = 0 if priority is None else priority
+        for name in ("scheduled_at", "first_token_at", "last_token_at", "finished_at", "slot", "phase"):
+            requests[name] = -1
     usable = settings.num_gpu_blocks - 1
     stride = 0
     if settings.identities:
@@ -449,6 +453,7 @@ def pack(
     turns = _turns(parent, delay_ns)
 
     now = table(NOW, 1)
+    now.next_row = n if settings.fed else 0
     now.free_blocks = usable
     now.num_free_slots = seqs
     now.table_stride = stride
@@ -487,11 +492,17 @@ def pack(
         groups=kv_groups,
         pool=pool,
         keys=keys,
-        events=table(EVENT, event_capacity if settings.record_events else 0),
+        events=table(EVENT, (event_capacity or _likely_events(n)) if settings.record_events else 0),
         timeline=table(BIN, num_bins),
         used_time=np.zeros(settings.num_gpu_blocks, np.int64),
         gap_counts=np.zeros(GAP_BUCKETS, np.int64),
     )
+
+
+def _likely_events(num_requests: int) -> int:
+    """Room for the events of that many requests, if few of them are preempted: each arrives, is admitted, gets a first
+    token and ends, and some have to wait."""
+    return 5 * min(num_requests, 1_000_000) + 1024
 
 
 def _side_by_side(dtype: np.dtype, *columns: np.ndarray) -> np.recarray:
