@@ -559,9 +559,12 @@ def unfilled_places(s):
 @njit
 def gap_bucket(gap):
     """The bucket of a gap of `gap` ns: exact below 2 * GAP_SUBBUCKETS, then GAP_SUBBUCKETS a power of two."""
-    shift = 0
-    while (gap >> shift) >= 2 * GAP_SUBBUCKETS:
-        shift += 1
+    shift, rest = 0, gap >> (GAP_BITS + 1)
+    for bits in (32, 16, 8, 4, 2, 1):
+        if rest >> bits > 0:
+            rest >>= bits
+            shift += bits
+    shift += rest > 0
     return (shift << GAP_BITS) + (gap >> shift)
 
 

@@ -169,7 +169,7 @@ def go_on(s, until_ns, max_steps):
                 steps = coast(s, until_ns, most_steps)
                 most_steps -= steps
                 work += steps // 8 + 1
-                if steps > 0:
+                if steps > 0 or now.awaiting:
                     continue
         schedule(s)
         launch(s, step_duration(s))
@@ -380,34 +380,37 @@ def is_quiet(s):
 
 @inner_njit
 def coast(s, until_ns, most_steps):
-    """Make quiet steps (see `is_quiet`), as if each were scheduled, launched and finished; returns how many. Ends
-    before a step in which a member makes its last token, a request is sent, the pool has too little, or the bin of
-    the timeline ends."""
+    """Make quiet steps (see `is_quiet`), as if each were scheduled, launched and finished; returns how many. One more
+    is only launched, and `awaiting` set, where a member makes its last token in it, a request is sent before its
+    output is there, or the bin of the timeline ends. It ends as well where the pool has too little."""
     now, cfg = s.now[0], s.settings[0]
     send = next_send(s)
     # The last moment for the output of a step, and the first that is too late to schedule one.
     latest = min(min(send, now.bin_end), until_ns)
     stop = min(min(min(send, next_expiry(s)), cfg.until_ns), min(now.bin_end, latest + 1))
-    most_steps = min(most_steps, next_end(s) - now.decodes - (1 - cfg.async_scheduling))
+    most_outputs = min(most_steps, next_end(s) - now.decodes - (1 - cfg.async_scheduling))
     is_head_waiting_for_blocks = num_waiting(now) > 0 and now.num_running < cfg.max_num_seqs
-    steps = 0
-    while steps < most_steps:
-        growing_groups, room = now.growing_groups, most_steps - steps
+    steps = is_last = 0
+    while now.t < stop and now.decodes < next_end(s):
+        growing = s.phases[list_of(now, 0)].count * now.growing_groups
+        if growing > now.free_blocks:
+            break
+        growing_groups, room = now.growing_groups, most_outputs - steps
         if now.is_visiting:
-            room = 1
+            room = min(room, 1)
             if is_visit_due(s):
-                growing = s.phases[list_of(now, 0)].count * growing_groups
-                # What is cached now, the head may find.
-                if is_head_waiting_for_blocks or growing > now.free_blocks or not is_in_time(s, stop, latest):
+                if is_head_waiting_for_blocks:  # what is cached now, it may find
                     break
                 now.is_scheduling = 1
                 now.num_scheduled = 0
                 visit(s)
                 growing_groups = 0
-        made = glide(s, growing_groups, room, stop, latest)
+        made = 0 if is_last else glide(s, growing_groups, room, stop, latest)
         if made == 0:
+            launch_quietly(s, growing_groups)
             break
         steps += made
+        is_last = made < room or steps == most_outputs
     return steps
 
 
@@ -421,21 +424,40 @@ def is_visit_due(s):
 
 
 @inline_njit
-def is_in_time(s, stop, latest):
-    """True when the next step, if it is quiet, can be scheduled before `stop` and hands out up to `latest`."""
-    now = s.now[0]
-    output = oldest_flight(s).end if s.settings[0].async_scheduling else now.t + quiet_duration(s)
-    return now.t < stop and output <= latest
+def launch_quietly(s, growing_groups):
+    """Schedule and launch one quiet step; the blocks of who grows are taken already where `growing_groups` is 0."""
+    now, n = s.now[0], s.now[0].num_members
+    growing = s.phases[list_of(now, 0)].count
+    if growing_groups > 0:
+        now.free_blocks -= growing * growing_groups
+        now.table_entries += growing * len(s.groups)
+    seconds, context_s = quiet_cost(s)
+    duration = max(1, int(np.rint(1e9 * (seconds + context_s * float(member_tokens(now) + n)))))
+    now.num_scheduled = now.num_victims = now.num_dropped = now.livelock = 0
+    now.step_members = n
+    now.decodes += 1
+    now.executed += 1
+    now.total_scheduled += n
+    now.total_decode += n
+    now.held_tokens += n
+    now.cap_bound = num_waiting(now) > 0  # 3.16
+    if num_waiting(now) == 0:
+        now.wait_request = -1
+    now.peak_used = max(now.peak_used, s.settings[0].num_gpu_blocks - 1 - now.free_blocks)
+    line = s.timeline[now.bin]
+    line.steps += 1
+    line.decode_tokens += n
+    launch(s, duration)
+    now.awaiting = 1
 
 
 @inline_njit
-def quiet_duration(s):
-    """Nanoseconds of the next step, if it is quiet."""
-    now, n = s.now[0], s.now[0].num_members
+def quiet_cost(s):
+    """Seconds of a quiet step, and for each context token. In lockstep mode a step takes 1 ns."""
+    n = s.now[0].num_members
     if s.settings[0].lockstep:
-        return 1
-    seconds = s.step_s[n].linear + s.step_s[n].sampled + s.attention[0].context_s * (member_tokens(now) + n)
-    return max(1, int(np.rint(1e9 * seconds)))
+        return 1e-9, 0.0
+    return s.step_s[n].linear + s.step_s[n].sampled, s.attention[0].context_s
 
 
 @inner_njit
@@ -443,11 +465,11 @@ def glide(s, growing_groups, most_steps, stop, latest):
     """Make quiet steps in which nobody is visited; members that grow take a block in each of `growing_groups`.
     Everything that a step changes is in local variables, and what can be had from sums afterwards is not kept."""
     now, cfg, phases, used_time, gap_counts = s.now[0], s.settings[0], s.phases, s.used_time, s.gap_counts
-    n, is_async, is_lockstep = now.num_members, cfg.async_scheduling, cfg.lockstep
+    n, is_async = now.num_members, cfg.async_scheduling
     t = begun = now.t
     pending = oldest_flight(s).end - t  # of the step in flight
-    seconds, context_s = s.step_s[n].linear + s.step_s[n].sampled, s.attention[0].context_s
-    ctx = member_tokens(now)
+    seconds, context_s = quiet_cost(s)
+    ctx, more_ctx = float(member_tokens(now)), float(n)  # whole numbers, in the type that the duration needs
     at, last_phase = list_of(now, 0), now.num_phases - 1
     usable = cfg.num_gpu_blocks - 1
     used = used_before = usable - now.free_blocks
@@ -456,8 +478,8 @@ def glide(s, growing_groups, most_steps, stop, latest):
         needed = used + phases[at].count * growing_groups
         if needed > usable:
             break
-        ctx += n
-        duration = 1 if is_lockstep else max(1, int(np.rint(1e9 * (seconds + context_s * ctx))))
+        ctx += more_ctx
+        duration = max(1, int(np.rint(1e9 * (seconds + context_s * ctx))))
         width = pending if is_async else duration  # until the next output
         if t + width > latest:
             break
