@@ -31,7 +31,6 @@ or the input; 130 interrupted. An option may be left out: what GPU memory then d
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `kvsim run`."""
     from kvsim.cli.traffic import add_reading_arguments, add_traffic_arguments, count
-    from kvsim.routing import ROUTERS
     from kvsim.specs import add_engine_arguments
 
     parser.epilog = _EPILOG
@@ -69,6 +68,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-concurrency", type=count, metavar="N", help="closed loop: N requests in flight at most"
     )
+    fleet = add_fleet_arguments(parser)
+    fleet.add_argument("--threads", type=count, metavar="N", help="replicas simulated at a time (default: all cores); "
+                       "no result depends on it")  # fmt: skip
+    add_reading_arguments(parser)
+
+    clock = add_clock_arguments(parser)
+    clock.add_argument(
+        "--require", metavar="goodput>=X", help="exit 1 unless that share of requests meets --goodput"
+    )
+    clock.add_argument("--case", metavar="FILE", help="replay a reference case; implies --strict")
+    add_engine_arguments(parser)
+
+
+def add_fleet_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """--replicas, --router and --router-delay."""
+    from kvsim.cli.traffic import count
+    from kvsim.routing import ROUTERS
+
     fleet = parser.add_argument_group("a fleet")
     fleet.add_argument(
         "--replicas",
@@ -93,16 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="least-requests and least-kv look every so many seconds, not at every request (default: 0)",
     )
-    fleet.add_argument("--threads", type=count, metavar="N", help="replicas simulated at a time (default: all cores); "
-                       "no result depends on it")  # fmt: skip
-    add_reading_arguments(parser)
-
-    clock = add_clock_arguments(parser)
-    clock.add_argument(
-        "--require", metavar="goodput>=X", help="exit 1 unless that share of requests meets --goodput"
-    )
-    clock.add_argument("--case", metavar="FILE", help="replay a reference case; implies --strict")
-    add_engine_arguments(parser)
+    return fleet
 
 
 def add_clock_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

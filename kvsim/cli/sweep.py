@@ -21,7 +21,10 @@ JOURNAL_SUFFIX = ".cells.jsonl"
 # What may be a list besides the engine settings, by destination.
 _DEPLOYMENT = ("model", "gpu")
 _TRAFFIC = ("rate_scale", "rate", "seed", "limit", "from_s", "to_s", "clip_prompt", "prefix_unit")
-_OPTIONS = {"max_concurrency": "max_concurrency", "deadline": "deadline_s", "until": "until_s"}
+_OPTIONS = {
+    "max_concurrency": "max_concurrency", "deadline": "deadline_s", "until": "until_s",
+    "replicas": "replicas", "router": "router", "router_delay": "router_delay_s",
+}  # fmt: skip
 
 _EPILOG = """examples:
   kvsim sweep chat-small --max-num-seqs 64,128,256 --kv-cache-dtype auto,fp8 --gpu l40s
@@ -29,9 +32,9 @@ _EPILOG = """examples:
   kvsim sweep chat-small --async-scheduling --no-async-scheduling --metrics p50_ttft_ms,p99_ttft_ms
   kvsim sweep azure.csv.gz --gpu h100 --block-size 16,32,64 --executor ray --address 10.0.0.7:6379 -o table.csv
 
-Model, GPU, engine settings, traffic, --max-concurrency, --deadline and --until take a value, a list (64,128), a range
-(start:stop:step, the stop included) or a list of both; a switch given both ways is tried both ways. Every combination
-is a cell of the table, the flag given last varying fastest. A cell that fails is a row with its reason.
+Model, GPU, engine settings, traffic, fleet, --max-concurrency, --deadline and --until take a value, a list (64,128), a
+range (start:stop:step, the stop included) or a list of both; a switch given both ways is tried both ways. Every
+combination is a cell of the table, the flag given last varying fastest. A cell that fails is a row with its reason.
 
 With -o TABLE, finished cells are kept in TABLE.cells.jsonl: the same command again goes on where it was ended, and
 with other values it runs only the new cells. Remove that file to start anew.
@@ -43,7 +46,7 @@ exit codes: 0 answered; 1 no cell starts; 2 a mistake in the call or the input; 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `kvsim sweep`."""
     from kvsim.cli.lists import BothWays, take_lists
-    from kvsim.cli.run import add_clock_arguments
+    from kvsim.cli.run import add_clock_arguments, add_fleet_arguments
     from kvsim.cli.traffic import add_reading_arguments, add_traffic_arguments, count
     from kvsim.executors import EXECUTORS
     from kvsim.specs import ENGINE_FLAGS, add_engine_arguments
@@ -78,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-concurrency", type=count, metavar="N", help="closed loop: N requests in flight at most"
     )
+    add_fleet_arguments(parser)
     add_reading_arguments(parser)
     add_clock_arguments(parser)
     add_engine_arguments(parser, switch=BothWays)
@@ -92,6 +96,7 @@ def main(args: argparse.Namespace) -> int:
 
     common = {
         "step_time": step_time_of(args.step_time), "goodput": goodput_of(args.goodput), "strict": args.strict,
+        "threads": 1,  # cells share the cores, not the replicas of one
     }  # fmt: skip
     _check_out(args.out)
     sweeps.check_executor(args.executor, args.max_workers, args.address)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from kvsim._jit import inline_njit, inner_njit, njit
 from kvsim.engine.queues import num_waiting
-from kvsim.engine.state import CHUNKED, FULL, GAP_BITS, GAP_SUBBUCKETS, MAMBA, SLIDING, STATE
+from kvsim.engine.state import CHUNKED, FULL, GAP_BITS, MAMBA, SLIDING, STATE
 
 
 @inline_njit

@@ -80,9 +80,8 @@ from kvsim.engine.state import (
     WAITING,
 )
 
-WORK_PER_CALL = (
-    200_000  # entries of steps, arrivals, eights of quiet steps before `advance` returns: 50 ms at most
-)
+# Entries of steps, arrivals and eights of quiet steps before `advance` returns: 50 ms at most.
+WORK_PER_CALL = 200_000
 
 
 @njit
@@ -367,13 +366,10 @@ def is_quiet(s):
     now, cfg = s.now[0], s.settings[0]
     if now.num_others + now.num_ending > 0 or not 0 < now.num_members < cfg.max_num_batched_tokens:
         return False
-    if (
-        now.accounted != now.t
-        or now.last_handout != now.t
-        or (cfg.async_scheduling and now.steps_in_flight == 0)
-    ):
+    if now.accounted != now.t or now.last_handout != now.t:
         return False
-    if cfg.async_scheduling and oldest_flight(s).num_members != now.num_members:
+    is_next_flight = now.steps_in_flight > 0 and oldest_flight(s).num_members == now.num_members
+    if cfg.async_scheduling and not is_next_flight:
         return False
     return num_waiting(now) == 0 or is_blocked_for_long(s)
 
