@@ -12,9 +12,15 @@ from kvsim.engine.state import CHUNKED, FULL, GAP_BITS, MAMBA, SLIDING, STATE
 
 
 @inline_njit
-def blocks_for(tokens, block_size):
+def blocks_for(cfg, tokens):
     """Blocks that hold `tokens` tokens."""
-    return (tokens + block_size - 1) // block_size
+    return full_blocks(cfg, tokens + cfg.block_size - 1)
+
+
+@inline_njit
+def full_blocks(cfg, tokens):
+    """Blocks that `tokens` tokens fill."""
+    return tokens >> cfg.block_shift if cfg.block_shift >= 0 else tokens // cfg.block_size
 
 
 @inline_njit
@@ -36,7 +42,7 @@ def take(s, row, entry, count):
     if s.settings[0].identities:
         take_from_list(now, s.groups, s.pool, s.keys.ends, row, count)
     now.free_blocks -= total
-    now.table_entries += count * len(s.groups)
+    now.table_blocks += count
     row.num_blocks += count
     row.held_blocks += total
     row.peak_blocks = max(row.peak_blocks, row.held_blocks)
@@ -142,7 +148,7 @@ def is_of_use(cfg, group, row, k):
     run = group.run_blocks
     if cfg.cache_every_block:
         return run > 0
-    end = (row.prompt - 1) // cfg.block_size
+    end = full_blocks(cfg, row.prompt - 1)
     return end - run <= k < end or row.junction - run <= k < row.junction
 
 
@@ -169,7 +175,7 @@ def skipped_tokens(group, computed):
 @inline_njit
 def skipped_blocks(s, group, computed):
     """Leading blocks of a table in `group` that hold only tokens which are not needed any more."""
-    return skipped_tokens(s.groups[group], computed) // s.settings[0].block_size
+    return full_blocks(s.settings[0], skipped_tokens(s.groups[group], computed))
 
 
 @inner_njit
@@ -319,7 +325,7 @@ def touch_hits(s, row, num_hits):
                 now.cached_blocks -= 1
             pool.blocks[b].num_refs += 1
             row.held_blocks += 1
-    now.table_entries += num_hits * len(s.groups)
+    now.table_blocks += num_hits
     row.num_blocks = row.num_cached = num_hits
     row.junction = now.junction
     row.peak_blocks = max(row.peak_blocks, row.held_blocks)
@@ -334,7 +340,7 @@ def release(s, row):
         now.free_blocks += row.held_blocks
     elif row.slot >= 0:
         release_tables(s, row)
-    now.table_entries -= row.num_blocks * len(s.groups)
+    now.table_blocks -= row.num_blocks
     now.held_tokens -= row.computed
     row.num_blocks = row.held_blocks = row.num_cached = row.windows_at = row.computed = 0
 
@@ -430,13 +436,13 @@ def check_integrity(s):
     r = now.first_running
     while r >= 0:
         row = req[r]
-        entries += row.num_blocks * len(s.groups)
+        entries += row.num_blocks
         held_blocks += row.held_blocks
         held_tokens += row.computed
         if row.num_blocks * s.settings[0].block_size < row.computed:
             return 4
         r = row.after
-    if now.free_blocks < 0 or entries != now.table_entries:
+    if now.free_blocks < 0 or entries != now.table_blocks:
         return 1
     if not s.settings[0].enable_prefix_caching and now.free_blocks + held_blocks != usable:
         return 1
@@ -553,7 +559,7 @@ def unfilled_places(s):
     """Token places that are allocated in each group and do not hold a token: those in a table's last block. Shared
     blocks and those that a window left behind are full ones, and so is a block that holds a state."""
     now = s.now[0]
-    return now.table_entries // len(s.groups) * s.settings[0].block_size - now.held_tokens
+    return now.table_blocks * s.settings[0].block_size - now.held_tokens
 
 
 @njit

@@ -11,7 +11,7 @@ counts the calls of schedule(), `handed` those whose output is there, and its ro
 and `settle` writes that into the row. What a step needs of all members together is kept in `now` (their number, the
 sum of their computed tokens) and by phase, computed tokens modulo the block size: how many there are in each phase,
 and which, in running order. A member's phase rises by one a step, so it stays in the list `(computed - decodes) %
-num_phases` for good. A heap knows the step that is the last one of each.
+num_phases` for good; list `due` is that of phase 0. A heap knows the step that is the last one of each.
 
 Requests that are not members (in the middle of their prefill, new, or unlike the others for a step) are `others`,
 visited one by one. `scatter` ends the cohort where the running list has to be walked; `gather` makes it anew.
@@ -20,13 +20,28 @@ visited one by one. `scatter` ends the cohort where the running list has to be w
 from __future__ import annotations
 
 from kvsim._jit import inline_njit, inner_njit
+from kvsim.engine.blocks import blocks_for, full_blocks
 from kvsim.engine.queues import NOBODY, close_gap, place_of, unlink_running
 
 
 @inline_njit
-def list_of(now, tokens):
-    """The list of the members with `tokens` computed tokens, modulo the number of phases."""
-    return (tokens - now.decodes) % now.num_phases
+def list_of(now, phase):
+    """The list of the members whose computed tokens, modulo the number of phases, are `phase`."""
+    at = phase + now.due
+    return at if at < now.num_phases else at - now.num_phases
+
+
+@inline_njit
+def count_schedule(now):
+    """One more call of schedule() in which members get a token: another list is that of phase 0."""
+    now.decodes += 1
+    now.due = now.due - 1 if now.due > 0 else now.num_phases - 1
+
+
+@inline_njit
+def flight_row(s, index):
+    """Where step number `index` is among the flights, of which there are one or two."""
+    return index & (len(s.flights) - 1)
 
 
 @inline_njit
@@ -49,7 +64,7 @@ def settle(s, row):
     if cfg.async_scheduling:
         row.in_flight = row.placeholders = in_flight
     if not now.is_visiting:  # else whoever takes a block is visited
-        num_blocks = (row.computed + cfg.block_size - 1) // cfg.block_size
+        num_blocks = blocks_for(cfg, row.computed)
         if num_blocks > row.num_blocks:
             row.num_blocks = num_blocks
             row.held_blocks = num_blocks * len(s.groups)
@@ -78,10 +93,10 @@ def tokens_to_make(s, row):
 @inline_njit
 def join(s, r):
     """`r` becomes a member (see `can_join`). Its token in flight becomes that of a member too."""
-    now, req = s.now[0], s.requests
+    now, cfg, req = s.now[0], s.settings[0], s.requests
     row = req[r]
     row.settled = now.decodes
-    row.phase = list_of(now, row.computed)
+    row.phase = list_of(now, row.computed - full_blocks(cfg, row.computed) * cfg.block_size)
     now.num_members += 1
     now.member_base += row.computed - now.decodes
     before, after = s.phases[row.phase].last, NOBODY
@@ -94,8 +109,8 @@ def join(s, r):
     now.heap_size += 1
     sift_up(s.seats, req, now.heap_size - 1, r, now.decodes + remaining)
     if now.decodes > now.handed:
-        flight = s.flights[now.handed % len(s.flights)]
-        first = now.handed % len(s.flights) * s.settings[0].max_num_seqs
+        flight = s.flights[flight_row(s, now.handed)]
+        first = flight_row(s, now.handed) * cfg.max_num_seqs
         k = first
         while s.step[k].request != r:
             k += 1
@@ -236,8 +251,8 @@ def list_members_in_flight(s):
     now, req, step = s.now[0], s.requests, s.step
     if now.decodes == now.handed:
         return
-    flight = s.flights[now.handed % len(s.flights)]
-    first = now.handed % len(s.flights) * s.settings[0].max_num_seqs
+    flight = s.flights[flight_row(s, now.handed)]
+    first = flight_row(s, now.handed) * s.settings[0].max_num_seqs
     explicit = first + flight.num_entries - 1
     flight.num_entries += flight.num_members
     k = first + flight.num_entries - 1

@@ -22,6 +22,8 @@ from kvsim.engine.blocks import (
     unfilled_places,
 )
 from kvsim.engine.cohort import (
+    count_schedule,
+    flight_row,
     leave_running,
     list_of,
     member_tokens,
@@ -192,7 +194,7 @@ def is_sound(s):
 def oldest_flight(s):
     """The step whose output comes next. Needs a step in flight."""
     now = s.now[0]
-    return s.flights[(now.num_steps - now.steps_in_flight) % len(s.flights)]
+    return s.flights[flight_row(s, now.num_steps - now.steps_in_flight)]
 
 
 @inline_njit
@@ -205,7 +207,7 @@ def launch(s, duration):
     now.step_end = now.step_start + duration
     if num_requests > 0:
         now.device_free = now.step_end
-    flight = s.flights[now.num_steps % len(s.flights)]
+    flight = s.flights[flight_row(s, now.num_steps)]
     flight.end = now.step_end
     flight.num_entries = now.num_scheduled
     flight.num_members = now.step_members
@@ -388,7 +390,7 @@ def coast(s, until_ns, most_steps):
     is_head_waiting_for_blocks = num_waiting(now) > 0 and now.num_running < cfg.max_num_seqs
     steps = is_last = 0
     while now.t < stop and now.decodes < next_end(s):
-        growing = s.phases[list_of(now, 0)].count * now.growing_groups
+        growing = s.phases[now.due].count * now.growing_groups
         if growing > now.free_blocks:
             break
         growing_groups, room = now.growing_groups, most_outputs - steps
@@ -423,15 +425,15 @@ def is_visit_due(s):
 def launch_quietly(s, growing_groups):
     """Schedule and launch one quiet step; the blocks of who grows are taken already where `growing_groups` is 0."""
     now, n = s.now[0], s.now[0].num_members
-    growing = s.phases[list_of(now, 0)].count
+    growing = s.phases[now.due].count
     if growing_groups > 0:
         now.free_blocks -= growing * growing_groups
-        now.table_entries += growing * len(s.groups)
+        now.table_blocks += growing
     seconds, context_s = quiet_cost(s)
     duration = max(1, int(np.rint(1e9 * (seconds + context_s * float(member_tokens(now) + n)))))
     now.num_scheduled = now.num_victims = now.num_dropped = now.livelock = 0
     now.step_members = n
-    now.decodes += 1
+    count_schedule(now)
     now.executed += 1
     now.total_scheduled += n
     now.total_decode += n
@@ -466,7 +468,7 @@ def glide(s, growing_groups, most_steps, stop, latest):
     pending = oldest_flight(s).end - t  # of the step in flight
     seconds, context_s = quiet_cost(s)
     ctx, more_ctx = float(member_tokens(now)), float(n)  # whole numbers, in the type that the duration needs
-    at, last_phase = list_of(now, 0), now.num_phases - 1
+    at, last_phase = now.due, now.num_phases - 1
     usable = cfg.num_gpu_blocks - 1
     used = used_before = usable - now.free_blocks
     bucket = bucket_start = bucket_end = counted = used_area = delays = steps = 0
@@ -495,6 +497,7 @@ def glide(s, growing_groups, most_steps, stop, latest):
     if steps == 0:
         return 0
     gap_counts[bucket] += (steps - counted) * n
+    now.due = at
     account_for(s, t, used_before, used, used_area, growing_groups, steps * (t - begun) - delays)
     count_quiet_steps(s, steps, t, t + pending if is_async else t)
     return steps
@@ -507,8 +510,11 @@ def account_for(s, until, used_before, used, used_area, growing_groups, token_ti
     duration, waiting, line = until - now.accounted, num_waiting(now), s.timeline[now.bin]
     grown_area = grown = 0  # members that took a block, and for how long they have had it
     if growing_groups > 0:
-        grown = (used - used_before) // growing_groups
-        grown_area = (used_area - used_before * duration) // growing_groups
+        grown = used - used_before
+        grown_area = used_area - used_before * duration
+    if growing_groups > 1:
+        grown //= growing_groups
+        grown_area //= growing_groups
     unfilled = unfilled_places(s) * duration + grown_area * s.settings[0].block_size
     unfilled -= token_time * now.num_members
     line.used_area += used_area
@@ -519,7 +525,7 @@ def account_for(s, until, used_before, used, used_area, growing_groups, token_ti
     line.waiting_max = max(line.waiting_max, waiting)
     line.cached_area += now.cached_blocks * duration
     line.wasted_area += unfilled * now.num_token_groups
-    now.table_entries += grown * len(s.groups)
+    now.table_blocks += grown
     now.free_blocks -= grown * growing_groups
     now.peak_used = max(now.peak_used, used)
     now.accounted = until
@@ -552,7 +558,7 @@ def count_quiet_steps(s, steps, t, end):
         now.wait_request = -1
     now.awaiting = now.idle = now.is_stuck = now.livelock = 0
     now.is_settled = 1
-    flight = s.flights[(now.num_steps - 1) % len(s.flights)]
+    flight = s.flights[flight_row(s, now.num_steps - 1)]
     flight.end = end
     flight.num_entries = flight.is_livelock = 0
     flight.num_members = n
@@ -606,7 +612,7 @@ def finish_step(s, flight):
         now.t = max(now.t, flight.end)
     account(s, max(now.t, flight.end))
     index = now.num_steps - now.steps_in_flight
-    first = index % len(s.flights) * s.settings[0].max_num_seqs
+    first = flight_row(s, index) * s.settings[0].max_num_seqs
     num_entries = flight.num_entries
     if hand_out_tokens(s, index, flight, first) > 0:
         now.idle = 0

@@ -22,6 +22,8 @@ from kvsim.engine.blocks import (
     touch_hits,
 )
 from kvsim.engine.cohort import (
+    count_schedule,
+    flight_row,
     gather,
     join_all,
     last_member,
@@ -102,7 +104,7 @@ def open_step(s):
     now, cfg = s.now[0], s.settings[0]
     now.budget = cfg.max_num_batched_tokens
     now.is_scheduling = 1
-    now.first_entry = now.num_steps % len(s.flights) * cfg.max_num_seqs
+    now.first_entry = flight_row(s, now.num_steps) * cfg.max_num_seqs
     now.num_scheduled = now.num_victims = now.num_dropped = now.num_prefills = now.livelock = 0
     now.step_members = 0
     now.sampled = now.prefill_tokens = now.decode_tokens = 0
@@ -147,7 +149,7 @@ def assemble(s):
 def run_in_order(s):
     """The running phase, everybody visited."""
     now, req = s.now[0], s.requests
-    now.decodes += 1
+    count_schedule(now)
     r = now.first_running
     while r >= 0 and now.budget > 0 and run_one(s, r):
         r = req[r].after
@@ -198,7 +200,7 @@ def way_to_run(s):
     the last make room."""
     now, cfg, req, seats = s.now[0], s.settings[0], s.requests, s.seats
     last = last_member(s)
-    tokens, blocks = now.num_members, s.phases[list_of(now, 0)].count * now.growing_groups
+    tokens, blocks = now.num_members, s.phases[now.due].count * now.growing_groups
     for x in range(now.num_others):
         row = req[seats[x].other]
         n = wanted(s, row)
@@ -222,10 +224,10 @@ def run_together(s, way):
     if now.is_visiting or way == AS_FAR_AS_IT_GOES:
         x = visit(s)
     else:
-        growing = s.phases[list_of(now, 0)].count
+        growing = s.phases[now.due].count
         now.free_blocks -= growing * now.growing_groups
-        now.table_entries += growing * len(s.groups)
-    now.decodes += 1
+        now.table_blocks += growing
+    count_schedule(now)
     n = now.num_members
     now.step_members = n
     now.sampled += n
@@ -323,7 +325,7 @@ def blocks_lacking(row, n, cfg):
     tokens = min(row.computed + n, cfg.max_model_len)
     if tokens <= row.num_blocks * cfg.block_size:
         return 0
-    return blocks_for(tokens, cfg.block_size) - row.num_blocks
+    return blocks_for(cfg, tokens) - row.num_blocks
 
 
 @inner_njit
@@ -558,7 +560,7 @@ def admit_waiting(s):
 def most_blocks(s, row):
     """Blocks of all groups that the known tokens of a request need at once, with nothing cached (2.3, 6.4)."""
     tokens = min(known_tokens(row), s.settings[0].max_model_len)
-    return blocks_beyond(s, 0, blocks_for(tokens, s.settings[0].block_size), True)
+    return blocks_beyond(s, 0, blocks_for(s.settings[0], tokens), True)
 
 
 @inline_njit
@@ -655,13 +657,13 @@ def pool_obstacle(s, r, n, num_hits, free_hits):
         return POOL_FULL_GATE if cfg.scheduler_reserve_full_isl else POOL_FULL, cfg.num_gpu_blocks + 1
     if cfg.scheduler_reserve_full_isl:
         known = min(known_tokens(s.requests[r]), cfg.max_model_len)
-        needed = blocks_beyond(s, num_hits, blocks_for(known, cfg.block_size), True) + free_hits
+        needed = blocks_beyond(s, num_hits, blocks_for(cfg, known), True) + free_hits
         if needed > now.free_blocks:
             return POOL_FULL_GATE, needed
         if needed + watermark > now.free_blocks:
             return POOL_FULL_WATERMARK, needed
     tokens = min(num_hits * cfg.block_size + n, cfg.max_model_len)
-    needed = blocks_beyond(s, num_hits, blocks_for(tokens, cfg.block_size), False) + free_hits
+    needed = blocks_beyond(s, num_hits, blocks_for(cfg, tokens), False) + free_hits
     if needed > now.free_blocks:
         return POOL_FULL, needed
     if needed + watermark > now.free_blocks:

@@ -112,7 +112,7 @@ class Settings(NamedTuple):
 
 # The State passes from function to function as the pointers and sizes of its arrays: the fewer they are, the faster
 # a call, and the faster the engine compiles. So what has one length is one array of records, here as below.
-SETTINGS = np.dtype([(name, np.int64) for name in Settings._fields])
+SETTINGS = np.dtype([(name, np.int64) for name in (*Settings._fields, "block_shift")])
 
 
 class Cost(NamedTuple):
@@ -365,9 +365,9 @@ NOW = np.dtype(
             "first_received", "last_received", "oldest", "num_ranked", "queued_tokens",
             # the cohort (`engine.cohort`)
             "must_walk", "is_scattered", "decodes", "handed", "last_handout", "num_members", "member_base", "heap_size",
-            "num_others", "num_ending", "num_phases", "is_visiting", "growing_groups", "step_members",
+            "num_others", "num_ending", "num_phases", "due", "is_visiting", "growing_groups", "step_members",
             # pool
-            "free_blocks", "cached_blocks", "table_entries", "held_tokens", "num_free_slots", "table_stride",
+            "free_blocks", "cached_blocks", "table_blocks", "held_tokens", "num_free_slots", "table_stride",
             "hits_at", "num_keys", "num_lookups", "num_token_groups", "has_windows",
             "has_states", "is_scheduling", "peak_used",
             # the step being scheduled
@@ -476,7 +476,7 @@ def pack(
     now.is_recording = settings.record_events
     now.growing_groups = (kv_groups.kind != STATE).sum()
     return State(
-        settings=table(SETTINGS, 1, **settings._asdict()),
+        settings=table(SETTINGS, 1, **settings._asdict(), block_shift=_shift_of(settings.block_size)),
         now=now,
         step_s=_side_by_side(STEP_S, cost.linear_s, cost.sampled_s),
         attention=_side_by_side(ATTENTION, cost.context_s, cost.pair_s, cost.windows),
@@ -497,6 +497,11 @@ def pack(
         used_time=np.zeros(settings.num_gpu_blocks, np.int64),
         gap_counts=np.zeros(GAP_BUCKETS, np.int64),
     )
+
+
+def _shift_of(block_size: int) -> int:
+    """The bits to shift by instead of dividing by the block size, which takes a processor much longer; -1: none."""
+    return block_size.bit_length() - 1 if block_size.bit_count() == 1 else -1
 
 
 def _likely_events(num_requests: int) -> int:

@@ -517,8 +517,8 @@ MUTATIONS = (
     ),
     Mutation(
         "members are visited a step late", "2.4", COHORT,
-        "    return (tokens - now.decodes) % now.num_phases",
-        "    return (tokens - now.decodes + 1) % now.num_phases",
+        "    at = phase + now.due\n",
+        "    at = phase + now.due + 1\n",
     ),
     Mutation(
         "a member joins behind those admitted after it", "1.2", COHORT,
