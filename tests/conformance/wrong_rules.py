@@ -96,8 +96,8 @@ MUTATIONS = (
     ),
     Mutation(
         "the gate takes hits that are free for nothing", "2.3", SCHEDULE,
-        "blocks_beyond(s, num_hits, blocks_for(known, cfg.block_size), True) + free_hits",
-        "blocks_beyond(s, num_hits, blocks_for(known, cfg.block_size), True)",
+        "blocks_beyond(s, num_hits, blocks_for(cfg, known), True) + free_hits",
+        "blocks_beyond(s, num_hits, blocks_for(cfg, known), True)",
     ),
     Mutation(
         "the gate does not know the watermark", "2.3", SCHEDULE,
@@ -106,13 +106,13 @@ MUTATIONS = (
     ),
     Mutation(
         "hits that are free need no room", "2.4", SCHEDULE,
-        "blocks_beyond(s, num_hits, blocks_for(tokens, cfg.block_size), False) + free_hits",
-        "blocks_beyond(s, num_hits, blocks_for(tokens, cfg.block_size), False)",
+        "blocks_beyond(s, num_hits, blocks_for(cfg, tokens), False) + free_hits",
+        "blocks_beyond(s, num_hits, blocks_for(cfg, tokens), False)",
     ),
     Mutation(
         "a request asks for a block ahead", "2.4", SCHEDULE,
-        "    if tokens <= row.num_blocks * cfg.block_size:\n        return 0\n    return blocks_for(tokens, cfg.block_size)",
-        "    if tokens < row.num_blocks * cfg.block_size:\n        return 0\n    return blocks_for(tokens + 1, cfg.block_size)",
+        "    if tokens <= row.num_blocks * cfg.block_size:\n        return 0\n    return blocks_for(cfg, tokens)",
+        "    if tokens < row.num_blocks * cfg.block_size:\n        return 0\n    return blocks_for(cfg, tokens + 1)",
     ),
     Mutation(
         "what an admission hits is put into the map again", "2.5", BLOCKS,
@@ -401,8 +401,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a resumed request caches before all its known tokens", "6.7", BLOCKS,
-        'end = (row.prompt - 1) // cfg.block_size',
-        'end = (row.prompt + row.generated - 1) // cfg.block_size',
+        'end = full_blocks(cfg, row.prompt - 1)',
+        'end = full_blocks(cfg, row.prompt + row.generated - 1)',
     ),
     Mutation(
         "a window does not cache at its junction", "6.7", BLOCKS,
