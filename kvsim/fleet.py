@@ -116,6 +116,8 @@ def run_fleet(
     n, router = options["replicas"], options["router"]
     check_router(router, trace)
     stop, told = threading.Event(), np.zeros(n, np.int64)
+    if router in STATEFUL:  # its machine code, as `run.load_engine` does for the rest
+        route_with_looks(packed, trace.part(np.zeros(0, np.int64)), options, fixed_bins, None)
     engine_started = time.perf_counter()
     if router in STATEFUL:
         states, assigned = route_with_looks(packed, trace, options, fixed_bins, progress)
