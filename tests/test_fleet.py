@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import kvsim
-from kvsim import mix, workload
+from kvsim import _jit, mix, workload
 from kvsim.cli import main
 from kvsim.errors import UserError
 from kvsim.report.fleet import one_timeline
@@ -16,6 +16,11 @@ from kvsim.result import Result
 from kvsim.run import simulate
 from kvsim.specs import deployment
 from kvsim.trace import Trace
+
+# Each test is the engine several times over, checked at every step; the engine's own tests run without the JIT.
+pytestmark = pytest.mark.skipif(
+    _jit.is_disabled(), reason="takes half an hour with NUMBA_DISABLE_JIT; unset it"
+)
 
 STEP = (0.01, 1e-5, 1e-8)
 RANKS = {"first_token": 0, "finish": 0, "cap": 0, "arrive": 1, "reject": 1, "time_out": 2}  # others: 3
