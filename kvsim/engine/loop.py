@@ -402,6 +402,7 @@ def coast(s, until_ns, most_steps):
                 now.is_scheduling = 1
                 now.num_scheduled = 0
                 visit(s)
+                now.is_scheduling = 0
                 growing_groups = 0
         made = 0 if is_last else glide(s, growing_groups, room, stop, latest)
         if made == 0:
