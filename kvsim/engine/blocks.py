@@ -510,13 +510,10 @@ def account(s, until):
     duration = until - now.accounted
     if duration <= 0:
         return
-    used = s.settings[0].num_gpu_blocks - 1 - now.free_blocks
-    running = now.num_running
-    waiting = num_waiting(now)
+    used = used_blocks(s)
     s.used_time[used] += duration
-    cached = now.cached_blocks
-    is_empty = running + waiting + used + cached == 0
-    wasted = unfilled_places(s) * now.num_token_groups
+    is_empty = now.num_running + num_waiting(now) + used + now.cached_blocks == 0
+    unfilled = unfilled_places(s)
     start = now.accounted
     while start < until:
         if start >= now.bin_end:
@@ -524,19 +521,31 @@ def account(s, until):
                 break
             enter_bin(now, start)
         width = min(until, now.bin_end) - start
-        line = s.timeline[now.bin]
-        line.used_area += used * width
-        line.used_max = max(line.used_max, used)
-        line.running_area += running * width
-        line.running_max = max(line.running_max, running)
-        line.waiting_area += waiting * width
-        line.waiting_max = max(line.waiting_max, waiting)
-        line.cached_area += cached * width
-        line.wasted_area += wasted * width
+        add_to_bin(s, width, used * width, used, unfilled * width)
         start = now.bin_end
     if until >= now.bin_end:
         enter_bin(now, until)
     now.accounted = until
+
+
+@inline_njit
+def add_to_bin(s, duration, used_area, used_max, unfilled_area):
+    """Add the levels of `duration` ns within the current bin; those of the pool change meanwhile in quiet steps."""
+    now, line, waiting = s.now[0], s.timeline[s.now[0].bin], num_waiting(s.now[0])
+    line.used_area += used_area
+    line.used_max = max(line.used_max, used_max)
+    line.running_area += now.num_running * duration
+    line.running_max = max(line.running_max, now.num_running)
+    line.waiting_area += waiting * duration
+    line.waiting_max = max(line.waiting_max, waiting)
+    line.cached_area += now.cached_blocks * duration
+    line.wasted_area += unfilled_area * now.num_token_groups
+
+
+@inline_njit
+def used_blocks(s):
+    """Blocks in use."""
+    return s.settings[0].num_gpu_blocks - 1 - s.now[0].free_blocks
 
 
 @inline_njit
@@ -586,7 +595,7 @@ def bounds_of(bucket):
 def record(now, events, time, step, kind, r, cause, free_before, needed, lost, for_request):
     """Append one event; the blocks free after it are those free now. Needs room (see `loop.has_room`)."""
     now.is_check_due = 1
-    if now.is_recording:
+    if len(events) > 0:  # else none are recorded
         ev = events[now.num_events]
         ev.time = time
         ev.step = step

@@ -10,7 +10,7 @@ import numpy as np
 
 from kvsim._jit import inline_njit, njit
 from kvsim._ref import at, by_reference, put, size_of
-from kvsim.engine.blocks import account
+from kvsim.engine.blocks import account, used_blocks
 from kvsim.engine.loop import go_on, has_bins, has_room, oldest_flight, receive_one
 from kvsim.engine.queues import num_waiting
 from kvsim.engine.state import DONE, EVENTS_FULL, HORIZON, REACHED, STALLED, TIMELINE_FULL
@@ -77,7 +77,7 @@ def look_at_all(buffer, like, now, loads, time):
             elif status != REACHED and status != DONE and status != STALLED:
                 now.replica = k
                 return status
-        loads[k].used_blocks = s.settings[0].num_gpu_blocks - 1 - here.free_blocks
+        loads[k].used_blocks = used_blocks(s)
         loads[k].requests = here.num_running + num_waiting(here)
     return REACHED
 

@@ -12,6 +12,7 @@ from kvsim._jit import inline_njit, inner_njit, njit
 from kvsim._ref import by_reference
 from kvsim.engine.blocks import (
     account,
+    add_to_bin,
     bounds_of,
     check_integrity,
     enter_bin,
@@ -20,6 +21,7 @@ from kvsim.engine.blocks import (
     record,
     release,
     unfilled_places,
+    used_blocks,
 )
 from kvsim.engine.cohort import (
     count_schedule,
@@ -37,6 +39,7 @@ from kvsim.engine.schedule import (
     assemble,
     cache_full,
     end_request,
+    grow_together,
     is_blocked_for_long,
     leave_queue,
     pairs,
@@ -223,7 +226,7 @@ def has_room(s, count):
     """True when the event buffer takes `count` more events."""
     now = s.now[0]
     now.needs = count
-    return not s.settings[0].record_events or now.num_events + count <= len(s.events)
+    return len(s.events) == 0 or now.num_events + count <= len(s.events)
 
 
 @inline_njit
@@ -425,29 +428,34 @@ def is_visit_due(s):
 @inline_njit
 def launch_quietly(s, growing_groups):
     """Schedule and launch one quiet step; the blocks of who grows are taken already where `growing_groups` is 0."""
-    now, n = s.now[0], s.now[0].num_members
-    growing = s.phases[now.due].count
+    now = s.now[0]
     if growing_groups > 0:
-        now.free_blocks -= growing * growing_groups
-        now.table_blocks += growing
+        grow_together(s)
     seconds, context_s = quiet_cost(s)
-    duration = max(1, int(np.rint(1e9 * (seconds + context_s * float(member_tokens(now) + n)))))
+    duration = nanoseconds(seconds + context_s * float(member_tokens(now) + now.num_members))
     now.num_scheduled = now.num_victims = now.num_dropped = now.livelock = 0
-    now.step_members = n
+    now.step_members = now.num_members
+    now.peak_used = max(now.peak_used, used_blocks(s))
     count_schedule(now)
-    now.executed += 1
-    now.total_scheduled += n
-    now.total_decode += n
-    now.held_tokens += n
+    count_quiet_schedules(s, 1)
+    launch(s, duration)
+    now.awaiting = 1
+
+
+@inline_njit
+def count_quiet_schedules(s, steps):
+    """What the calls of schedule() for `steps` quiet steps leave behind, but for the cohort's own counters."""
+    now, line = s.now[0], s.timeline[s.now[0].bin]
+    tokens = steps * now.num_members
+    now.executed += steps
+    now.total_scheduled += tokens
+    now.total_decode += tokens
+    now.held_tokens += tokens
+    line.steps += steps
+    line.decode_tokens += tokens
     now.cap_bound = num_waiting(now) > 0  # 3.16
     if num_waiting(now) == 0:
         now.wait_request = -1
-    now.peak_used = max(now.peak_used, s.settings[0].num_gpu_blocks - 1 - now.free_blocks)
-    line = s.timeline[now.bin]
-    line.steps += 1
-    line.decode_tokens += n
-    launch(s, duration)
-    now.awaiting = 1
 
 
 @inline_njit
@@ -471,14 +479,14 @@ def glide(s, growing_groups, most_steps, stop, latest):
     ctx, more_ctx = float(member_tokens(now)), float(n)  # whole numbers, in the type that the duration needs
     at, last_phase = now.due, now.num_phases - 1
     usable = cfg.num_gpu_blocks - 1
-    used = used_before = usable - now.free_blocks
+    used = used_before = used_blocks(s)
     bucket = bucket_start = bucket_end = counted = used_area = delays = steps = 0
     while steps < most_steps and t < stop:
         needed = used + phases[at].count * growing_groups
         if needed > usable:
             break
         ctx += more_ctx
-        duration = max(1, int(np.rint(1e9 * (seconds + context_s * ctx))))
+        duration = nanoseconds(seconds + context_s * ctx)
         width = pending if is_async else duration  # until the next output
         if t + width > latest:
             break
@@ -508,7 +516,7 @@ def glide(s, growing_groups, most_steps, stop, latest):
 def account_for(s, until, used_before, used, used_area, growing_groups, token_time):
     """`account` for quiet steps: `token_time` is the sum of tokens x ns that one member has gained in them."""
     now = s.now[0]
-    duration, waiting, line = until - now.accounted, num_waiting(now), s.timeline[now.bin]
+    duration = until - now.accounted
     grown_area = grown = 0  # members that took a block, and for how long they have had it
     if growing_groups > 0:
         grown = used - used_before
@@ -518,14 +526,7 @@ def account_for(s, until, used_before, used, used_area, growing_groups, token_ti
         grown_area //= growing_groups
     unfilled = unfilled_places(s) * duration + grown_area * s.settings[0].block_size
     unfilled -= token_time * now.num_members
-    line.used_area += used_area
-    line.used_max = max(line.used_max, used)
-    line.running_area += now.num_running * duration
-    line.running_max = max(line.running_max, now.num_running)
-    line.waiting_area += waiting * duration
-    line.waiting_max = max(line.waiting_max, waiting)
-    line.cached_area += now.cached_blocks * duration
-    line.wasted_area += unfilled * now.num_token_groups
+    add_to_bin(s, duration, used_area, used, unfilled)
     now.table_blocks += grown
     now.free_blocks -= grown * growing_groups
     now.peak_used = max(now.peak_used, used)
@@ -536,27 +537,19 @@ def account_for(s, until, used_before, used, used_area, growing_groups, token_ti
 def count_quiet_steps(s, steps, t, end):
     """The counters and the clock after `steps` quiet steps: `t` is the time, `end` that of the latest one."""
     now = s.now[0]
-    n, tokens, line = now.num_members, steps * now.num_members, s.timeline[now.bin]
-    line.steps += steps
-    line.decode_tokens += tokens
+    n, tokens = now.num_members, steps * now.num_members
+    count_quiet_schedules(s, steps)
     if t >= now.bin_end:
         enter_bin(now, t)
     now.gap_sum += (t - now.t) * n
     now.gap_count += tokens
     now.total_generated += tokens
-    now.total_scheduled += tokens
-    now.total_decode += tokens
-    now.held_tokens += tokens
     now.decodes += steps
     now.handed += steps
     now.num_steps += steps
-    now.executed += steps
     now.preemptions_at_token = now.total_preemptions
     now.t = now.last_handout = t
     now.step_end = now.device_free = end
-    now.cap_bound = num_waiting(now) > 0  # 3.16
-    if num_waiting(now) == 0:
-        now.wait_request = -1
     now.awaiting = now.idle = now.is_stuck = now.livelock = 0
     now.is_settled = 1
     flight = s.flights[flight_row(s, now.num_steps - 1)]
@@ -583,7 +576,13 @@ def step_duration(s):
         ctx, prefill_ctx, prefill_pairs = window_sums(s, attention[c].window)
         seconds += attention[c].context_s * ctx
         prefill += attention[c].pair_s * prefill_pairs - attention[c].context_s * prefill_ctx
-    return max(1, int(np.rint(1e9 * (seconds + max(0.0, prefill)))))
+    return nanoseconds(seconds + max(0.0, prefill))
+
+
+@inline_njit
+def nanoseconds(seconds):
+    """Seconds as whole nanoseconds, at least one."""
+    return max(1, int(np.rint(1e9 * seconds)))
 
 
 @inner_njit

@@ -20,6 +20,7 @@ from kvsim.engine.blocks import (
     release,
     take,
     touch_hits,
+    used_blocks,
 )
 from kvsim.engine.cohort import (
     count_schedule,
@@ -158,18 +159,14 @@ def run_in_order(s):
 @inner_njit
 def run_one(s, r):
     """The running phase of one request. False: the phase is over."""
-    now, cfg, row = s.now[0], s.settings[0], s.requests[r]
+    now, row = s.now[0], s.requests[r]
     n = wanted(s, row)
     if n == 0:
         return True
-    if now.has_windows:
-        free_skipped(s, row)
-        row.is_steady = row.is_steady > 0
-    lacking = blocks_lacking(row, n, cfg)
-    if lacking > 0:
-        needed = blocks_beyond(s, row.num_blocks, row.num_blocks + lacking, False)
-        if needed > now.free_blocks and not make_room(s, r, needed):
-            return cfg.policy == PRIORITY  # 3.8
+    lacking = blocks_with_room(s, r, n)
+    if lacking < 0:
+        return s.settings[0].policy == PRIORITY  # 3.8
+    row.is_steady = row.is_steady > 0
     entry = s.step[now.first_entry + now.num_scheduled]
     entry.request = r
     put_in_step(now, row, entry, n, row.prefilling)
@@ -179,6 +176,21 @@ def run_one(s, r):
         take(s, row, entry, lacking)
     cache_full(s, row, r, row.computed)
     return True
+
+
+@inline_njit
+def blocks_with_room(s, r, n):
+    """Blocks that the running request `r` lacks in each group for `n` tokens, with room made for them; -1: it had to go
+    itself. What its windows have left behind is free first."""
+    now, row = s.now[0], s.requests[r]
+    if now.has_windows:
+        free_skipped(s, row)
+    lacking = blocks_lacking(row, n, s.settings[0])
+    if lacking > 0:
+        needed = blocks_beyond(s, row.num_blocks, row.num_blocks + lacking, False)
+        if needed > now.free_blocks and not make_room(s, r, needed):
+            return -1
+    return lacking
 
 
 @inline_njit
@@ -224,9 +236,7 @@ def run_together(s, way):
     if now.is_visiting or way == AS_FAR_AS_IT_GOES:
         x = visit(s)
     else:
-        growing = s.phases[now.due].count
-        now.free_blocks -= growing * now.growing_groups
-        now.table_blocks += growing
+        grow_together(s)
     count_schedule(now)
     n = now.num_members
     now.step_members = n
@@ -237,6 +247,15 @@ def run_together(s, way):
     now.ctx += member_tokens(now)
     while x < now.num_others and now.budget > 0 and run_one(s, s.seats[x].other):
         x += 1
+
+
+@inline_njit
+def grow_together(s):
+    """Those members who need a block take it, where only the number counts. Needs enough free blocks."""
+    now = s.now[0]
+    growing = s.phases[now.due].count
+    now.free_blocks -= growing * now.growing_groups
+    now.table_blocks += growing
 
 
 @inner_njit
@@ -256,8 +275,7 @@ def visit(s):
                 r, list_at = other, v
         if r < 0:
             r = last_member(s)
-            is_over = r < 0 or x == now.num_others or req[seats[x].other].stamp > req[r].stamp
-            if is_over:
+            if r < 0 or x == now.num_others or req[seats[x].other].stamp > req[r].stamp:
                 return x
         if x < now.num_others and req[seats[x].other].stamp < req[r].stamp:
             if not run_one(s, seats[x].other):
@@ -274,13 +292,10 @@ def visit_member(s, r):
     """`run_one` for a member, but for the sums of the step. False: it preempted itself."""
     now, row = s.now[0], s.requests[r]
     settle(s, row)
-    if now.has_windows:
-        free_skipped(s, row)
-    lacking = blocks_lacking(row, 1, s.settings[0])
+    lacking = blocks_with_room(s, r, 1)
+    if lacking < 0:
+        return False
     if lacking > 0:
-        needed = blocks_beyond(s, row.num_blocks, row.num_blocks + lacking, False)
-        if needed > now.free_blocks and not make_room(s, r, needed):
-            return False
         take(s, row, s.step[now.first_entry + now.num_scheduled], lacking)
     row.computed += 1
     row.scheduled_tokens += 1
@@ -798,7 +813,7 @@ def close_step(s):
     now.executed += scheduled > 0
     if now.num_prefills > 0:  # also where a preemption took the prefill out of the step again
         now.last_prefill = now.executed
-    now.peak_used = max(now.peak_used, s.settings[0].num_gpu_blocks - 1 - now.free_blocks)
+    now.peak_used = max(now.peak_used, used_blocks(s))
     line = line_at(s, now.t)
     line.steps += 1
     line.prefill_tokens += now.prefill_tokens

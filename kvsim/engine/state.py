@@ -104,7 +104,7 @@ class Settings(NamedTuple):
     strict: int
     lockstep: int
     fed: int  # 1: `engine.fleet` sends requests, not `advance`, which leaves a step at its last moment for later
-    identities: int  # 1: the blocks variant (which block is where); 0: counts only. Windows need 1
+    identities: int  # 1: the blocks variant (which block is where); 0: counts only. Prefix caching needs 1
     log_steps: int  # 1: `advance` returns after each `schedule()` too
     record_events: int
     check: int  # 1: check the invariants after everything that happens
@@ -383,7 +383,7 @@ NOW = np.dtype(
             # livelock, of a lonely request (strict) or of equal ranks
             "lonely_request", "lonely_tokens", "lonely_rounds", "preemptions_at_token", "livelock",
             # totals
-            "is_recording", "is_check_due", "num_events", "total_preemptions", "total_admissions",
+            "is_check_due", "num_events", "total_preemptions", "total_admissions",
             "total_scheduled", "total_prefill", "total_decode", "total_generated", "total_rejected",
             "prefix_queries", "prefix_hits", "gap_sum",
             "gap_count", "latest_gap", "latest_bucket", "num_ended", "needs", "broken",
@@ -473,7 +473,6 @@ def pack(
     now.is_scattered = 1
     now.num_phases = len(phases)
     now.is_visiting = settings.identities or now.has_windows
-    now.is_recording = settings.record_events
     now.growing_groups = (kv_groups.kind != STATE).sum()
     return State(
         settings=table(SETTINGS, 1, **settings._asdict(), block_shift=_shift_of(settings.block_size)),

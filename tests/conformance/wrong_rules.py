@@ -86,8 +86,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a running request leaves the watermark free", "2.2", SCHEDULE,
-        '        if needed > now.free_blocks and not make_room(s, r, needed):\n            return cfg.policy',
-        '        if needed + cfg.watermark_blocks > now.free_blocks and not make_room(s, r, needed + cfg.watermark_blocks):\n            return cfg.policy',
+        '        needed = blocks_beyond(s, row.num_blocks, row.num_blocks + lacking, False)\n        if needed',
+        '        needed = blocks_beyond(s, row.num_blocks, row.num_blocks + lacking, False) + s.settings[0].watermark_blocks\n        if needed',
     ),
     Mutation(
         "the gate asks for the prompt alone", "2.3", SCHEDULE,
@@ -126,8 +126,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a running request's blocks are cached after the step", "2.6", SCHEDULE,
-        '    cache_full(s, row, r, row.computed)\n    return True\n\n\n@inline_njit\ndef wanted',
-        '    cache_full(s, row, r, row.computed - n)\n    return True\n\n\n@inline_njit\ndef wanted',
+        '    cache_full(s, row, r, row.computed)\n    return True\n\n\n@inline_njit\ndef blocks_with_room',
+        '    cache_full(s, row, r, row.computed - n)\n    return True\n\n\n@inline_njit\ndef blocks_with_room',
     ),
     Mutation(
         "the threshold holds for a lonely request", "3.1", SCHEDULE,
@@ -216,8 +216,8 @@ MUTATIONS = (
     ),
     Mutation(
         "who preempts itself ends the phase under priorities too", "3.8", SCHEDULE,
-        '            return cfg.policy == PRIORITY  # 3.8',
-        '            return False',
+        '        return s.settings[0].policy == PRIORITY  # 3.8',
+        '        return False',
     ),
     Mutation(
         "requests are admitted in a step with a preemption", "3.10", SCHEDULE,
@@ -381,8 +381,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a running request keeps what its windows have left behind", "6.5", SCHEDULE,
-        '    if now.has_windows:\n        free_skipped(s, row)\n        row.is_steady',
-        '    if now.has_windows:\n        row.is_steady',
+        '    if now.has_windows:\n        free_skipped(s, row)\n    lacking',
+        '    lacking',
     ),
     Mutation(
         "windows leave blocks behind before their output is there", "6.5", BLOCKS,
