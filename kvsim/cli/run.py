@@ -146,12 +146,16 @@ def main(args: argparse.Namespace) -> int:
     warn_of_equal_priorities(trace, deployment)
 
     from kvsim import memory
+    from kvsim.cli.progress import ProgressBar
     from kvsim.cli.warm import say_if_cold
     from kvsim.run import simulate
 
     if memory.fit(deployment).failure is None:
         say_if_cold()
-    with _StepLogFile(args.step_log) as on_step, _Progress(args.quiet or args.json) as progress:
+    with (
+        _StepLogFile(args.step_log) as on_step,
+        ProgressBar("requests", hidden=args.quiet or args.json) as bar,
+    ):
         result = simulate(
             trace,
             deployment,
@@ -171,7 +175,7 @@ def main(args: argparse.Namespace) -> int:
             seed=args.seed,
             command=shlex.join(["kvsim", *sys.argv[1:]]),
             load_s=load_s,
-            progress=progress,
+            progress=bar and (lambda progress: bar(progress.num_ended, progress.num_requests)),
             on_step=on_step,
         )
     paths = result.save(args.out) if args.out else []
@@ -313,35 +317,6 @@ def _requirement(args) -> float | None:
     if not args.goodput:
         raise UserError("--require needs the objectives that --goodput gives, such as --goodput ttft:500")
     return float(match[1])
-
-
-class _Progress:
-    """A bar on standard error for runs that take longer than a moment, and only on a terminal."""
-
-    def __init__(self, hidden: bool):
-        self.hidden = hidden or not sys.stderr.isatty()
-        self.started = time.monotonic()
-        self.bar = self.task = None
-
-    def __enter__(self):
-        return None if self.hidden else self.update
-
-    def update(self, progress):
-        if self.bar is None:
-            if time.monotonic() - self.started < 0.5:
-                return
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self.bar.start()
-            self.task = self.bar.add_task("run", total=progress.num_requests)
-        self.bar.update(self.task, completed=progress.num_ended)
-
-    def __exit__(self, *_):
-        if self.bar is not None:
-            self.bar.stop()
 
 
 class _StepLogFile:

@@ -8,7 +8,6 @@ import itertools
 import math
 import sys
 import threading
-import time
 from pathlib import Path
 
 from kvsim.cli.run import DEFAULT_GPU, DEFAULT_MODEL, DEFAULT_TRACE
@@ -91,6 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run every cell, print, write; the exit code."""
     from kvsim import sweeps
+    from kvsim.cli.progress import ProgressBar
     from kvsim.cli.run import goodput_of, step_time_of
     from kvsim.cli.warm import say_if_cold
 
@@ -107,7 +107,7 @@ def main(args: argparse.Namespace) -> int:
     metrics = _metrics(args.metrics, traffic, cells)
     if args.executor == "threads":
         say_if_cold()
-    with _Progress(args.quiet or args.json) as progress:
+    with ProgressBar("cells", hidden=args.quiet or args.json) as progress:
         grid = sweeps.run_grid(
             cells,
             traffic.workload,
@@ -317,32 +317,3 @@ def _print(args: argparse.Namespace, grid, everything, metrics: tuple[str, ...])
         print_text(grid_text(grid, grid.table(*metrics)))
         if args.out:
             print(f"wrote {args.out}, and the finished cells to {args.out}{JOURNAL_SUFFIX}")
-
-
-class _Progress:
-    """A bar of cells on standard error, only on a terminal and for sweeps that take longer than a moment."""
-
-    def __init__(self, hidden: bool):
-        self.hidden = hidden or not sys.stderr.isatty()
-        self.started = time.monotonic()
-        self.bar = None
-
-    def __enter__(self):
-        return None if self.hidden else self.update
-
-    def update(self, done: int, total: int) -> None:
-        if self.bar is None:
-            if time.monotonic() - self.started < 0.5:
-                return
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self.bar.start()
-            self.task = self.bar.add_task("sweep", total=total)
-        self.bar.update(self.task, completed=done)
-
-    def __exit__(self, *_):
-        if self.bar is not None:
-            self.bar.stop()
