@@ -7,18 +7,15 @@ interpreter lock, so threads use all cores and share one trace in memory.
 from __future__ import annotations
 
 import dataclasses
-import os
 import socket
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 import kvsim
 from kvsim.errors import UserError
-from kvsim.run import make_content_keys, simulate
+from kvsim.run import make_content_keys, num_cores, simulate
 from kvsim.specs import Deployment, Impossible
 
 if TYPE_CHECKING:
@@ -77,9 +74,7 @@ def workload(trace: Trace) -> Workload:
                 if len(known) == KEPT_KEYS:
                     del known[next(iter(known))]
                 known[name] = make_content_keys(trace, settings)
-            keys = known[name]
-        # the run writes to the prefix map
-        return keys._replace(ends=np.zeros_like(keys.ends))
+            return known[name]
 
     return Workload(trace, content_keys)
 
@@ -134,11 +129,6 @@ def run_cells(
     if executor == "ray":
         return _on_ray(cells, trace_of, pick, max_workers, address)
     return _on_threads(cells, trace_of, pick, max_workers or num_cores())
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _on_threads(cells, trace_of, pick, max_workers) -> Iterator[tuple[int, object]]:

@@ -9,7 +9,6 @@ that has run, `keep` keeps what the results need, and `fleet_result` makes one R
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from kvsim import metrics, result
 from kvsim.engine import state as st
 from kvsim.errors import UserError
 from kvsim.routing import STATEFUL, check_router, route_stateless
-from kvsim.run import EngineRun, Progress, drive, merged_pairs, relieve
+from kvsim.run import EngineRun, Progress, drive, merged_pairs, num_cores, relieve
 
 if TYPE_CHECKING:
     from kvsim.trace import Trace
@@ -173,10 +172,8 @@ def route_with_looks(
     from kvsim.engine import fleet as engine
 
     first = packed(trace, fed=True)
-    states = [first]
-    for _ in range(1, options["replicas"]):
-        own_keys = first.keys._replace(ends=st.table(st.ENDS, len(first.keys.ends)))
-        states.append(packed(trace, fed=True, requests=first.requests, keys=own_keys))
+    shared = {"requests": first.requests, "keys": first.keys}
+    states = [first, *(packed(trace, fed=True, **shared) for _ in range(1, options["replicas"]))]
     buffer = empty_buffer(int(engine.buffer_size(first)) * len(states))
     for k, state in enumerate(states):
         engine.put_state(buffer, k, state)
@@ -191,11 +188,6 @@ def route_with_looks(
             ended = sum(int(state.now[0].num_ended) for state in states)
             progress(Progress(ended, len(trace), int(states[k].now[0].t)))
     return states, assigned
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def empty_fleet(
@@ -360,32 +352,21 @@ def _latency_summary(fleet: Fleet, threads: int) -> dict:
     if completed.all():
         completed = slice(None)  # nothing to pick, and nothing to copy
 
+    def done(name):
+        column = fleet.columns.get(name)  # without follow-up turns, requests arrive as the trace says
+        return (fleet.trace.arrival_ns if column is None else column)[completed]
+
     def spread_of(name):
-        if name == "itl" and summary["completed"]:
+        if name != "itl":
+            return metrics.spread(name, metrics.latency_ns(done, name))
+        if summary["completed"]:
             return metrics.spread_of_gaps(fleet.gap_counts, fleet.gap_sum, fleet.gap_count)
-        return metrics.spread(name, _latency_ns(fleet, name, completed))
+        return metrics.spread(name, np.zeros(0))
 
     with ThreadPoolExecutor(min(2, threads)) as pool:  # each holds a column or two
         for spread in pool.map(spread_of, metrics.LATENCIES):
             summary |= spread
     return summary
-
-
-def _latency_ns(fleet: Fleet, name: str, completed: np.ndarray | slice) -> np.ndarray:
-    """A latency of each completed request in a new array, as `metrics.latencies_ns` has it."""
-    columns = fleet.columns
-    if name == "itl":  # nothing was completed
-        return np.zeros(0)
-    if name == "tpot":
-        gaps = columns["generated"][completed] - 1
-        span = columns["finished_at"][completed] - columns["first_token_at"][completed]
-        several = gaps > 0
-        if not several.all():
-            span, gaps = span[several], gaps[several]
-        return span / gaps
-    end = {"ttft": "first_token_at", "e2el": "finished_at", "queue": "scheduled_at"}[name]
-    arrival = columns.get("arrival", fleet.trace.arrival_ns)
-    return columns[end][completed] - arrival[completed]
 
 
 def _merged_events(parts: list[Replica]) -> tuple[np.ndarray, np.ndarray]:

@@ -44,24 +44,25 @@ def columns(table: np.ndarray, rows: np.ndarray) -> Callable[[str], np.ndarray]:
 
 
 def latencies_ns(table: np.ndarray, completed: np.ndarray) -> dict[str, np.ndarray]:
-    """ns by request for ttft, tpot, e2el and queue. `table` rows of state.REQUEST, `completed` bool[n].
+    """`latency_ns` by name for ttft, tpot, e2el and queue. `table` rows of state.REQUEST, `completed` bool[n]."""
+    done = columns(table, completed)
+    return {name: latency_ns(done, name) for name in LATENCIES if name != "itl"}
+
+
+def latency_ns(done: Callable[[str], np.ndarray], name: str) -> np.ndarray:
+    """ns by completed request, in a new array. `done` gives their columns by the names of state.REQUEST.
 
     tpot is float64 and has only the requests with two tokens or more; the others are int64 with a value for
     each completed request.
     """
-    done = columns(table, completed)
-    arrival, first, last, tokens = (
-        done(name) for name in ("arrival", "first_token_at", "finished_at", "generated")
-    )
-    span, gaps, several = last - first, tokens - 1, tokens > 1
+    if name != "tpot":
+        end = {"ttft": "first_token_at", "e2el": "finished_at", "queue": "scheduled_at"}[name]
+        return done(end) - done("arrival")
+    span, gaps = done("finished_at") - done("first_token_at"), done("generated") - 1
+    several = gaps > 0
     if not several.all():
         span, gaps = span[several], gaps[several]
-    return {
-        "ttft": first - arrival,
-        "tpot": span / gaps,
-        "e2el": last - arrival,
-        "queue": done("scheduled_at") - arrival,
-    }
+    return span / gaps
 
 
 def spread(name: str, values_ns: np.ndarray) -> dict[str, float | None]:

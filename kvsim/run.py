@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -193,6 +194,11 @@ def simulate(
     return Result.from_engine(
         run, prepare_s=engine_started - prepare_started, engine_s=finished - engine_started, **common
     )
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _groups(deployment, budget) -> list[dict]:

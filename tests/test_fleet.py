@@ -16,6 +16,7 @@ from kvsim.result import Result
 from kvsim.run import simulate
 from kvsim.specs import deployment
 from kvsim.trace import Trace
+from tests.test_metrics import latencies_of
 
 # Each test is the engine several times over, checked at every step; the engine's own tests run without the JIT.
 pytestmark = pytest.mark.skipif(
@@ -151,16 +152,7 @@ def test_percentiles_are_of_all_requests(name):
         if key not in ("wall", "inputs_sha256"):
             assert value == summary[key], key
     rows = [r for r in got.requests.to_pylist() if r["outcome"] in ("finished", "capped")]
-    values = {
-        "ttft": [r["first_token_ns"] - r["arrival_ns"] for r in rows],
-        "e2el": [r["finished_ns"] - r["arrival_ns"] for r in rows],
-        "queue": [r["scheduled_ns"] - r["arrival_ns"] for r in rows],
-        "tpot": [
-            (r["finished_ns"] - r["first_token_ns"]) / (r["generated_tokens"] - 1)
-            for r in rows
-            if r["generated_tokens"] > 1
-        ],
-    }
+    values = latencies_of(rows)
     for key, column in values.items():
         assert summary[f"mean_{key}_ms"] == np.mean(column) / 1e6
         assert summary[f"std_{key}_ms"] == np.std(column) / 1e6

@@ -8,8 +8,11 @@ import pytest
 
 import kvsim as kv
 from kvsim import executors
+from kvsim.engine import state as st
 from kvsim.executors import Failed
+from kvsim.run import pack_settings
 from kvsim.specs import Impossible
+from kvsim.steptime import constant_step
 
 OPTIONS = {"step_time": (0.0065, 3e-5, 3e-8), "goodput": {"ttft": 100.0}}
 
@@ -203,7 +206,20 @@ def test_progress_is_told_and_can_stop_it(trace, dep):
 
 def test_content_keys_are_made_once_and_written_to_by_one_run(trace, dep):
     content_keys = executors.workload(trace).content_keys
-    first, second = (content_keys(trace, dep.settings) for _ in range(2))
+    settings = pack_settings(dep.settings, 100)
+    cost = st.Cost(*constant_step(1.0, 0.0, 0.0, 8192, 256))
+    first, second = (
+        st.pack(
+            arrival_ns=trace.arrival_ns,
+            prompt_tokens=trace.prompt_tokens,
+            output_tokens=trace.output_tokens,
+            settings=settings,
+            cost=cost,
+            bin_width_ns=10**9,
+            keys=content_keys(trace, dep.settings),
+        ).keys
+        for _ in range(2)
+    )
     assert first.shared is second.shared and len(first.shared)
     assert not np.shares_memory(first.ends, second.ends) and len(second.ends)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import sys
 
@@ -25,8 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Look, run a small check of the engine, report. 0 when `kvsim run` works, else 1."""
+    from kvsim.run import num_cores
+
     report = {"kvsim": _version("kvsim"), "python": platform.python_version(), "machine": platform.machine()}
-    report["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    report["cores"] = num_cores()
     report["packages"] = {name: _version(name) for name in _NEEDED}
     report["extras"] = {name: _version(name) for name, _, _ in _EXTRAS}
     report |= _engine_check()

@@ -44,9 +44,8 @@ def intern_keys(
     if len(shared):
         _fill_keys(offsets, nodes, node_base, shared_from, block_size, unit, shared)
     own_from = int(node_base[-1]) + np.concatenate([[0], np.cumsum(num_blocks - num_shared)]).astype(np.int64)
-    num_keys = int(own_from[-1])
     spans = table(SPAN, n + 1, shared_from=shared_from, own_from=own_from)
-    return Keys(spans, shared, table(ENDS, num_keys))
+    return Keys(spans, shared, table(ENDS, 0))
 
 
 @njit

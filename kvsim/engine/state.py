@@ -425,8 +425,8 @@ def pack(
     if has_windows(kv_groups) and settings.enable_prefix_caching:
         settings = settings._replace(identities=1)
     keys = keys or Keys(table(SPAN, 0), np.zeros(0, np.int64), table(ENDS, 0))
-    if len(kv_groups) > 1 and settings.enable_prefix_caching:
-        keys = keys._replace(ends=table(ENDS, len(keys.ends) * len(kv_groups)))
+    if settings.enable_prefix_caching:
+        keys = keys._replace(ends=table(ENDS, int(keys.spans.own_from[-1]) * len(kv_groups)))
 
     if requests is None:
         requests = table(REQUEST, n)
