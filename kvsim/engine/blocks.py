@@ -6,6 +6,8 @@ either free or in exactly one table.
 
 from __future__ import annotations
 
+import numpy as np
+
 from kvsim._jit import inline_njit, inner_njit, njit
 from kvsim.engine.queues import num_waiting
 from kvsim.engine.state import CHUNKED, FULL, GAP_BITS, MAMBA, SLIDING, STATE
@@ -574,12 +576,8 @@ def unfilled_places(s):
 @njit
 def gap_bucket(gap):
     """The bucket of a gap of `gap` ns: exact below 2 * GAP_SUBBUCKETS, then GAP_SUBBUCKETS a power of two."""
-    shift, rest = 0, gap >> (GAP_BITS + 1)
-    for bits in (32, 16, 8, 4, 2, 1):
-        if rest >> bits > 0:
-            rest >>= bits
-            shift += bits
-    shift += rest > 0
+    # The exponent of a double is the number of bits; shifted, every gap is exact as a double.
+    shift = (np.float64(gap >> (GAP_BITS + 1)).view(np.int64) >> 52) - 1022 if gap >> (GAP_BITS + 1) else 0
     return (shift << GAP_BITS) + (gap >> shift)
 
 

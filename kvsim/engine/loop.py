@@ -473,42 +473,47 @@ def glide(s, growing_groups, most_steps, stop, latest):
     Everything that a step changes is in local variables, and what can be had from sums afterwards is not kept."""
     now, cfg, phases, used_time, gap_counts = s.now[0], s.settings[0], s.phases, s.used_time, s.gap_counts
     n, is_async = now.num_members, cfg.async_scheduling
-    t = begun = now.t
-    pending = oldest_flight(s).end - t  # of the step in flight
     seconds, context_s = quiet_cost(s)
     ctx, more_ctx = float(member_tokens(now)), float(n)  # whole numbers, in the type that the duration needs
-    at, last_phase = now.due, now.num_phases - 1
+    bound = min(stop, latest + 1) - now.t  # no output from here on, in ns from now
     usable = cfg.num_gpu_blocks - 1
     used = used_before = used_blocks(s)
-    bucket = bucket_start = bucket_end = counted = used_area = delays = steps = 0
-    while steps < most_steps and t < stop:
-        needed = used + phases[at].count * growing_groups
-        if needed > usable:
-            break
+    # Unsigned, so that no index is looked at for being negative.
+    at, last_phase = np.uint64(now.due), np.uint64(now.num_phases - 1)
+    t = used_area = delays = steps = counted = 0
+    width = 0  # until the next output: with a step in flight that of the step before
+    if is_async:
+        width = oldest_flight(s).end - now.t
+    else:
         ctx += more_ctx
-        duration = nanoseconds(seconds + context_s * ctx)
-        width = pending if is_async else duration  # until the next output
-        if t + width > latest:
+        width = nanoseconds(seconds + context_s * ctx)
+    bucket = gap_bucket(width)
+    bucket_start, bucket_end = bounds_of(bucket)
+    while steps < most_steps:
+        needed = used + phases[at].count * growing_groups
+        after = t + width
+        if needed > usable or after >= bound:
             break
-        pending = duration
-        used = needed
-        if width < bucket_start or width >= bucket_end:
+        if width >= bucket_end or width < bucket_start:
             gap_counts[bucket] += (steps - counted) * n
             counted = steps
             bucket = gap_bucket(width)
             bucket_start, bucket_end = bounds_of(bucket)
-        used_time[used] += width
+        used = needed
+        used_time[np.uint64(used)] += width
         used_area += used * width
-        delays += t - begun
-        t += width
+        delays += t
+        t = after
         steps += 1
-        at = at - 1 if at > 0 else last_phase
+        at = at - np.uint64(1) if at > 0 else last_phase
+        ctx += more_ctx
+        width = nanoseconds(seconds + context_s * ctx)
     if steps == 0:
         return 0
     gap_counts[bucket] += (steps - counted) * n
     now.due = at
-    account_for(s, t, used_before, used, used_area, growing_groups, steps * (t - begun) - delays)
-    count_quiet_steps(s, steps, t, t + pending if is_async else t)
+    account_for(s, now.t + t, used_before, used, used_area, growing_groups, steps * t - delays)
+    count_quiet_steps(s, steps, now.t + t, now.t + t + width if is_async else now.t + t)
     return steps
 
 
