@@ -66,8 +66,8 @@ def settle(s, row):
     if not now.is_visiting:  # else whoever takes a block is visited
         num_blocks = blocks_for(cfg, row.computed)
         if num_blocks > row.num_blocks:
+            row.held_blocks += (num_blocks - row.num_blocks) * now.growing_groups
             row.num_blocks = num_blocks
-            row.held_blocks = num_blocks * len(s.groups)
             row.peak_blocks = max(row.peak_blocks, row.held_blocks)
 
 
@@ -91,6 +91,12 @@ def tokens_to_make(s, row):
 
 
 @inline_njit
+def outgrows(s, row):
+    """1 where a window leaves blocks of the request behind before it ends, else 0."""
+    return 1 if row.prompt + tokens_to_make(s, row) > s.now[0].outgrown_at else 0
+
+
+@inline_njit
 def join(s, r):
     """`r` becomes a member (see `can_join`). Its token in flight becomes that of a member too."""
     now, cfg, req = s.now[0], s.settings[0], s.requests
@@ -105,6 +111,9 @@ def join(s, r):
     link_phase(req, s.phases[row.phase], before, r)
     link_phase(req, s.phases[row.phase], r, after)
     s.phases[row.phase].count += 1
+    is_outgrowing = outgrows(s, row)
+    s.phases[row.phase].num_outgrowing += is_outgrowing
+    now.num_outgrowing += is_outgrowing
     remaining = tokens_to_make(s, row) - row.generated - row.placeholders
     now.heap_size += 1
     sift_up(s.seats, req, now.heap_size - 1, r, now.decodes + remaining)
@@ -139,6 +148,9 @@ def leave(s, r):
     now.num_members -= 1
     now.member_base -= row.computed - now.decodes
     s.phases[row.phase].count -= 1
+    is_outgrowing = outgrows(s, row)
+    s.phases[row.phase].num_outgrowing -= is_outgrowing
+    now.num_outgrowing -= is_outgrowing
     link_phase(s.requests, s.phases[row.phase], row.before_in_phase, row.after_in_phase)
     row.phase = NOBODY
     now.heap_size -= 1
@@ -238,11 +250,12 @@ def scatter(s):
         if row.phase >= 0:
             settle(s, row)
             phase = s.phases[row.phase]
-            phase.count = 0
+            phase.count = phase.num_outgrowing = 0
             phase.first = phase.last = NOBODY
             row.phase = NOBODY
         r = row.after
     now.num_members = now.member_base = now.heap_size = now.num_others = now.num_ending = 0
+    now.num_outgrowing = 0
 
 
 @inline_njit
@@ -297,7 +310,7 @@ def join_all(s):
         r = seats[x].other
         row = s.requests[r]
         is_joining = can_join(s, row)
-        if now.has_windows:  # what its window has left behind since its prefill is freed in a step of its own
+        if outgrows(s, row):  # what its window has left behind since its prefill is freed in a step of its own
             was_steady = row.is_steady == 1
             row.is_steady = 2 if is_joining else 0
             is_joining = is_joining and was_steady

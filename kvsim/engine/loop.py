@@ -27,7 +27,6 @@ from kvsim.engine.cohort import (
     count_schedule,
     flight_row,
     leave_running,
-    list_of,
     member_tokens,
     next_end,
     pop_ending,
@@ -42,6 +41,7 @@ from kvsim.engine.schedule import (
     grow_together,
     is_blocked_for_long,
     leave_queue,
+    num_to_visit,
     pairs,
     schedule,
     visit,
@@ -397,16 +397,17 @@ def coast(s, until_ns, most_steps):
         if growing > now.free_blocks:
             break
         growing_groups, room = now.growing_groups, most_outputs - steps
-        if now.is_visiting:
+        if now.is_visiting or now.num_outgrowing > 0:
             room = min(room, 1)
             if is_visit_due(s):
                 if is_head_waiting_for_blocks:  # what is cached now, it may find
                     break
                 now.is_scheduling = 1
                 now.num_scheduled = 0
-                visit(s)
+                visit(s, now.is_visiting)
                 now.is_scheduling = 0
-                growing_groups = 0
+                if now.is_visiting:
+                    growing_groups = 0
         made = 0 if is_last else glide(s, growing_groups, room, stop, latest)
         if made == 0:
             launch_quietly(s, growing_groups)
@@ -421,7 +422,7 @@ def is_visit_due(s):
     """True when some member has to be visited in the next step."""
     due = 0
     for v in range(len(s.visits)):
-        due += s.phases[list_of(s.now[0], s.visits[v].tokens)].count
+        due += num_to_visit(s, v, s.now[0].is_visiting)
     return due > 0
 
 

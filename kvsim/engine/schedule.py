@@ -36,6 +36,7 @@ from kvsim.engine.cohort import (
     settle,
 )
 from kvsim.engine.queues import (
+    NOBODY,
     close_gap,
     enter_ranked,
     enter_running,
@@ -70,6 +71,8 @@ from kvsim.engine.state import (
     SELF_PREEMPTED,
     TOKEN_BUDGET,
     UNSERVABLE,
+    VISIT_BLOCK,
+    VISIT_BOTH,
 )
 
 # How the running phase goes; see `way_to_run`.
@@ -234,9 +237,11 @@ def run_together(s, way):
     now = s.now[0]
     x = 0
     if now.is_visiting or way == AS_FAR_AS_IT_GOES:
-        x = visit(s)
+        x = visit(s, True)
     else:
         grow_together(s)
+        if now.num_outgrowing > 0:
+            x = visit(s, False)
     count_schedule(now)
     n = now.num_members
     now.step_members = n
@@ -258,13 +263,22 @@ def grow_together(s):
     now.table_blocks += growing
 
 
+@inline_njit
+def num_to_visit(s, v, is_growing):
+    """Members of the list that visit number `v` is about, if that is due in a step (see `visit`)."""
+    phase, why = s.phases[list_of(s.now[0], s.visits[v].tokens)], s.visits[v].why
+    is_due = is_growing if why == VISIT_BLOCK else phase.num_outgrowing > 0 and not (is_growing and why == VISIT_BOTH)
+    return phase.count if is_due else 0
+
+
 @inner_njit
-def visit(s):
+def visit(s, is_growing):
     """Members to whom more happens in this step than a token, in running order, and the others between them. Returns
-    how many of the others had their turn."""
+    how many of the others had their turn. Not `is_growing`: the blocks that they take are counted already."""
     now, req, seats, visits = s.now[0], s.requests, s.seats, s.visits
     for v in range(len(visits)):
-        visits[v].at = s.phases[list_of(now, visits[v].tokens)].first
+        phase = s.phases[list_of(now, visits[v].tokens)]
+        visits[v].at = phase.first if num_to_visit(s, v, is_growing) > 0 else NOBODY
     x = 0
     while True:
         r, list_at = -1, 0
@@ -281,18 +295,22 @@ def visit(s):
             if not run_one(s, seats[x].other):
                 return now.num_others
             x += 1
-        elif visit_member(s, r):
+        elif visit_member(s, r, is_growing):
             visits[list_at].at = req[r].after_in_phase
         else:
             return now.num_others
 
 
 @inline_njit
-def visit_member(s, r):
+def visit_member(s, r, is_growing):
     """`run_one` for a member, but for the sums of the step. False: it preempted itself."""
     now, row = s.now[0], s.requests[r]
     settle(s, row)
-    lacking = blocks_with_room(s, r, 1)
+    if is_growing:
+        lacking = blocks_with_room(s, r, 1)
+    else:
+        free_skipped(s, row)
+        lacking = 0
     if lacking < 0:
         return False
     if lacking > 0:

@@ -195,11 +195,14 @@ SEAT = np.dtype(
     ]
 )
 
-# The cohort's members by computed tokens, modulo the block size: how many, and which, in running order; -1: none.
-PHASE = np.dtype([("count", np.int64), ("first", np.int64), ("last", np.int64)])
+# The cohort's members by computed tokens, modulo the block size: how many, how many of them outgrow a window before
+# they end, and which, in running order; -1: none.
+PHASE = np.dtype([("count", np.int64), ("num_outgrowing", np.int64), ("first", np.int64), ("last", np.int64)])
 
-# Computed tokens, modulo the block size, with which a member is visited, and how far the visits have come.
-VISIT = np.dtype([("tokens", np.int64), ("at", np.int64)])
+# Computed tokens, modulo the block size, with which a member is visited, why, and how far the visits have come.
+VISIT = np.dtype([("tokens", np.int64), ("why", np.int64), ("at", np.int64)])
+# Because a block is taken or filled; because a window leaves one behind; for that reason where the other one is due too.
+VISIT_BLOCK, VISIT_WINDOW, VISIT_BOTH = range(3)
 
 
 # What a `schedule()` decided, in scheduling order; of the cohort's members only their number is noted.
@@ -366,6 +369,7 @@ NOW = np.dtype(
             # the cohort (`engine.cohort`)
             "must_walk", "is_scattered", "decodes", "handed", "last_handout", "num_members", "member_base", "heap_size",
             "num_others", "num_ending", "num_phases", "due", "is_visiting", "growing_groups", "step_members",
+            "outgrown_at", "num_outgrowing",
             # pool
             "free_blocks", "cached_blocks", "table_blocks", "held_tokens", "num_free_slots", "table_stride",
             "hits_at", "num_keys", "num_lookups", "num_token_groups", "has_windows",
@@ -472,7 +476,8 @@ def pack(
     now.must_walk = settings.log_steps or len(cost.windows) > 1
     now.is_scattered = 1
     now.num_phases = len(phases)
-    now.is_visiting = settings.identities or now.has_windows
+    now.is_visiting = settings.identities
+    now.outgrown_at = min([_outgrown_at(group, settings.block_size) for group in kv_groups])
     now.growing_groups = (kv_groups.kind != STATE).sum()
     return State(
         settings=table(SETTINGS, 1, **settings._asdict(), block_shift=_shift_of(settings.block_size)),
@@ -546,9 +551,9 @@ def _phases(groups: np.recarray, settings: Settings) -> tuple[np.recarray, np.re
     known (2.6); and when a window leaves something behind (6.5), which is a step later with a step in flight."""
     block = settings.block_size
     lag = 1 if settings.async_scheduling else 0
-    tokens = {0}
+    of_blocks, tokens = {0}, set()
     if settings.enable_prefix_caching and not lag:
-        tokens.add(block - 1)
+        of_blocks.add(block - 1)
     for group in groups:
         if group.kind == SLIDING:
             tokens.add(group.window - 1 + lag)
@@ -559,8 +564,18 @@ def _phases(groups: np.recarray, settings: Settings) -> tuple[np.recarray, np.re
     # No request fills a block that is longer than any of them.
     phases = table(PHASE, min(block, settings.max_model_len + 1))
     phases.first = phases.last = -1
-    tokens = sorted({int(k) % len(phases) for k in tokens})
-    return phases, table(VISIT, len(tokens), tokens=tokens)
+    of_blocks, tokens = ({int(k) % len(phases) for k in some} for some in (of_blocks, tokens))
+    visits = [(k, VISIT_BLOCK) for k in sorted(of_blocks)]
+    visits += [(k, VISIT_BOTH if k in of_blocks else VISIT_WINDOW) for k in sorted(tokens)]
+    tokens, why = zip(*visits, strict=True)
+    return phases, table(VISIT, len(visits), tokens=tokens, why=why)
+
+
+def _outgrown_at(group: np.record, block_size: int) -> int:
+    """Computed tokens of a request from which on a group leaves blocks behind (6.4)."""
+    if group.kind == SLIDING:
+        return group.window - 1 + block_size
+    return {CHUNKED: group.window, MAMBA: 0}.get(int(group.kind), NEVER)
 
 
 def has_windows(groups: np.recarray) -> bool:
