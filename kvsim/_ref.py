@@ -8,6 +8,7 @@ is only handed down. Without the JIT it is the tuple itself.
 
 from __future__ import annotations
 
+import hashlib
 import os
 
 import numpy as np
@@ -21,7 +22,9 @@ class Reference(types.Type):
 
     def __init__(self, target):
         self.target = target
-        super().__init__(name=f"Reference({target})")
+        # A digest, because numba puts the names of a function's types into that of the function, wherever it is called.
+        digest = hashlib.sha256(str(target).encode()).hexdigest()[:16]
+        super().__init__(name=f"Reference({digest})")
 
 
 @register_model(Reference)
@@ -46,6 +49,9 @@ def _load(context, builder, reference, address, name):
 
 @intrinsic
 def _refer(typing_context, value):
+    if isinstance(value, Reference):
+        return value(value), lambda context, builder, signature, arguments: arguments[0]
+
     def to_frame(context, builder, signature, arguments):
         return cgutils.alloca_once_value(builder, arguments[0])
 
@@ -85,7 +91,7 @@ def _at(typing_context, buffer, k, like):
 
 
 def by_reference(s):
-    """The named tuple `s` by its address, for compiled functions that this one calls."""
+    """The named tuple `s` by its address, for compiled functions that this one calls; an address is left as it is."""
     return s
 
 

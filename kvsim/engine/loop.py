@@ -89,8 +89,7 @@ from kvsim.engine.state import (
 WORK_PER_CALL = 200_000
 
 
-@njit
-def advance(s, until_ns, max_steps):
+def _advance(s, until_ns, max_steps):
     """Simulate on, and say why it stopped: one of `state.STATUSES`.
 
     `reached`: nothing more happens up to and including `until_ns`, and arrivals up to then are in (a state that is
@@ -100,12 +99,7 @@ def advance(s, until_ns, max_steps):
     `now.needs` free rows. `timeline_full`: widen the bins or add some, until `now.needs` ns lies within. `done`,
     `stalled`, `horizon`: the run is over. `broken`: an invariant failed (with `check`): `now.broken` says which.
     """
-    return go_on(by_reference(s), until_ns, max_steps)
-
-
-@inner_njit
-def go_on(s, until_ns, max_steps):
-    """`advance`, with the state by reference."""
+    s = by_reference(s)
     now, cfg = s.now[0], s.settings[0]
     # Three empty steps in a row mean that nothing in flight can change anything either (4.5).
     idle_limit = 3 if cfg.async_scheduling else 1
@@ -180,6 +174,10 @@ def go_on(s, until_ns, max_steps):
         now.awaiting = now.steps_in_flight == len(s.flights) or now.idle >= idle_limit
         if cfg.log_steps:
             return SCHEDULED
+
+
+advance = njit(_advance)
+go_on = inner_njit(_advance)  # for compiled code that has the state by reference already
 
 
 @inner_njit
@@ -404,7 +402,7 @@ def coast(s, until_ns, most_steps):
                     break
                 now.is_scheduling = 1
                 now.num_scheduled = 0
-                visit(s, now.is_visiting)
+                visit(s, now.is_visiting > 0)
                 now.is_scheduling = 0
                 if now.is_visiting:
                     growing_groups = 0
@@ -422,7 +420,7 @@ def is_visit_due(s):
     """True when some member has to be visited in the next step."""
     due = 0
     for v in range(len(s.visits)):
-        due += num_to_visit(s, v, s.now[0].is_visiting)
+        due += num_to_visit(s, v, s.now[0].is_visiting > 0)
     return due > 0
 
 

@@ -155,7 +155,9 @@ def run_in_order(s):
     now, req = s.now[0], s.requests
     count_schedule(now)
     r = now.first_running
-    while r >= 0 and now.budget > 0 and run_one(s, r):
+    while r >= 0 and now.budget > 0:
+        if not run_one(s, r):
+            break
         r = req[r].after
 
 
@@ -236,12 +238,11 @@ def run_together(s, way):
     """The running phase, the cohort in one go. Needs `way_to_run`."""
     now = s.now[0]
     x = 0
-    if now.is_visiting or way == AS_FAR_AS_IT_GOES:
-        x = visit(s, True)
-    else:
+    is_growing = now.is_visiting > 0 or way == AS_FAR_AS_IT_GOES
+    if not is_growing:
         grow_together(s)
-        if now.num_outgrowing > 0:
-            x = visit(s, False)
+    if is_growing or now.num_outgrowing > 0:
+        x = visit(s, is_growing)
     count_schedule(now)
     n = now.num_members
     now.step_members = n
