@@ -386,7 +386,7 @@ def coast(s, until_ns, most_steps):
     send = next_send(s)
     # The last moment for the output of a step, and the first that is too late to schedule one.
     latest = min(min(send, now.bin_end), until_ns)
-    stop = min(min(min(send, next_expiry(s)), cfg.until_ns), min(now.bin_end, latest + 1))
+    stop = min(min(min(send, next_expiry(s)), cfg.until_ns), min(now.bin_end, latest + 1 - cfg.fed))
     most_outputs = min(most_steps, next_end(s) - now.decodes - (1 - cfg.async_scheduling))
     is_head_waiting_for_blocks = num_waiting(now) > 0 and now.num_running < cfg.max_num_seqs
     steps = is_last = 0

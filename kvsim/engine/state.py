@@ -201,7 +201,7 @@ PHASE = np.dtype([("count", np.int64), ("num_outgrowing", np.int64), ("first", n
 
 # Computed tokens, modulo the block size, with which a member is visited, why, and how far the visits have come.
 VISIT = np.dtype([("tokens", np.int64), ("why", np.int64), ("at", np.int64)])
-# Because a block is taken or filled; because a window leaves one behind; for that reason where the other one is due too.
+# Because a block is taken or filled; because a window leaves one behind; for the latter where both are due at once.
 VISIT_BLOCK, VISIT_WINDOW, VISIT_BOTH = range(3)
 
 
