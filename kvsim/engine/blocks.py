@@ -512,10 +512,20 @@ def account(s, until):
     duration = until - now.accounted
     if duration <= 0:
         return
-    used = used_blocks(s)
-    s.used_time[used] += duration
+    used, unfilled = used_blocks(s), unfilled_places(s)
+    s.used_time[np.uint64(used)] += duration
+    if until < now.bin_end:
+        add_to_bin(s, duration, used * duration, used, unfilled * duration)
+    else:
+        fill_bins(s, until, used, unfilled)
+    now.accounted = until
+
+
+@inner_njit
+def fill_bins(s, until, used, unfilled):
+    """The part of `account` for more than one bin."""
+    now = s.now[0]
     is_empty = now.num_running + num_waiting(now) + used + now.cached_blocks == 0
-    unfilled = unfilled_places(s)
     start = now.accounted
     while start < until:
         if start >= now.bin_end:
@@ -525,9 +535,7 @@ def account(s, until):
         width = min(until, now.bin_end) - start
         add_to_bin(s, width, used * width, used, unfilled * width)
         start = now.bin_end
-    if until >= now.bin_end:
-        enter_bin(now, until)
-    now.accounted = until
+    enter_bin(now, until)
 
 
 @inline_njit
@@ -583,10 +591,10 @@ def gap_bucket(gap):
 
 @inline_njit
 def bounds_of(bucket):
-    """The gaps of a bucket: from, and up to but without."""
+    """The smallest gap of a bucket, and how many there are."""
     shift = max((bucket >> GAP_BITS) - 1, 0)
     mantissa = bucket - (shift << GAP_BITS)
-    return mantissa << shift, (mantissa + 1) << shift
+    return mantissa << shift, np.uint64(1 << shift)
 
 
 @inner_njit

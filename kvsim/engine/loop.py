@@ -255,6 +255,8 @@ def next_send(s):
     """When the next request is sent: at its arrival, or in a closed loop as soon after as there is a place for
     it. NEVER: no request left, or none before another one ends."""
     now, cfg = s.now[0], s.settings[0]
+    if len(s.turns) == 0 and cfg.max_concurrency == 0:  # the same, sooner
+        return s.requests[now.next_row].arrival if now.next_row < len(s.requests) else NEVER
     r = next_request(s)
     if r < 0 or (cfg.max_concurrency > 0 and now.in_flight >= cfg.max_concurrency):
         return NEVER
@@ -273,7 +275,7 @@ def receive(s, until):
         if not has_room(s, 2):
             return False
         account(s, send)
-        r = next_request(s)
+        r = now.next_row if len(s.turns) == 0 else next_request(s)
         if r == now.next_row:
             now.next_row += 1
         else:
@@ -473,6 +475,8 @@ def glide(s, growing_groups, most_steps, stop, latest):
     now, cfg, phases, used_time, gap_counts = s.now[0], s.settings[0], s.phases, s.used_time, s.gap_counts
     n, is_async = now.num_members, cfg.async_scheduling
     seconds, context_s = quiet_cost(s)
+    if 1e9 * seconds < 0.5:  # else no step is shorter than 1 ns
+        return 0
     ctx, more_ctx = float(member_tokens(now)), float(n)  # whole numbers, in the type that the duration needs
     bound = min(stop, latest + 1) - now.t  # no output from here on, in ns from now
     usable = cfg.num_gpu_blocks - 1
@@ -487,17 +491,17 @@ def glide(s, growing_groups, most_steps, stop, latest):
         ctx += more_ctx
         width = nanoseconds(seconds + context_s * ctx)
     bucket = gap_bucket(width)
-    bucket_start, bucket_end = bounds_of(bucket)
+    bucket_start, bucket_width = bounds_of(bucket)
     while steps < most_steps:
         needed = used + phases[at].count * growing_groups
         after = t + width
         if needed > usable or after >= bound:
             break
-        if width >= bucket_end or width < bucket_start:
+        if np.uint64(width - bucket_start) >= bucket_width:  # or below it
             gap_counts[bucket] += (steps - counted) * n
             counted = steps
             bucket = gap_bucket(width)
-            bucket_start, bucket_end = bounds_of(bucket)
+            bucket_start, bucket_width = bounds_of(bucket)
         used = needed
         used_time[np.uint64(used)] += width
         used_area += used * width
@@ -506,7 +510,7 @@ def glide(s, growing_groups, most_steps, stop, latest):
         steps += 1
         at = at - np.uint64(1) if at > 0 else last_phase
         ctx += more_ctx
-        width = nanoseconds(seconds + context_s * ctx)
+        width = int(np.rint(1e9 * (seconds + context_s * ctx)))
     if steps == 0:
         return 0
     gap_counts[bucket] += (steps - counted) * n
