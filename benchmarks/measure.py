@@ -117,11 +117,14 @@ sys.exit(status)
 
 
 def command(*words: str, **environment: str) -> Command:
-    """`kvsim WORDS` to its end, its standard output thrown away. Raises CalledProcessError when it fails."""
+    """`kvsim WORDS` to its end, its standard output thrown away. Raises CalledProcessError when it fails. It may keep
+    its bytecode, as an installed kvsim does."""
+    environment = os.environ | environment
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     done = subprocess.run(
         [sys.executable, "-S", "-c", _TIMED, sys.executable, "-m", "kvsim", *words],
         cwd=ROOT,
-        env=os.environ | environment,
+        env=environment,
         stdout=subprocess.PIPE,
         check=True,
     )

@@ -22,6 +22,7 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
 _KEPT_CACHES = 4  # digests kept on disk; older ones are removed when a new one is made
+is_own_process = False  # True in the `kvsim` command, where no other code uses numba
 _DONE = "compiled"  # marker file: everything that `run` needs has been compiled into this directory
 
 
@@ -40,6 +41,19 @@ def inline_njit(function: Callable) -> Callable:
     """`inner_njit` for the verbs of a hot loop: LLVM inlines every call, so that a state of many arrays is not
     passed on the stack each time. For functions called from one or two places, or a few lines long."""
     return _compile(function, forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+
+def import_numba() -> None:
+    """Import all of numba that compiled code needs: in a process of our own without the linear algebra of SciPy, which
+    takes 0.1 s to import and no kernel here uses, and without which numba has no `np.dot`."""
+    blocked = "scipy.linalg"
+    if not is_own_process or blocked in sys.modules or is_disabled():
+        return
+    sys.modules[blocked] = None  # an import of it fails, which numba is prepared for
+    try:
+        import numba.np.arraymath  # noqa: F401
+    finally:
+        del sys.modules[blocked]
 
 
 def _compile(function: Callable, **options) -> Callable:

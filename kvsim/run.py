@@ -186,8 +186,8 @@ def simulate(
             packed, threads=threads, fixed_bins=bin_s is not None, progress=progress,
             prepare_started=prepare_started, **common,
         )  # fmt: skip
-    state = packed(trace)
     load_engine()
+    state = packed(trace)
     engine_started = time.perf_counter()
     run = drive(state, fixed_bins=bin_s is not None, progress=progress, on_step=on_step)
     finished = time.perf_counter()
@@ -223,6 +223,7 @@ def load_engine() -> None:
     """Have the engine's machine code ready, from the cache or compiled: runs an empty trace, once a process."""
     from kvsim import _jit
 
+    _jit.import_numba()
     none = np.zeros(0, np.int32)
     settings = st.Settings(*([0] * len(st.Settings._fields)))._replace(
         block_size=1, num_gpu_blocks=2, until_ns=st.NEVER

@@ -86,12 +86,12 @@ def part_of(trace, rows):
     return Trace(**columns, prefix_unit=trace.prefix_unit)
 
 
-def separate_runs(trace, dep, replica, n, **options):
+def separate_runs(trace, dep, replica, n, step_time=STEP, **options):
     """(requests, events, timeline) as lists of dicts, and the results of n runs."""
     requests, events, bins, results = [None] * len(trace), [], [], []
     for k in range(n):
         rows = [row for row in range(len(trace)) if replica[row] == k]
-        run = simulate(part_of(trace, rows), dep, step_time=STEP, **options)
+        run = simulate(part_of(trace, rows), dep, step_time=step_time, **options)
         results.append(run)
         for row, request in zip(rows, run.requests.to_pylist(), strict=True):
             requests[row] = request | {"request": row, "replica": k}
@@ -115,6 +115,19 @@ CASES_AND_ROUTERS = [
     *((name, router) for name in CASES for router in ("round-robin", "random")),
     *((name, router) for name in CASES if name != "turns" for router in WITH_LOOKS),
 ]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_requests_that_are_sent_when_a_step_ends_are_in_the_next(is_async):
+    every_10_ms = (0.01, 0, 0)
+    trace = crowd(60)
+    trace = dataclasses.replace(trace, arrival_ns=trace.arrival_ns * 20)
+    dep = llama(async_scheduling=is_async)
+    options = {"step_time": every_10_ms, "bin_s": 5}  # bins of many steps, which are made in one go
+    got = simulate(trace, dep, replicas=2, router="least-requests", record="events", **options)
+    requests, events, _, _ = separate_runs(trace, dep, got.requests["replica"].to_numpy(), 2, **options)
+    assert got.events.to_pylist() == events
+    assert got.requests.to_pylist() == requests
 
 
 @pytest.mark.parametrize(("name", "router"), CASES_AND_ROUTERS)

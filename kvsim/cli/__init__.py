@@ -12,6 +12,7 @@ import importlib
 import os
 import sys
 
+from kvsim import _jit
 from kvsim.errors import UserError, did_you_mean
 
 VERBS = {
@@ -94,6 +95,7 @@ def entry() -> None:
     sys.stdout = sys.stdout or _nowhere()
     sys.stderr = sys.stderr or _nowhere()
     _end_soon_after_interrupt()
+    _jit.is_own_process = True
     code = main()
     try:
         sys.stdout.flush()

@@ -268,7 +268,11 @@ def grow_together(s):
 def num_to_visit(s, v, is_growing):
     """Members of the list that visit number `v` is about, if that is due in a step (see `visit`)."""
     phase, why = s.phases[list_of(s.now[0], s.visits[v].tokens)], s.visits[v].why
-    is_due = is_growing if why == VISIT_BLOCK else phase.num_outgrowing > 0 and not (is_growing and why == VISIT_BOTH)
+    is_due = (
+        is_growing
+        if why == VISIT_BLOCK
+        else phase.num_outgrowing > 0 and not (is_growing and why == VISIT_BOTH)
+    )
     return phase.count if is_due else 0
 
 

@@ -562,8 +562,18 @@ MUTATIONS = (
     ),
     Mutation(
         "quiet steps do not look at the pool", "3.6", LOOP,
-        "        if needed > usable:\n            break\n",
-        "",
+        "        if needed > usable or after >= bound:\n",
+        "        if after >= bound:\n",
+    ),
+    Mutation(
+        "who outgrows a window is not visited for it", "6.5", COHORT,
+        "    return 1 if row.prompt + tokens_to_make(s, row) > s.now[0].outgrown_at else 0",
+        "    return 0",
+    ),
+    Mutation(
+        "a member that a window leaves behind takes its block a second time", "6.5", SCHEDULE,
+        "        x = visit(s, is_growing)\n",
+        "        x = visit(s, True)\n",
     ),
     Mutation(
         "who waits for blocks is not asked again when some are there", "3.14", SCHEDULE,
