@@ -591,10 +591,10 @@ def gap_bucket(gap):
 
 @inline_njit
 def bounds_of(bucket):
-    """The smallest gap of a bucket, and how many there are."""
+    """The gaps of a bucket: from, and up to but without."""
     shift = max((bucket >> GAP_BITS) - 1, 0)
     mantissa = bucket - (shift << GAP_BITS)
-    return mantissa << shift, np.uint64(1 << shift)
+    return mantissa << shift, (mantissa + 1) << shift
 
 
 @inner_njit

@@ -491,17 +491,17 @@ def glide(s, growing_groups, most_steps, stop, latest):
         ctx += more_ctx
         width = nanoseconds(seconds + context_s * ctx)
     bucket = gap_bucket(width)
-    bucket_start, bucket_width = bounds_of(bucket)
+    bucket_start, bucket_end = bounds_of(bucket)
     while steps < most_steps:
         needed = used + phases[at].count * growing_groups
         after = t + width
         if needed > usable or after >= bound:
             break
-        if np.uint64(width - bucket_start) >= bucket_width:  # or below it
+        if width >= bucket_end or width < bucket_start:
             gap_counts[bucket] += (steps - counted) * n
             counted = steps
             bucket = gap_bucket(width)
-            bucket_start, bucket_width = bounds_of(bucket)
+            bucket_start, bucket_end = bounds_of(bucket)
         used = needed
         used_time[np.uint64(used)] += width
         used_area += used * width
