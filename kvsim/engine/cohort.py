@@ -310,9 +310,8 @@ def join_all(s):
         r = seats[x].other
         row = s.requests[r]
         is_joining = can_join(s, row)
-        if outgrows(
-            s, row
-        ):  # what its window has left behind since its prefill is freed in a step of its own
+        if outgrows(s, row):
+            # What its window has left behind since its prefill is freed in a step of its own.
             was_steady = row.is_steady == 1
             row.is_steady = 2 if is_joining else 0
             is_joining = is_joining and was_steady

@@ -268,11 +268,9 @@ def grow_together(s):
 def num_to_visit(s, v, is_growing):
     """Members of the list that visit number `v` is about, if that is due in a step (see `visit`)."""
     phase, why = s.phases[list_of(s.now[0], s.visits[v].tokens)], s.visits[v].why
-    is_due = (
-        is_growing
-        if why == VISIT_BLOCK
-        else phase.num_outgrowing > 0 and not (is_growing and why == VISIT_BOTH)
-    )
+    if why == VISIT_BLOCK:
+        return phase.count if is_growing else 0
+    is_due = phase.num_outgrowing > 0 and not (is_growing and why == VISIT_BOTH)
     return phase.count if is_due else 0
 
 
@@ -311,11 +309,11 @@ def visit_member(s, r, is_growing):
     """`run_one` for a member, but for the sums of the step. False: it preempted itself."""
     now, row = s.now[0], s.requests[r]
     settle(s, row)
+    lacking = 0
     if is_growing:
         lacking = blocks_with_room(s, r, 1)
     else:
         free_skipped(s, row)
-        lacking = 0
     if lacking < 0:
         return False
     if lacking > 0:
