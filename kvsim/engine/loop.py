@@ -105,6 +105,10 @@ def _advance(s, until_ns, max_steps):
     idle_limit = 3 if cfg.async_scheduling else 1
     work, most_steps = 0, max_steps if max_steps > 0 else NEVER
     while True:
+        if is_end_due(s):
+            if not receive(s, now.t - 1) or not has_room(s, 2 * now.num_members):
+                return EVENTS_FULL
+            end_members(s)
         if cfg.check and not is_sound(s):
             return BROKEN
         if most_steps == 0:
@@ -281,6 +285,8 @@ def receive(s, until):
         else:
             pop_ready(s)
         receive_one(s, r, send)
+        if send < now.accounted and s.requests[r].status == WAITING:  # in a quiet step, which is over already
+            wait_since(s, send)
         send = next_send(s)
     return True
 
@@ -310,6 +316,15 @@ def receive_one(s, r, time):
     now.queued_tokens += row.prompt
     now.received_in_step += 1
     enter_received(s, r)
+
+
+@inline_njit
+def wait_since(s, time):
+    """Note in the timeline, which is at a later moment of the same bin, that the latest to wait came at `time`."""
+    now = s.now[0]
+    line = s.timeline[now.bin]
+    line.waiting_area += now.accounted - time
+    line.waiting_max = max(line.waiting_max, num_waiting(now))
 
 
 @inline_njit
@@ -381,15 +396,14 @@ def is_quiet(s):
 
 @inner_njit
 def coast(s, until_ns, most_steps):
-    """Make quiet steps (see `is_quiet`), as if each were scheduled, launched and finished; returns how many. One more
-    is only launched, and `awaiting` set, where a member makes its last token in it, a request is sent before its
-    output is there, or the bin of the timeline ends. It ends as well where the pool has too little."""
+    """Make quiet steps (see `is_quiet`), as if each were scheduled, launched and finished, up to the one in which a
+    request is sent or a member makes its last token; returns how many. One more is only launched, and `awaiting` set,
+    where its output is not in the present bin of the timeline. It ends as well where the pool has too little."""
     now, cfg = s.now[0], s.settings[0]
-    send = next_send(s)
     # The last moment for the output of a step, and the first that is too late to schedule one.
-    latest = min(min(send, now.bin_end), until_ns)
-    stop = min(min(min(send, next_expiry(s)), cfg.until_ns), min(now.bin_end, latest + 1 - cfg.fed))
-    most_outputs = min(most_steps, next_end(s) - now.decodes - (1 - cfg.async_scheduling))
+    latest = min(now.bin_end - 1, until_ns)
+    stop = min(min(next_send(s), next_expiry(s)), min(cfg.until_ns, latest + 1 - cfg.fed))
+    most_outputs = min(most_steps, next_end(s) - now.decodes)
     is_head_waiting_for_blocks = num_waiting(now) > 0 and now.num_running < cfg.max_num_seqs
     steps = is_last = 0
     while now.t < stop and now.decodes < next_end(s):
@@ -478,7 +492,7 @@ def glide(s, growing_groups, most_steps, stop, latest):
     if 1e9 * seconds < 0.5:  # else no step is shorter than 1 ns
         return 0
     ctx, more_ctx = float(member_tokens(now)), float(n)  # whole numbers, in the type that the duration needs
-    bound = min(stop, latest + 1) - now.t  # no output from here on, in ns from now
+    stop, latest = stop - now.t, latest - now.t  # in ns from now
     usable = cfg.num_gpu_blocks - 1
     used = used_before = used_blocks(s)
     # Unsigned, so that no index is looked at for being negative.
@@ -492,10 +506,10 @@ def glide(s, growing_groups, most_steps, stop, latest):
         width = nanoseconds(seconds + context_s * ctx)
     bucket = gap_bucket(width)
     bucket_start, bucket_end = bounds_of(bucket)
-    while steps < most_steps:
+    while steps < most_steps and t < stop:
         needed = used + phases[at].count * growing_groups
         after = t + width
-        if needed > usable or after >= bound:
+        if needed > usable or after > latest:
             break
         if width >= bucket_end or width < bucket_start:
             gap_counts[bucket] += (steps - counted) * n
@@ -665,6 +679,23 @@ def hand_out_tokens(s, index, flight, first):
             ended += 1
     now.num_ending = 0
     return ended
+
+
+@inline_njit
+def is_end_due(s):
+    """True when members made their last token in the latest of some quiet steps."""
+    now = s.now[0]
+    return now.num_members > 0 and now.handed == now.decodes and next_end(s) == now.decodes
+
+
+@inner_njit
+def end_members(s):
+    """Those go who made their last token in the latest of some quiet steps."""
+    now = s.now[0]
+    pop_ending(s)
+    for x in range(now.num_ending):
+        end_in_step(s, s.seats[x].ending, now.num_steps - 1)
+    now.num_ending = 0
 
 
 @inline_njit

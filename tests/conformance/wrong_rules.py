@@ -552,18 +552,18 @@ MUTATIONS = (
     ),
     Mutation(
         "quiet steps go on after a request was sent", "3.20", LOOP,
-        "    latest = min(min(send, now.bin_end), until_ns)",
-        "    latest = min(now.bin_end, until_ns)",
+        "stop = min(min(next_send(s), next_expiry(s))",
+        "stop = min(next_expiry(s)",
     ),
     Mutation(
         "quiet steps go on after a deadline", "3.22", LOOP,
-        "stop = min(min(min(send, next_expiry(s)), cfg.until_ns)",
-        "stop = min(min(send, cfg.until_ns)",
+        "stop = min(min(next_send(s), next_expiry(s))",
+        "stop = min(next_send(s)",
     ),
     Mutation(
         "quiet steps do not look at the pool", "3.6", LOOP,
-        "        if needed > usable or after >= bound:\n",
-        "        if after >= bound:\n",
+        "        if needed > usable or after > latest:\n",
+        "        if after > latest:\n",
     ),
     Mutation(
         "who outgrows a window is not visited for it", "6.5", COHORT,
@@ -574,6 +574,16 @@ MUTATIONS = (
         "a member that a window leaves behind takes its block a second time", "6.5", SCHEDULE,
         "        x = visit(s, is_growing)\n",
         "        x = visit(s, True)\n",
+    ),
+    Mutation(
+        "who comes in a quiet step and who ends with it come in the wrong order", "3.20", LOOP,
+        "            if not receive(s, now.t - 1) or",
+        "            if",
+    ),
+    Mutation(
+        "who comes in a quiet step waits from its end on", "3.20", LOOP,
+        "    line.waiting_area += now.accounted - time\n",
+        "",
     ),
     Mutation(
         "who waits for blocks is not asked again when some are there", "3.14", SCHEDULE,
