@@ -61,7 +61,11 @@ class StepLog:
         row["ctx"] = int(now.ctx)
         row["run"], row["wait"], row["free"] = int(now.log_running), int(now.log_waiting), int(now.log_free)
         if self.blocks and s.settings.identities:
-            taken = {str(r): new_blocks(s, e) for r, e in zip(requests, entries, strict=True) if e.num_new}
+            taken = {
+                str(r): new
+                for r, e in zip(requests, entries, strict=True)
+                if e.num_new and any(new := new_blocks(s, e))
+            }
             if taken:
                 row["blk"] = taken
         if s.settings.async_scheduling:

@@ -15,7 +15,6 @@ from kvsim.engine.blocks import (
     add_to_bin,
     bounds_of,
     check_integrity,
-    enter_bin,
     gap_bucket,
     line_at,
     record,
@@ -397,8 +396,9 @@ def is_quiet(s):
 @inner_njit
 def coast(s, until_ns, most_steps):
     """Make quiet steps (see `is_quiet`), as if each were scheduled, launched and finished, up to the one in which a
-    request is sent or a member makes its last token; returns how many. One more is only launched, and `awaiting` set,
-    where its output is not in the present bin of the timeline. It ends as well where the pool has too little."""
+    request is sent or a member gets its last token, or with a step in flight is scheduled for it; returns how many. One
+    more is only launched, and `awaiting` set, where its output is not in the present bin of the timeline or not there
+    by `until_ns`. It ends as well where the pool has too little."""
     now, cfg = s.now[0], s.settings[0]
     # The last moment for the output of a step, and the first that is too late to schedule one.
     latest = min(now.bin_end - 1, until_ns)
@@ -489,7 +489,7 @@ def glide(s, growing_groups, most_steps, stop, latest):
     now, cfg, phases, used_time, gap_counts = s.now[0], s.settings[0], s.phases, s.used_time, s.gap_counts
     n, is_async = now.num_members, cfg.async_scheduling
     seconds, context_s = quiet_cost(s)
-    if 1e9 * seconds < 0.5:  # else no step is shorter than 1 ns
+    if 1e9 * seconds <= 0.5:  # else no step is shorter than 1 ns
         return 0
     ctx, more_ctx = float(member_tokens(now)), float(n)  # whole numbers, in the type that the duration needs
     stop, latest = stop - now.t, latest - now.t  # in ns from now
@@ -561,8 +561,6 @@ def count_quiet_steps(s, steps, t, end):
     now = s.now[0]
     n, tokens = now.num_members, steps * now.num_members
     count_quiet_schedules(s, steps)
-    if t >= now.bin_end:
-        enter_bin(now, t)
     now.gap_sum += (t - now.t) * n
     now.gap_count += tokens
     now.total_generated += tokens

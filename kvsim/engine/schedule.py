@@ -277,7 +277,7 @@ def num_to_visit(s, v, is_growing):
 @inner_njit
 def visit(s, is_growing):
     """Members to whom more happens in this step than a token, in running order, and the others between them. Returns
-    how many of the others had their turn. Not `is_growing`: the blocks that they take are counted already."""
+    how many of the others had their turn. Not `is_growing`: the blocks that they take are counted elsewhere."""
     now, req, seats, visits = s.now[0], s.requests, s.seats, s.visits
     for v in range(len(visits)):
         phase = s.phases[list_of(now, visits[v].tokens)]

@@ -476,9 +476,9 @@ def pack(
     now.must_walk = settings.log_steps or len(cost.windows) > 1
     now.is_scattered = 1
     now.num_phases = len(phases)
-    now.is_visiting = settings.identities
-    now.outgrown_at = min([_outgrown_at(group, settings.block_size) for group in kv_groups])
     now.growing_groups = (kv_groups.kind != STATE).sum()
+    now.is_visiting = settings.identities or now.growing_groups[0] == 0
+    now.outgrown_at = min([_outgrown_at(group, settings.block_size) for group in kv_groups])
     return State(
         settings=table(SETTINGS, 1, **settings._asdict(), block_shift=_shift_of(settings.block_size)),
         now=now,
@@ -572,7 +572,7 @@ def _phases(groups: np.recarray, settings: Settings) -> tuple[np.recarray, np.re
 
 
 def _outgrown_at(group: np.record, block_size: int) -> int:
-    """Computed tokens of a request from which on a group leaves blocks behind (6.4)."""
+    """Computed tokens below which a request has left no block of a group behind (6.4)."""
     if group.kind == SLIDING:
         return group.window - 1 + block_size
     return {CHUNKED: group.window, MAMBA: 0}.get(int(group.kind), NEVER)

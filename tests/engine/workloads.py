@@ -27,6 +27,7 @@ GROUPS = (
     ("chunked",),
     ("full", "chunked"),
     ("chunked", "full", "sliding"),
+    ("mamba",),
     ("full", "mamba"),
     ("mamba", "full"),
     ("full", "mamba", "mamba"),
@@ -195,6 +196,13 @@ def event_rows(events):
          int(e["tokens_lost"]), int(e["for_request"]))
         for e in events
     ]  # fmt: skip
+
+
+def time_sums(engine_run):
+    """What the compiled engine sums up over time: bins and their width, ns by blocks in use, gaps by size."""
+    state = engine_run.state
+    bins = [state.now[0].bin_width, state.timeline.tolist()]
+    return bins, state.used_time.tolist(), state.gap_counts.tolist()
 
 
 def request_rows(engine_run):
