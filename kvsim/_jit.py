@@ -22,8 +22,8 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
 _KEPT_CACHES = 4  # digests kept on disk; older ones are removed when a new one is made
-is_own_process = False  # True in the `kvsim` command, where no other code uses numba
 _DONE = "compiled"  # marker file: everything that `run` needs has been compiled into this directory
+is_own_process = False  # True in the `kvsim` command, where no other code uses numba
 
 
 def njit(function: Callable) -> Callable:

@@ -584,8 +584,9 @@ def unfilled_places(s):
 @njit
 def gap_bucket(gap):
     """The bucket of a gap of `gap` ns: exact below 2 * GAP_SUBBUCKETS, then GAP_SUBBUCKETS a power of two."""
-    # The exponent of a double is the number of bits; shifted, every gap is exact as a double.
-    shift = (np.float64(gap >> (GAP_BITS + 1)).view(np.int64) >> 52) - 1022 if gap >> (GAP_BITS + 1) else 0
+    rest = gap >> (GAP_BITS + 1)
+    # The exponent of a double is the number of bits, and what is left of a gap is exact as a double.
+    shift = (np.float64(rest).view(np.int64) >> 52) - 1022 if rest > 0 else 0
     return (shift << GAP_BITS) + (gap >> shift)
 
 

@@ -498,7 +498,7 @@ def glide(s, growing_groups, most_steps, stop, latest):
     # Unsigned, so that no index is looked at for being negative.
     at, last_phase = np.uint64(now.due), np.uint64(now.num_phases - 1)
     t = used_area = delays = steps = counted = 0
-    width = 0  # until the next output: with a step in flight that of the step before
+    # `width` is the time until the next output: with a step in flight that of the step before.
     if is_async:
         width = oldest_flight(s).end - now.t
     else:
