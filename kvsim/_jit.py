@@ -22,7 +22,7 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
 _KEPT_CACHES = 4  # digests kept on disk; older ones are removed when a new one is made
-_DONE = "compiled"  # marker file: everything that `run` needs has been compiled into this directory
+_PARTS = {"engine": "compiled", "router": "compiled-router"}  # marker files: all of it is in this directory
 is_own_process = False  # True in the `kvsim` command, where no other code uses numba
 
 
@@ -121,17 +121,18 @@ def _compiled_sources() -> list[Path]:
     ]
 
 
-def is_warm() -> bool:
-    """True when a run will find its machine code on disk (or needs none)."""
-    return is_disabled() or (cache_dir() / _DONE).exists()
+def is_warm(part: str = "engine") -> bool:
+    """True when a run will find the machine code of the engine, or of the router that looks at the replicas of a
+    fleet, on disk (or needs none)."""
+    return is_disabled() or (cache_dir() / _PARTS[part]).exists()
 
 
-def mark_warm() -> None:
-    """Say that all of it is compiled, and drop the caches of versions long gone."""
+def mark_warm(part: str = "engine") -> None:
+    """Say that all of a part is compiled, and drop the caches of versions long gone."""
     if is_disabled():
         return
     here = cache_dir()
-    (here / _DONE).touch()
+    (here / _PARTS[part]).touch()
     caches = sorted(here.parent.glob("numba-*"), key=lambda p: p.stat().st_mtime, reverse=True)
     for old in caches[_KEPT_CACHES:]:
         if old != here:

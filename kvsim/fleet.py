@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvsim import metrics, result
+from kvsim import _jit, metrics, result
 from kvsim.engine import state as st
 from kvsim.errors import UserError
 from kvsim.routing import STATEFUL, check_router, route_stateless
@@ -117,6 +117,8 @@ def run_fleet(
     stop, told = threading.Event(), np.zeros(n, np.int64)
     if router in STATEFUL:  # its machine code, as `run.load_engine` does for the rest
         route_with_looks(packed, trace.part(np.zeros(0, np.int64)), options, fixed_bins, None)
+        if not _jit.is_warm("router"):
+            _jit.mark_warm("router")
     engine_started = time.perf_counter()
     if router in STATEFUL:
         states, assigned = route_with_looks(packed, trace, options, fixed_bins, progress)

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from kvsim import _jit
+from kvsim.cli.warm import say_if_cold
 
 needs_jit = pytest.mark.skipif(_jit.is_disabled(), reason="NUMBA_DISABLE_JIT is set: nothing is compiled")
 
@@ -32,6 +33,23 @@ def test_an_edited_source_gets_another_cache(monkeypatch, tmp_path):
     before = _jit.source_digest()
     monkeypatch.setattr(_jit, "_compiled_sources", lambda: [edited])
     assert _jit.source_digest.__wrapped__() != before
+
+
+def test_what_has_to_be_compiled_first_is_told(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(_jit, "is_disabled", lambda: False)
+    monkeypatch.setattr(_jit, "cache_dir", lambda: tmp_path / "numba-here")
+    (tmp_path / "numba-here").mkdir()
+
+    def told(**parts):
+        say_if_cold(**parts)
+        return [line.split(":")[0] for line in capsys.readouterr().err.splitlines()]
+
+    assert told(looks=True) == ["compiling the engine", "compiling the router"]
+    assert told() == ["compiling the engine"]
+    _jit.mark_warm()
+    assert told() == [] and told(looks=True) == ["compiling the router"]
+    _jit.mark_warm("router")
+    assert told(looks=True) == []
 
 
 def test_bounds_checking_gets_another_cache():

@@ -148,10 +148,11 @@ def main(args: argparse.Namespace) -> int:
     from kvsim import memory
     from kvsim.cli.progress import ProgressBar
     from kvsim.cli.warm import say_if_cold
+    from kvsim.routing import STATEFUL
     from kvsim.run import simulate
 
     if memory.fit(deployment).failure is None:
-        say_if_cold()
+        say_if_cold(looks=args.replicas > 1 and args.router in STATEFUL)
     with (
         _StepLogFile(args.step_log) as on_step,
         ProgressBar("requests", hidden=args.quiet or args.json) as bar,

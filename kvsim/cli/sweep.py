@@ -93,6 +93,7 @@ def main(args: argparse.Namespace) -> int:
     from kvsim.cli.progress import ProgressBar
     from kvsim.cli.run import goodput_of, step_time_of
     from kvsim.cli.warm import say_if_cold
+    from kvsim.routing import STATEFUL
 
     common = {
         "step_time": step_time_of(args.step_time), "goodput": goodput_of(args.goodput), "strict": args.strict,
@@ -106,7 +107,8 @@ def main(args: argparse.Namespace) -> int:
     _check_priorities(traffic, cells)
     metrics = _metrics(args.metrics, traffic, cells)
     if args.executor == "threads":
-        say_if_cold()
+        fleets = (cell.options for cell in cells if cell.options.get("replicas", 1) > 1)
+        say_if_cold(looks=any(options.get("router") in STATEFUL for options in fleets))
     with ProgressBar("cells", hidden=args.quiet or args.json) as progress:
         grid = sweeps.run_grid(
             cells,

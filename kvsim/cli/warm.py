@@ -27,9 +27,12 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def say_if_cold() -> None:
-    """On standard error, once: the coming run has to compile first."""
+def say_if_cold(*, looks: bool = False) -> None:
+    """On standard error, once: the coming run has to compile first. `looks`: also the router that looks at the replicas
+    of a fleet."""
     from kvsim import _jit
 
     if not _jit.is_warm():
         print("compiling the engine: once, up to a minute ...", file=sys.stderr, flush=True)
+    if looks and not _jit.is_warm("router"):
+        print("compiling the router: once, half a minute ...", file=sys.stderr, flush=True)
