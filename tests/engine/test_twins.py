@@ -3,7 +3,7 @@
 import gc
 
 import pytest
-from hypothesis import example, given  # noqa: F401
+from hypothesis import example, given
 
 from tests.engine.workloads import (
     counters,
@@ -27,7 +27,24 @@ def _no_collection():
     gc.unfreeze()
 
 
+# Requests that decode for long, in steps of about 4 ms, until something happens in the middle of a step.
+DECODING = {
+    "block_size": 4,
+    "num_gpu_blocks": 60,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 64,
+    "max_model_len": 64,
+}
+HYBRID = ({"kind": "full"}, {"kind": "sliding", "window": 9})
+MS = 1_000_000
+
+
 @given(workloads())
+@example(([(0, 5, 40), (0, 7, 30)], naive.Settings(**DECODING, deadline_ns=61 * MS)))
+@example(([(0, 5, 40), (0, 7, 30)], naive.Settings(**DECODING, until_ns=61 * MS)))
+@example(([(0, 5, 10), (0, 7, 10), *((k * MS, 3, 5) for k in range(36, 48))], naive.Settings(**DECODING)))
+@example(([(0, 5, 40), (0, 7, 30)], naive.Settings(**DECODING | {"num_gpu_blocks": 16})))
+@example(([(0, 5, 40), (0, 7, 30)], naive.Settings(**DECODING, groups=HYBRID)))
 def test_equals_the_naive_engine(workload):
     rows, settings = workload
     ref = naive.run(rows, settings, duration=duration, record_steps=True)
