@@ -132,10 +132,9 @@ def spread_of_gaps(counts: np.ndarray, total_ns: int, count: int) -> dict[str, f
 
 def gap_values(bucket: np.ndarray) -> np.ndarray:
     """The middle of each of these buckets of the gap histogram, in ns, float64."""
-    shift = np.maximum(bucket // st.GAP_SUBBUCKETS - 1, 0)
-    mantissa = bucket - shift * st.GAP_SUBBUCKETS
-    width = np.ldexp(1.0, shift)
-    return mantissa * width + (width - 1) / 2
+    first = ((bucket + st.GAP_FIRST) << st.GAP_SHIFT).view(np.float64)
+    width = np.ldexp(1.0, np.maximum(np.frexp(first)[1] - 1 - st.GAP_BITS, 0))
+    return np.where(bucket > 0, first + (width - 1) / 2, 0.0)
 
 
 def usage(used_time: np.ndarray) -> dict[str, float]:

@@ -113,7 +113,7 @@ def test_quantiles_are_numpys_to_the_last_bit(values, divisor):
 def test_a_bucket_holds_its_gaps(gap):
     value = metrics.gap_values(np.array([blocks.gap_bucket(np.int64(gap))]))[0]
     assert math.isclose(value, gap, rel_tol=1 / 2048)
-    if gap < 2 * st.GAP_SUBBUCKETS:
+    if gap < 2 << st.GAP_BITS:
         assert value == gap
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from kvsim._jit import inline_njit, inner_njit, njit
 from kvsim.engine.queues import num_waiting
-from kvsim.engine.state import CHUNKED, FULL, GAP_BITS, MAMBA, SLIDING, STATE
+from kvsim.engine.state import CHUNKED, FULL, GAP_FIRST, GAP_SHIFT, MAMBA, SLIDING, STATE
 
 
 @inline_njit
@@ -583,19 +583,14 @@ def unfilled_places(s):
 
 @njit
 def gap_bucket(gap):
-    """The bucket of a gap of `gap` ns: exact below 2 * GAP_SUBBUCKETS, then GAP_SUBBUCKETS a power of two."""
-    rest = gap >> (GAP_BITS + 1)
-    # The exponent of a double is the number of bits, and what is left of a gap is exact as a double.
-    shift = (np.float64(rest).view(np.int64) >> 52) - 1022 if rest > 0 else 0
-    return (shift << GAP_BITS) + (gap >> shift)
+    """The bucket of a gap of `gap` ns (see `state.GAP_BITS`): exact below 2,048 ns."""
+    return bucket_of(float(gap)) if gap > 0 else 0
 
 
 @inline_njit
-def bounds_of(bucket):
-    """The gaps of a bucket: from, and up to but without."""
-    shift = max((bucket >> GAP_BITS) - 1, 0)
-    mantissa = bucket - (shift << GAP_BITS)
-    return mantissa << shift, (mantissa + 1) << shift
+def bucket_of(gap):
+    """`gap_bucket` of a gap that is a double already, and at least 1 ns."""
+    return (np.float64(gap).view(np.int64) >> GAP_SHIFT) - GAP_FIRST
 
 
 @inner_njit

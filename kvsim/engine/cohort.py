@@ -22,6 +22,7 @@ from __future__ import annotations
 from kvsim._jit import inline_njit, inner_njit
 from kvsim.engine.blocks import blocks_for, full_blocks
 from kvsim.engine.queues import NOBODY, close_gap, place_of, unlink_running
+from kvsim.engine.state import NEVER
 
 
 @inline_njit
@@ -93,38 +94,55 @@ def tokens_to_make(s, row):
 @inline_njit
 def outgrows(s, row):
     """1 where a window leaves blocks of the request behind before it ends, else 0."""
-    return 1 if row.prompt + tokens_to_make(s, row) > s.now[0].outgrown_at else 0
+    outgrown_at = s.now[0].outgrown_at
+    return 1 if outgrown_at < NEVER and row.prompt + tokens_to_make(s, row) > outgrown_at else 0
 
 
 @inline_njit
 def join(s, r):
     """`r` becomes a member (see `can_join`). Its token in flight becomes that of a member too."""
-    now, cfg, req = s.now[0], s.settings[0], s.requests
-    row = req[r]
-    row.settled = now.decodes
-    row.phase = list_of(now, row.computed - full_blocks(cfg, row.computed) * cfg.block_size)
-    now.num_members += 1
-    now.member_base += row.computed - now.decodes
-    before, after = s.phases[row.phase].last, NOBODY
-    while before >= 0 and req[before].stamp > row.stamp:
-        before, after = req[before].before_in_phase, before
-    link_phase(req, s.phases[row.phase], before, r)
-    link_phase(req, s.phases[row.phase], r, after)
-    s.phases[row.phase].count += 1
-    is_outgrowing = outgrows(s, row)
-    s.phases[row.phase].num_outgrowing += is_outgrowing
-    now.num_outgrowing += is_outgrowing
-    remaining = tokens_to_make(s, row) - row.generated - row.placeholders
-    now.heap_size += 1
-    sift_up(s.seats, req, now.heap_size - 1, r, now.decodes + remaining)
+    now, row = s.now[0], s.requests[r]
+    enter_cohort(s, r, now.decodes + tokens_to_make(s, row) - row.generated - row.placeholders)
     if now.decodes > now.handed:
         flight = s.flights[flight_row(s, now.handed)]
-        first = flight_row(s, now.handed) * cfg.max_num_seqs
+        first = flight_row(s, now.handed) * s.settings[0].max_num_seqs
         k = first
         while s.step[k].request != r:
             k += 1
         flight.num_entries = close_gap(s.step, first + flight.num_entries, k) - first
         flight.num_members += 1
+
+
+@inline_njit
+def enter_cohort(s, r, last):
+    """`r` is a member from now on; it makes its last token when `decodes` is `last`."""
+    now, cfg, req = s.now[0], s.settings[0], s.requests
+    row = req[r]
+    row.settled = now.decodes
+    row.phase = list_of(now, row.computed - full_blocks(cfg, row.computed) * cfg.block_size)
+    phase = s.phases[row.phase]
+    now.num_members += 1
+    now.member_base += row.computed - now.decodes
+    before, after = phase.last, NOBODY
+    while before >= 0 and req[before].stamp > row.stamp:
+        before, after = req[before].before_in_phase, before
+    link_phase(req, phase, before, r)
+    link_phase(req, phase, r, after)
+    phase.count += 1
+    is_outgrowing = outgrows(s, row)
+    phase.num_outgrowing += is_outgrowing
+    now.num_outgrowing += is_outgrowing
+    now.heap_size += 1
+    sift_up(s.seats, req, now.heap_size - 1, r, last)
+
+
+@inline_njit
+def joins_at_once(s, row):
+    """True when a request that has just been admitted with its whole prompt is a member from the next step on. With a
+    step in flight, after a preemption and where a window moves first, that shows later (see `join_all`)."""
+    if row.prefilling or s.settings[0].async_scheduling or row.first_token_at >= 0 or outgrows(s, row):
+        return False
+    return row.generated + 1 < tokens_to_make(s, row)
 
 
 @inline_njit

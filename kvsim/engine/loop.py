@@ -13,7 +13,7 @@ from kvsim._ref import by_reference
 from kvsim.engine.blocks import (
     account,
     add_to_bin,
-    bounds_of,
+    bucket_of,
     check_integrity,
     gap_bucket,
     line_at,
@@ -104,37 +104,14 @@ def _advance(s, until_ns, max_steps):
     idle_limit = 3 if cfg.async_scheduling else 1
     work, most_steps = 0, max_steps if max_steps > 0 else NEVER
     while True:
-        if is_end_due(s):
-            if not receive(s, now.t - 1) or not has_room(s, 2 * now.num_members):
-                return EVENTS_FULL
-            end_members(s)
         if cfg.check and not is_sound(s):
             return BROKEN
-        if most_steps == 0:
-            return MAX_STEPS
-        if work > WORK_PER_CALL:
-            return PAUSED
-        if not now.awaiting:
-            if now.is_settled and (now.idle >= idle_limit or now.is_stuck):
-                change = min(next_send(s), next_expiry(s))
-                if change == NEVER:
-                    settle_all(s)
-                    return STALLED
-                if now.idle >= idle_limit:
-                    if change > until_ns:
-                        return REACHED
-                    now.t = max(now.step_end, change)
-                    now.idle = 0
-                now.is_stuck = 0
-            if now.t > until_ns - cfg.fed:
-                return REACHED
-        flight = oldest_flight(s)
-        moment = flight.end if now.awaiting else now.t
-        if not has_bins(s, moment):
-            return TIMELINE_FULL
-        if not receive(s, min(moment - now.awaiting, until_ns)):
-            return EVENTS_FULL
         if now.awaiting:
+            flight = oldest_flight(s)
+            if not has_bins(s, flight.end):
+                return TIMELINE_FULL
+            if not receive(s, min(flight.end - 1, until_ns)):
+                return EVENTS_FULL
             if flight.end > until_ns:
                 return REACHED
             if not has_room(s, 2 * (flight.num_entries + flight.num_members)):
@@ -143,6 +120,32 @@ def _advance(s, until_ns, max_steps):
             finish_step(s, flight)
             most_steps -= 1
             continue
+        if is_end_due(s):
+            if not receive(s, now.t - 1) or not has_room(s, 2 * now.num_members):
+                return EVENTS_FULL
+            end_members(s)
+            continue
+        if most_steps == 0:
+            return MAX_STEPS
+        if work > WORK_PER_CALL:
+            return PAUSED
+        if now.is_settled and (now.idle >= idle_limit or now.is_stuck):
+            change = min(next_send(s), next_expiry(s))
+            if change == NEVER:
+                settle_all(s)
+                return STALLED
+            if now.idle >= idle_limit:
+                if change > until_ns:
+                    return REACHED
+                now.t = max(now.step_end, change)
+                now.idle = 0
+            now.is_stuck = 0
+        if now.t > until_ns - cfg.fed:
+            return REACHED
+        if not has_bins(s, now.t):
+            return TIMELINE_FULL
+        if not receive(s, now.t):
+            return EVENTS_FULL
         now.received_in_step = 0
         account(s, now.t)
         if now.num_running + num_waiting(now) == 0:
@@ -258,8 +261,8 @@ def next_send(s):
     """When the next request is sent: at its arrival, or in a closed loop as soon after as there is a place for
     it. NEVER: no request left, or none before another one ends."""
     now, cfg = s.now[0], s.settings[0]
-    if len(s.turns) == 0 and cfg.max_concurrency == 0:  # the same, sooner
-        return s.requests[now.next_row].arrival if now.next_row < len(s.requests) else NEVER
+    if now.is_open:
+        return now.next_arrival
     r = next_request(s)
     if r < 0 or (cfg.max_concurrency > 0 and now.in_flight >= cfg.max_concurrency):
         return NEVER
@@ -278,9 +281,10 @@ def receive(s, until):
         if not has_room(s, 2):
             return False
         account(s, send)
-        r = now.next_row if len(s.turns) == 0 else next_request(s)
+        r = now.next_row if now.is_open else next_request(s)
         if r == now.next_row:
             now.next_row += 1
+            now.next_arrival = s.requests[r + 1].arrival if r + 1 < len(s.requests) else NEVER
         else:
             pop_ready(s)
         receive_one(s, r, send)
@@ -396,39 +400,58 @@ def is_quiet(s):
 @inner_njit
 def coast(s, until_ns, most_steps):
     """Make quiet steps (see `is_quiet`), as if each were scheduled, launched and finished, up to the one in which a
-    request is sent or a member gets its last token, or with a step in flight is scheduled for it; returns how many. One
-    more is only launched, and `awaiting` set, where its output is not in the present bin of the timeline or not there
-    by `until_ns`. It ends as well where the pool has too little."""
+    request is sent, or with a step in flight a member is scheduled for its last token; returns how many. One more is
+    only launched, and `awaiting` set, where its output is not in the present bin of the timeline or not there by
+    `until_ns`. It ends as well where the pool has too little, or where a place in the pool or the running list is freed
+    for which somebody waits."""
     now, cfg = s.now[0], s.settings[0]
-    # The last moment for the output of a step, and the first that is too late to schedule one.
-    latest = min(now.bin_end - 1, until_ns)
-    stop = min(min(next_send(s), next_expiry(s)), min(cfg.until_ns, latest + 1 - cfg.fed))
-    most_outputs = min(most_steps, next_end(s) - now.decodes)
-    is_head_waiting_for_blocks = num_waiting(now) > 0 and now.num_running < cfg.max_num_seqs
-    steps = is_last = 0
-    while now.t < stop and now.decodes < next_end(s):
-        growing = s.phases[now.due].count * now.growing_groups
-        if growing > now.free_blocks:
-            break
-        growing_groups, room = now.growing_groups, most_outputs - steps
-        if now.is_visiting or now.num_outgrowing > 0:
-            room = min(room, 1)
-            if is_visit_due(s):
-                if is_head_waiting_for_blocks:  # what is cached now, it may find
-                    break
-                now.is_scheduling = 1
-                now.num_scheduled = 0
-                visit(s, now.is_visiting > 0)
-                now.is_scheduling = 0
-                if now.is_visiting:
-                    growing_groups = 0
-        made = 0 if is_last else glide(s, growing_groups, room, stop, latest)
-        if made == 0:
-            launch_quietly(s, growing_groups)
-            break
-        steps += made
-        is_last = made < room or steps == most_outputs
-    return steps
+    steps = 0
+    while True:
+        # The last moment for the output of a step, and the first that is too late to schedule one.
+        latest = min(now.bin_end - 1, until_ns)
+        stop = min(min(next_send(s), next_expiry(s)), min(cfg.until_ns, latest + 1 - cfg.fed))
+        most_outputs = min(most_steps, steps + next_end(s) - now.decodes)
+        is_last = 0
+        while now.t < stop and steps < most_outputs:
+            growing = s.phases[now.due].count * now.growing_groups
+            if growing > now.free_blocks:
+                break
+            growing_groups, room = now.growing_groups, most_outputs - steps
+            if now.is_visiting or now.num_outgrowing > 0:
+                room = 1
+                if is_visit_due(s):
+                    if is_head_waiting_for_blocks(s):  # what is cached now, it may find
+                        break
+                    now.is_scheduling = 1
+                    now.num_scheduled = 0
+                    visit(s, now.is_visiting > 0)
+                    now.is_scheduling = 0
+                    if now.is_visiting:
+                        growing_groups = 0
+            made = 0 if is_last else glide(s, growing_groups, room, stop, latest)
+            if made == 0:
+                launch_quietly(s, growing_groups)
+                break
+            steps += made
+            is_last = made < room
+        if not (is_end_due(s) and can_end_quietly(s) and has_room(s, 2 * now.num_members)):
+            return steps
+        end_members(s)
+        if now.num_members == 0:
+            return steps
+
+
+@inline_njit
+def is_head_waiting_for_blocks(s):
+    """True when nothing but the pool keeps the queue head out."""
+    return num_waiting(s.now[0]) > 0 and s.now[0].num_running < s.settings[0].max_num_seqs
+
+
+@inline_njit
+def can_end_quietly(s):
+    """True when nothing but the cohort changes at the end of members."""
+    now, cfg = s.now[0], s.settings[0]
+    return num_waiting(now) == 0 and next_send(s) >= now.t and not cfg.check
 
 
 @inline_njit
@@ -497,39 +520,34 @@ def glide(s, growing_groups, most_steps, stop, latest):
     used = used_before = used_blocks(s)
     # Unsigned, so that no index is looked at for being negative.
     at, last_phase = np.uint64(now.due), np.uint64(now.num_phases - 1)
-    t = used_area = delays = steps = counted = 0
-    # `width` is the time until the next output: with a step in flight that of the step before.
+    t = used_area = ends = steps = 0
+    # `whole` and `width`: the time until the next output, with a step in flight that of the step before.
     if is_async:
-        width = oldest_flight(s).end - now.t
+        whole = float(oldest_flight(s).end - now.t)
     else:
         ctx += more_ctx
-        width = nanoseconds(seconds + context_s * ctx)
-    bucket = gap_bucket(width)
-    bucket_start, bucket_end = bounds_of(bucket)
+        whole = np.rint(1e9 * (seconds + context_s * ctx))
+    width = int(whole)
     while steps < most_steps and t < stop:
-        needed = used + phases[at].count * growing_groups
-        after = t + width
-        if needed > usable or after > latest:
+        used += phases[at].count * growing_groups
+        t += width
+        if used > usable or t > latest:
+            used -= phases[at].count * growing_groups
+            t -= width
             break
-        if width >= bucket_end or width < bucket_start:
-            gap_counts[bucket] += (steps - counted) * n
-            counted = steps
-            bucket = gap_bucket(width)
-            bucket_start, bucket_end = bounds_of(bucket)
-        used = needed
+        gap_counts[np.uint64(bucket_of(whole))] += n
         used_time[np.uint64(used)] += width
         used_area += used * width
-        delays += t
-        t = after
+        ends += t
         steps += 1
         at = at - np.uint64(1) if at > 0 else last_phase
         ctx += more_ctx
-        width = int(np.rint(1e9 * (seconds + context_s * ctx)))
+        whole = np.rint(1e9 * (seconds + context_s * ctx))
+        width = int(whole)
     if steps == 0:
         return 0
-    gap_counts[bucket] += (steps - counted) * n
     now.due = at
-    account_for(s, now.t + t, used_before, used, used_area, growing_groups, steps * t - delays)
+    account_for(s, now.t + t, used_before, used, used_area, growing_groups, (steps + 1) * t - ends)
     count_quiet_steps(s, steps, now.t + t, now.t + t + width if is_async else now.t + t)
     return steps
 
@@ -572,10 +590,11 @@ def count_quiet_steps(s, steps, t, end):
     now.step_end = now.device_free = end
     now.awaiting = now.idle = now.is_stuck = now.livelock = 0
     now.is_settled = 1
-    flight = s.flights[flight_row(s, now.num_steps - 1)]
-    flight.end = end
-    flight.num_entries = flight.is_livelock = 0
-    flight.num_members = n
+    if s.settings[0].async_scheduling:  # the latest one is in flight
+        flight = s.flights[flight_row(s, now.num_steps - 1)]
+        flight.end = end
+        flight.num_entries = flight.is_livelock = 0
+        flight.num_members = n
 
 
 @inline_njit
@@ -701,20 +720,12 @@ def hand_out_to_members(s, num_members):
     """A token for each of the members in flight, all since the latest tokens before."""
     now = s.now[0]
     gap = now.t - now.last_handout
-    s.gap_counts[bucket_of(now, gap)] += num_members
+    s.gap_counts[gap_bucket(gap)] += num_members
     now.gap_sum += gap * num_members
     now.gap_count += num_members
     now.total_generated += num_members
     now.preemptions_at_token = now.total_preemptions
     now.last_handout = now.t
-
-
-@inline_njit
-def bucket_of(now, gap):
-    """`gap_bucket`, remembered, since many gaps are alike."""
-    if gap != now.latest_gap:
-        now.latest_gap, now.latest_bucket = gap, gap_bucket(gap)
-    return now.latest_bucket
 
 
 @inline_njit
@@ -738,7 +749,7 @@ def hand_out(s, entry, index):
         record(now, s.events, now.t, index, EVENT_FIRST_TOKEN, r, NO_CAUSE, now.free_blocks, 0, 0, -1)
     else:
         gap = now.t - row.last_token_at
-        s.gap_counts[bucket_of(now, gap)] += 1
+        s.gap_counts[gap_bucket(gap)] += 1
         now.gap_sum += gap
         now.gap_count += 1
     row.last_token_at = now.t

@@ -24,9 +24,11 @@ from kvsim.engine.blocks import (
 )
 from kvsim.engine.cohort import (
     count_schedule,
+    enter_cohort,
     flight_row,
     gather,
     join_all,
+    joins_at_once,
     last_member,
     leave_running,
     list_of,
@@ -34,6 +36,7 @@ from kvsim.engine.cohort import (
     pop_ending,
     scatter,
     settle,
+    tokens_to_make,
 )
 from kvsim.engine.queues import (
     NOBODY,
@@ -98,7 +101,10 @@ def schedule(s):
             admit_waiting(s)
             if not now.defer:
                 now.cap_bound = num_waiting(now) > 0  # 3.16
-        note_wait(s)
+        if num_waiting(now) > 0:
+            note_wait(s)
+        else:
+            now.wait_request = -1
     close_step(s)
 
 
@@ -583,7 +589,7 @@ def admit_waiting(s):
         n = cut_chunk(s, r, n, num_hits)
         if n == 0:
             break
-        obstacle, needed = pool_obstacle(s, r, n, num_hits, free_hits)
+        obstacle, needed = pool_obstacle(s, r, n, num_hits, free_hits, whole)
         if obstacle == NO_CAUSE:
             admit(s, r, n, num_hits)
         elif now.num_running == 0 and not cfg.strict:
@@ -684,21 +690,25 @@ def is_deferred(s, r, num_hits):
 
 
 @inline_njit
-def pool_obstacle(s, r, n, num_hits, free_hits):
+def pool_obstacle(s, r, n, num_hits, free_hits, whole):
     """Why the pool cannot take `r` with `n` tokens (2.2-2.4), or NO_CAUSE, and the blocks that it asks for: new
-    ones, and its hits that are free until it touches them."""
+    ones, and its hits that are free until it touches them. `whole`: its `most_blocks`."""
     now, cfg = s.now[0], s.settings[0]
     watermark = cfg.watermark_blocks if now.num_running > 0 else 0
     if now.has_states and hits_fresh_state(s, num_hits):  # the engine asks for more than there are (6.10)
         return POOL_FULL_GATE if cfg.scheduler_reserve_full_isl else POOL_FULL, cfg.num_gpu_blocks + 1
+    known = min(known_tokens(s.requests[r]), cfg.max_model_len)
+    tokens = min(num_hits * cfg.block_size + n, cfg.max_model_len)
     if cfg.scheduler_reserve_full_isl:
-        known = min(known_tokens(s.requests[r]), cfg.max_model_len)
-        needed = blocks_beyond(s, num_hits, blocks_for(cfg, known), True) + free_hits
+        needed = whole
+        if num_hits > 0:
+            needed = blocks_beyond(s, num_hits, blocks_for(cfg, known), True) + free_hits
         if needed > now.free_blocks:
             return POOL_FULL_GATE, needed
         if needed + watermark > now.free_blocks:
             return POOL_FULL_WATERMARK, needed
-    tokens = min(num_hits * cfg.block_size + n, cfg.max_model_len)
+        if tokens == known and not now.has_windows:  # what it asks for now is the same
+            return NO_CAUSE, needed
     needed = blocks_beyond(s, num_hits, blocks_for(cfg, tokens), False) + free_hits
     if needed > now.free_blocks:
         return POOL_FULL, needed
@@ -715,9 +725,6 @@ def admit(s, r, n, num_hits):
     pop_head(s)
     now.looked_up = -1
     enter_running(now, s.requests, r)
-    if not now.is_scattered:
-        s.seats[now.num_others].other = r
-        now.num_others += 1
     is_first = row.scheduled_at < 0
     if is_first:
         row.scheduled_at = now.t
@@ -740,6 +747,11 @@ def admit(s, r, n, num_hits):
     entry.new_from = 0  # the step log shows the whole table of an admitted request
     entry.num_new += num_hits
     cache_full(s, row, r, row.computed)
+    if joins_at_once(s, row) and not now.is_scattered:
+        enter_cohort(s, r, now.decodes + tokens_to_make(s, row) - 1)
+    elif not now.is_scattered:
+        s.seats[now.num_others].other = r
+        now.num_others += 1
     now.total_admissions += 1
     now.wait_request = -1
     kind = EVENT_ADMIT if is_first else EVENT_RESUME
@@ -792,11 +804,8 @@ def is_blocked_for_long(s):
 
 @inner_njit
 def note_wait(s):
-    """Record why the queue head was not admitted, when the head or the reason is new."""
+    """Record why the queue head was not admitted, when the head or the reason is new. Needs a waiting request."""
     now, cfg = s.now[0], s.settings[0]
-    if num_waiting(now) == 0:
-        now.wait_request = -1
-        return
     r = queue_head(s)
     needed = free_hits = 0
     if now.num_victims > 0:
@@ -816,7 +825,7 @@ def note_wait(s):
         elif is_deferred(s, r, num_hits):
             cause = PREFILL_INTERVAL
         else:
-            cause, needed = pool_obstacle(s, r, n_cut, num_hits, free_hits)
+            cause, needed = pool_obstacle(s, r, n_cut, num_hits, free_hits, most_blocks(s, s.requests[r]))
     now.wait_least, now.wait_hits = needed - free_hits, now.num_hits
     if r != now.wait_request or cause != now.wait_cause:
         now.wait_request, now.wait_cause = r, cause

@@ -70,11 +70,13 @@ STATUSES = (
     DONE, STALLED, HORIZON, REACHED, SCHEDULED, MAX_STEPS, PAUSED, EVENTS_FULL, TIMELINE_FULL, BROKEN,
 ) = range(len(STATUSES))  # fmt: skip
 
-# Gaps between tokens are counted in a histogram with GAP_SUBBUCKETS buckets for each power of two, so
-# percentiles read from it are within 1 part in 2,048 of the exact ones.
+# Gaps between tokens are counted in a histogram with 2**GAP_BITS buckets for each power of two, so percentiles read
+# from it are within 1 part in 2,048 of the exact ones. A bucket's number is one more than the leading bits of the gap
+# as a double, its exponent and GAP_BITS bits of its mantissa, less those of 1 ns; bucket 0 is that of 0 ns.
 GAP_BITS = 10
-GAP_SUBBUCKETS = 1 << GAP_BITS
-GAP_BUCKETS = (64 - GAP_BITS) * GAP_SUBBUCKETS
+GAP_SHIFT = 52 - GAP_BITS
+GAP_FIRST = (1023 << GAP_BITS) - 1
+GAP_BUCKETS = (64 << GAP_BITS) + 1
 
 
 class Settings(NamedTuple):
@@ -362,7 +364,7 @@ NOW = np.dtype(
             "step_end", "accounted",
             "num_steps", "executed", "bin_width", "bin", "bin_end",
             # arrivals
-            "next_row", "num_ready", "in_flight", "slot_free_at",
+            "next_row", "next_arrival", "is_open", "num_ready", "in_flight", "slot_free_at",
             # queues
             "num_running", "first_running", "last_running", "next_stamp", "num_preempted", "num_received",
             "first_received", "last_received", "oldest", "num_ranked", "queued_tokens",
@@ -390,7 +392,7 @@ NOW = np.dtype(
             "is_check_due", "num_events", "total_preemptions", "total_admissions",
             "total_scheduled", "total_prefill", "total_decode", "total_generated", "total_rejected",
             "prefix_queries", "prefix_hits", "gap_sum",
-            "gap_count", "latest_gap", "latest_bucket", "num_ended", "needs", "broken",
+            "gap_count", "num_ended", "needs", "broken",
         )
     ]
 )  # fmt: skip
@@ -458,6 +460,8 @@ def pack(
 
     now = table(NOW, 1)
     now.next_row = n if settings.fed else 0
+    now.next_arrival = NEVER if settings.fed or n == 0 else arrival_ns[0]
+    now.is_open = len(turns) == 0 and settings.max_concurrency == 0  # then that is all there is to the next send
     now.free_blocks = usable
     now.num_free_slots = seqs
     now.table_stride = stride
