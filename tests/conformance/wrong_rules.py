@@ -91,8 +91,8 @@ MUTATIONS = (
     ),
     Mutation(
         "the gate asks for the prompt alone", "2.3", SCHEDULE,
-        "        known = min(known_tokens(s.requests[r]), cfg.max_model_len)",
-        "        known = min(s.requests[r].prompt, cfg.max_model_len)",
+        "    tokens = min(known_tokens(row), s.settings[0].max_model_len)",
+        "    tokens = min(row.prompt, s.settings[0].max_model_len)",
     ),
     Mutation(
         "the gate takes hits that are free for nothing", "2.3", SCHEDULE,
@@ -121,8 +121,8 @@ MUTATIONS = (
     ),
     Mutation(
         "an admission's blocks are cached after the step", "2.6", SCHEDULE,
-        "    cache_full(s, row, r, row.computed)\n    now.total_admissions",
-        "    cache_full(s, row, r, hit)\n    now.total_admissions",
+        "    cache_full(s, row, r, row.computed)\n    if joins_at_once",
+        "    cache_full(s, row, r, hit)\n    if joins_at_once",
     ),
     Mutation(
         "a running request's blocks are cached after the step", "2.6", SCHEDULE,
@@ -291,8 +291,8 @@ MUTATIONS = (
     ),
     Mutation(
         "requests that arrive as a step ends come a step late", "3.20", LOOP,
-        'receive(s, min(moment - now.awaiting, until_ns))',
-        'receive(s, min(moment - (now.awaiting or now.num_running > 0), until_ns))',
+        'receive(s, now.t):',
+        'receive(s, now.t - (now.num_running > 0)):',
     ),
     Mutation(
         "a prompt of the model's length is served", "3.21", LOOP,
@@ -527,8 +527,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a member makes one token more", "3.19", COHORT,
-        "now.heap_size - 1, r, now.decodes + remaining)",
-        "now.heap_size - 1, r, now.decodes + remaining + 1)",
+        "now.heap_size - 1, r, last)",
+        "now.heap_size - 1, r, last + 1)",
     ),
     Mutation(
         "members that end in one step end as they come", "3.19", COHORT,
@@ -562,12 +562,12 @@ MUTATIONS = (
     ),
     Mutation(
         "quiet steps do not look at the pool", "3.6", LOOP,
-        "        if needed > usable or after > latest:\n",
-        "        if after > latest:\n",
+        "        if used > usable or t > latest:\n",
+        "        if t > latest:\n",
     ),
     Mutation(
         "who outgrows a window is not visited for it", "6.5", COHORT,
-        "    return 1 if row.prompt + tokens_to_make(s, row) > s.now[0].outgrown_at else 0",
+        "    return 1 if outgrown_at < NEVER and row.prompt + tokens_to_make(s, row) > outgrown_at else 0",
         "    return 0",
     ),
     Mutation(
