@@ -138,11 +138,12 @@ def enter_cohort(s, r, last):
 
 @inline_njit
 def joins_at_once(s, row):
-    """True when a request that has just been admitted with its whole prompt is a member from the next step on. With a
-    step in flight, after a preemption and where a window moves first, that shows later (see `join_all`)."""
+    """True when a request that has just been admitted is a member from the next step on: its whole prompt is in this
+    step, and its first token, to come at the end of it, is not the last. With asynchronous scheduling, when it has
+    tokens already, and where a window moves first, that shows later (see `join_all`)."""
     if row.prefilling or s.settings[0].async_scheduling or row.first_token_at >= 0 or outgrows(s, row):
         return False
-    return row.generated + 1 < tokens_to_make(s, row)
+    return tokens_to_make(s, row) > 1
 
 
 @inline_njit

@@ -422,10 +422,7 @@ def coast(s, until_ns, most_steps):
                 if is_visit_due(s):
                     if is_head_waiting_for_blocks(s):  # what is cached now, it may find
                         break
-                    now.is_scheduling = 1
-                    now.num_scheduled = 0
-                    visit(s, now.is_visiting > 0)
-                    now.is_scheduling = 0
+                    visit_quietly(s)
                     if now.is_visiting:
                         growing_groups = 0
             made = 0 if is_last else glide(s, growing_groups, room, stop, latest)
@@ -442,6 +439,16 @@ def coast(s, until_ns, most_steps):
 
 
 @inline_njit
+def visit_quietly(s):
+    """Visit those members to whom more happens in the next step than a token."""
+    now = s.now[0]
+    now.is_scheduling = 1
+    now.num_scheduled = 0
+    visit(s, now.is_visiting > 0)
+    now.is_scheduling = 0
+
+
+@inline_njit
 def is_head_waiting_for_blocks(s):
     """True when nothing but the pool keeps the queue head out."""
     return num_waiting(s.now[0]) > 0 and s.now[0].num_running < s.settings[0].max_num_seqs
@@ -449,7 +456,8 @@ def is_head_waiting_for_blocks(s):
 
 @inline_njit
 def can_end_quietly(s):
-    """True when nothing but the cohort changes at the end of members."""
+    """True when nobody is admitted or received before the step after the one in which members end, and no invariants
+    are looked at."""
     now, cfg = s.now[0], s.settings[0]
     return num_waiting(now) == 0 and next_send(s) >= now.t and not cfg.check
 
@@ -526,7 +534,7 @@ def glide(s, growing_groups, most_steps, stop, latest):
         whole = float(oldest_flight(s).end - now.t)
     else:
         ctx += more_ctx
-        whole = np.rint(1e9 * (seconds + context_s * ctx))
+        whole = rounded_ns(seconds + context_s * ctx)
     width = int(whole)
     while steps < most_steps and t < stop:
         used += phases[at].count * growing_groups
@@ -542,7 +550,7 @@ def glide(s, growing_groups, most_steps, stop, latest):
         steps += 1
         at = at - np.uint64(1) if at > 0 else last_phase
         ctx += more_ctx
-        whole = np.rint(1e9 * (seconds + context_s * ctx))
+        whole = rounded_ns(seconds + context_s * ctx)
         width = int(whole)
     if steps == 0:
         return 0
@@ -621,7 +629,13 @@ def step_duration(s):
 @inline_njit
 def nanoseconds(seconds):
     """Seconds as whole nanoseconds, at least one."""
-    return max(1, int(np.rint(1e9 * seconds)))
+    return max(1, int(rounded_ns(seconds)))
+
+
+@inline_njit
+def rounded_ns(seconds):
+    """Seconds in nanoseconds, a double without a fraction."""
+    return np.rint(1e9 * seconds)
 
 
 @inner_njit

@@ -747,11 +747,12 @@ def admit(s, r, n, num_hits):
     entry.new_from = 0  # the step log shows the whole table of an admitted request
     entry.num_new += num_hits
     cache_full(s, row, r, row.computed)
-    if joins_at_once(s, row) and not now.is_scattered:
-        enter_cohort(s, r, now.decodes + tokens_to_make(s, row) - 1)
-    elif not now.is_scattered:
-        s.seats[now.num_others].other = r
-        now.num_others += 1
+    if not now.is_scattered:
+        if joins_at_once(s, row):
+            enter_cohort(s, r, now.decodes + tokens_to_make(s, row) - 1)
+        else:
+            s.seats[now.num_others].other = r
+            now.num_others += 1
     now.total_admissions += 1
     now.wait_request = -1
     kind = EVENT_ADMIT if is_first else EVENT_RESUME

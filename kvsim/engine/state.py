@@ -461,9 +461,8 @@ def pack(
     now = table(NOW, 1)
     now.next_row = n if settings.fed else 0
     now.next_arrival = NEVER if settings.fed or n == 0 else arrival_ns[0]
-    now.is_open = (
-        len(turns) == 0 and settings.max_concurrency == 0
-    )  # then that is all there is to the next send
+    # In an open loop without turns `next_arrival` is the next send.
+    now.is_open = len(turns) == 0 and settings.max_concurrency == 0
     now.free_blocks = usable
     now.num_free_slots = seqs
     now.table_stride = stride

@@ -121,8 +121,8 @@ MUTATIONS = (
     ),
     Mutation(
         "an admission's blocks are cached after the step", "2.6", SCHEDULE,
-        "    cache_full(s, row, r, row.computed)\n    if joins_at_once",
-        "    cache_full(s, row, r, hit)\n    if joins_at_once",
+        "    cache_full(s, row, r, row.computed)\n    if not now.is_scattered",
+        "    cache_full(s, row, r, hit)\n    if not now.is_scattered",
     ),
     Mutation(
         "a running request's blocks are cached after the step", "2.6", SCHEDULE,
