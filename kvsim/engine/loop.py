@@ -13,28 +13,42 @@ from kvsim._ref import by_reference
 from kvsim.engine.blocks import (
     account,
     add_to_bin,
+    blocks_for,
     bucket_of,
     check_integrity,
     gap_bucket,
     line_at,
     record,
     release,
+    take,
     unfilled_places,
     used_blocks,
 )
 from kvsim.engine.cohort import (
     count_schedule,
+    enter_cohort,
     flight_row,
+    joins_at_once,
     leave_running,
     member_tokens,
     next_end,
     pop_ending,
     scatter,
     settle_all,
+    tokens_to_make,
 )
-from kvsim.engine.queues import comes_first, enter_received, num_waiting, pop_ready, ready_turns
+from kvsim.engine.queues import (
+    comes_first,
+    enter_received,
+    enter_running,
+    num_waiting,
+    pop_ready,
+    pop_received,
+    ready_turns,
+)
 from kvsim.engine.schedule import (
     assemble,
+    blocks_beyond,
     cache_full,
     end_request,
     grow_together,
@@ -53,6 +67,7 @@ from kvsim.engine.state import (
     DONE,
     EMPTY_PROMPT,
     ENDED,
+    EVENT_ADMIT,
     EVENT_ARRIVE,
     EVENT_CAP,
     EVENT_FINISH,
@@ -399,17 +414,20 @@ def is_quiet(s):
 
 @inner_njit
 def coast(s, until_ns, most_steps):
-    """Make quiet steps (see `is_quiet`), as if each were scheduled, launched and finished, up to the one in which a
-    request is sent, or with a step in flight a member is scheduled for its last token; returns how many. One more is
+    """Make quiet steps (see `is_quiet`), as if each were scheduled, launched and finished; returns how many. They go on
+    through the ends of members, and in a plain run (`now.is_plain`) through steps that admit all that wait. One more is
     only launched, and `awaiting` set, where its output is not in the present bin of the timeline or not there by
-    `until_ns`. It ends as well where the pool has too little, or where a place in the pool or the running list is freed
-    for which somebody waits."""
+    `until_ns`. They end where somebody is sent or waits who is not admitted so, where a step in flight schedules the
+    last token of a member, and where the pool has too little."""
     now, cfg = s.now[0], s.settings[0]
+    is_blocked = num_waiting(now) > 0
     steps = 0
     while True:
         # The last moment for the output of a step, and the first that is too late to schedule one.
         latest = min(now.bin_end - 1, until_ns)
         stop = min(min(next_send(s), next_expiry(s)), min(cfg.until_ns, latest + 1 - cfg.fed))
+        if num_waiting(now) > 0 and not is_blocked:  # came while the latest step ran
+            stop = now.t
         most_outputs = min(most_steps, steps + next_end(s) - now.decodes)
         is_last = 0
         while now.t < stop and steps < most_outputs:
@@ -431,11 +449,123 @@ def coast(s, until_ns, most_steps):
                 break
             steps += made
             is_last = made < room
-        if not (is_end_due(s) and can_end_quietly(s) and has_room(s, 2 * now.num_members)):
+        if steps == most_steps:
             return steps
+        made = go_on_quietly(s, min(latest, cfg.until_ns - 1) - cfg.fed)
+        if made < 0:
+            return steps
+        steps += made
+        is_blocked = False
+
+
+@inline_njit
+def go_on_quietly(s, latest):
+    """Between quiet steps: members end, who is sent by now is received, and where somebody waits, a step is made that
+    admits them all. Returns how many steps were made; -1: what comes next is not quiet, or not up to `latest`."""
+    now = s.now[0]
+    if now.awaiting or now.t > latest:
+        return -1
+    is_ending = is_end_due(s)
+    if is_ending:
+        if not (now.is_plain or can_end_quietly(s)):
+            return -1
+        if not receive(s, now.t - 1) or not has_room(s, 2 * now.num_members):
+            return -1
         end_members(s)
-        if now.num_members == 0:
-            return steps
+    if now.num_members == 0 or not receive(s, now.t):
+        return -1
+    if num_waiting(now) > 0:
+        return 1 if now.is_plain and can_admit_all(s) and admit_all(s, latest) else -1
+    return 0 if is_ending else -1
+
+
+@inline_njit
+def can_admit_all(s):
+    """True when the next step admits all that wait, each a member from then on."""
+    now, cfg = s.now[0], s.settings[0]
+    if now.num_preempted > 0 or now.num_running + now.num_received > cfg.max_num_seqs:
+        return False
+    if not has_room(s, 2 * (now.num_members + now.num_received)):
+        return False
+    if now.num_outgrowing > 0 and is_visit_due(s):
+        return False
+    tokens = now.num_members
+    blocks = s.phases[now.due].count * now.growing_groups + cfg.watermark_blocks
+    r = now.first_received
+    for _ in range(now.num_received):
+        row = s.requests[r]
+        if not joins_at_once(s, row):
+            return False
+        tokens += row.prompt
+        blocks += blocks_beyond(s, 0, blocks_for(cfg, row.prompt), False)
+        r = row.next_received
+    return tokens <= cfg.max_num_batched_tokens and blocks <= now.free_blocks
+
+
+@inline_njit
+def admit_all(s, latest):
+    """Schedule, launch and finish a step for the members in which all that wait are admitted (see `can_admit_all`).
+    False, and the step is only launched, where there is no room for what is received meanwhile or its output is not
+    there by `latest`."""
+    now, cfg, req, line = s.now[0], s.settings[0], s.requests, s.timeline[s.now[0].bin]
+    grow_together(s)
+    count_schedule(now)
+    now.step_members = n = now.num_members
+    ctx = member_tokens(now)
+    prefill_tokens = prefill_pairs = k = 0
+    while now.num_received > 0:
+        r = now.first_received
+        row, entry = req[r], s.step[k]
+        k += 1
+        pop_received(s)
+        enter_running(now, req, r)
+        row.scheduled_at = now.t
+        free_before = now.free_blocks
+        take(s, row, entry, blocks_for(cfg, row.prompt))
+        row.computed = row.scheduled_tokens = row.prompt
+        entry.request = r
+        entry.tokens = row.prompt
+        entry.hit_tokens = entry.ended = 0
+        entry.is_prefill = entry.emits = 1
+        prefill_tokens += row.prompt
+        prefill_pairs += pairs(0, row.prompt)
+        enter_cohort(s, r, now.decodes + tokens_to_make(s, row) - 1)
+        taken = free_before - now.free_blocks
+        record(now, s.events, now.t, now.num_steps, EVENT_ADMIT, r, NO_CAUSE, free_before, taken, 0, -1)
+    now.num_scheduled, now.num_victims, now.num_dropped, now.livelock = k, 0, 0, 0
+    now.total_admissions += k
+    now.executed += 1
+    now.total_scheduled += n + prefill_tokens
+    now.total_prefill += prefill_tokens
+    now.total_decode += n
+    now.held_tokens += n + prefill_tokens
+    now.peak_used = max(now.peak_used, used_blocks(s))
+    now.cap_bound = 0
+    now.wait_request = -1
+    line.steps += 1
+    line.prefill_tokens += prefill_tokens
+    line.decode_tokens += n
+    launch(s, duration_of(s, n + prefill_tokens, n + k, ctx + prefill_tokens, prefill_tokens, prefill_pairs))
+    now.awaiting = 1
+    if now.step_end > latest or not receive(s, now.step_end - 1) or not has_room(s, 2 * (n + k)):
+        return False
+    now.t = now.step_end
+    account(s, now.t)
+    now.handed += 1
+    now.steps_in_flight = now.awaiting = now.is_stuck = 0
+    now.is_settled = 1
+    hand_out_to_members(s, n)
+    if is_end_due(s):
+        end_members(s)
+    for x in range(k):
+        row = req[s.step[x].request]
+        row.generated = 1
+        row.first_token_at = row.last_token_at = now.t
+        now.queued_tokens -= row.prompt
+        r, index = s.step[x].request, now.num_steps - 1
+        record(now, s.events, now.t, index, EVENT_FIRST_TOKEN, r, NO_CAUSE, now.free_blocks, 0, 0, -1)
+    now.total_generated += k
+    return True
 
 
 @inline_njit
@@ -456,8 +586,8 @@ def is_head_waiting_for_blocks(s):
 
 @inline_njit
 def can_end_quietly(s):
-    """True when nobody is admitted or received before the step after the one in which members end, and no invariants
-    are looked at."""
+    """For runs that are not plain: true when nobody is admitted or received before the step after the one in which
+    members end, and no invariants are looked at."""
     now, cfg = s.now[0], s.settings[0]
     return num_waiting(now) == 0 and next_send(s) >= now.t and not cfg.check
 
@@ -513,7 +643,7 @@ def quiet_cost(s):
     return s.step_s[n].linear + s.step_s[n].sampled, s.attention[0].context_s
 
 
-@inner_njit
+@inline_njit
 def glide(s, growing_groups, most_steps, stop, latest):
     """Make quiet steps in which nobody is visited; members that grow take a block in each of `growing_groups`.
     Everything that a step changes is in local variables, and what can be had from sums afterwards is not kept."""
@@ -616,13 +746,26 @@ def step_duration(s):
         return 1 if num_requests > 0 or not s.settings[0].async_scheduling else 0
     if num_requests == 0:
         return 0
-    seconds = s.step_s[now.prefill_tokens + now.decode_tokens].linear + s.step_s[now.sampled].sampled
+    tokens = now.prefill_tokens + now.decode_tokens
+    if len(attention) == 1:
+        return duration_of(s, tokens, now.sampled, now.ctx, now.prefill_ctx, now.prefill_pairs)
+    seconds = s.step_s[tokens].linear + s.step_s[now.sampled].sampled
     seconds += attention[0].context_s * now.ctx
     prefill = attention[0].pair_s * now.prefill_pairs - attention[0].context_s * now.prefill_ctx
     for c in range(1, len(attention)):
         ctx, prefill_ctx, prefill_pairs = window_sums(s, attention[c].window)
         seconds += attention[c].context_s * ctx
         prefill += attention[c].pair_s * prefill_pairs - attention[c].context_s * prefill_ctx
+    return nanoseconds(seconds + max(0.0, prefill))
+
+
+@inline_njit
+def duration_of(s, tokens, sampled, ctx, prefill_ctx, prefill_pairs):
+    """`step_duration` of these sums where all attention is full."""
+    attention = s.attention[0]
+    seconds = s.step_s[tokens].linear + s.step_s[sampled].sampled
+    seconds += attention.context_s * ctx
+    prefill = attention.pair_s * prefill_pairs - attention.context_s * prefill_ctx
     return nanoseconds(seconds + max(0.0, prefill))
 
 

@@ -369,9 +369,9 @@ NOW = np.dtype(
             "num_running", "first_running", "last_running", "next_stamp", "num_preempted", "num_received",
             "first_received", "last_received", "oldest", "num_ranked", "queued_tokens",
             # the cohort (`engine.cohort`)
-            "must_walk", "is_scattered", "decodes", "handed", "last_handout", "num_members", "member_base", "heap_size",
-            "num_others", "num_ending", "num_phases", "due", "is_visiting", "growing_groups", "step_members",
-            "outgrown_at", "num_outgrowing",
+            "must_walk", "is_plain", "is_scattered", "decodes", "handed", "last_handout", "num_members",
+            "member_base", "heap_size", "num_others", "num_ending", "num_phases", "due", "is_visiting",
+            "growing_groups", "step_members", "outgrown_at", "num_outgrowing",
             # pool
             "free_blocks", "cached_blocks", "table_blocks", "held_tokens", "num_free_slots", "table_stride",
             "hits_at", "num_keys", "num_lookups", "num_token_groups", "has_windows",
@@ -483,6 +483,7 @@ def pack(
     now.num_phases = len(phases)
     now.growing_groups = (kv_groups.kind != STATE).sum()
     now.is_visiting = settings.identities or now.growing_groups[0] == 0
+    now.is_plain = _is_plain(settings) and not now.must_walk[0] and not now.is_visiting[0]
     now.outgrown_at = min([_outgrown_at(group, settings.block_size) for group in kv_groups])
     return State(
         settings=table(SETTINGS, 1, **settings._asdict(), block_shift=_shift_of(settings.block_size)),
@@ -506,6 +507,16 @@ def pack(
         used_time=np.zeros(settings.num_gpu_blocks, np.int64),
         gap_counts=np.zeros(GAP_BUCKETS, np.int64),
     )
+
+
+def _is_plain(settings: Settings) -> bool:
+    """True when nothing but the seats, the budget and the pool can keep a request from being admitted with its whole
+    prompt, and nobody leaves but at its end."""
+    has_rules = (
+        settings.policy != FCFS, settings.async_scheduling, settings.lockstep, settings.check,
+        settings.long_prefill_token_threshold > 0, settings.prefill_schedule_interval > 1, settings.deadline_ns < NEVER,
+    )  # fmt: skip
+    return not any(has_rules)
 
 
 def _shift_of(block_size: int) -> int:

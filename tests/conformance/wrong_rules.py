@@ -291,8 +291,8 @@ MUTATIONS = (
     ),
     Mutation(
         "requests that arrive as a step ends come a step late", "3.20", LOOP,
-        'receive(s, now.t):',
-        'receive(s, now.t - (now.num_running > 0)):',
+        'if not receive(s, now.t):',
+        'if not receive(s, now.t - (now.num_running > 0)):',
     ),
     Mutation(
         "a prompt of the model's length is served", "3.21", LOOP,
@@ -584,6 +584,26 @@ MUTATIONS = (
         "who comes in a quiet step waits from its end on", "3.20", LOOP,
         "    line.waiting_area += now.accounted - time\n",
         "",
+    ),
+    Mutation(
+        "who comes while a quiet step runs waits until nothing is quiet", "3.10", LOOP,
+        "            stop = now.t\n",
+        "            stop = stop\n",
+    ),
+    Mutation(
+        "the watermark is forgotten where all that wait are admitted", "2.3", LOOP,
+        "now.growing_groups + cfg.watermark_blocks",
+        "now.growing_groups",
+    ),
+    Mutation(
+        "the cohort takes no budget from those who are admitted beside it", "3.13", LOOP,
+        "    tokens = now.num_members\n",
+        "    tokens = 0\n",
+    ),
+    Mutation(
+        "first tokens come before the ends of the same step", "3.19", LOOP,
+        "    if is_end_due(s):\n        end_members(s)\n    for x",
+        "    for x",
     ),
     Mutation(
         "who waits for blocks is not asked again when some are there", "3.14", SCHEDULE,

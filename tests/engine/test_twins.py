@@ -51,7 +51,7 @@ def test_equals_the_naive_engine(workload):
     # Checks and logs walk the running list in every step, the others know the cohort.
     # Wide bins, because quiet steps are made in one go only up to the end of a bin.
     least, wide = settings.enable_prefix_caching, {"check": False, "num_bins": 2}
-    counts, _ = run_compiled(rows, settings, identities=least, **wide)
+    counts, _ = run_compiled(rows, settings, identities=least, event_capacity=8, **wide)
     blocks, _ = run_compiled(rows, settings, identities=True, event_capacity=8, **wide)
     walked, _ = run_compiled(rows, settings, identities=least)
     logged, steps = run_compiled(rows, settings, identities=True, log_steps=True, **wide)

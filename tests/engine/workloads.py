@@ -1,5 +1,6 @@
 """Small random workloads, and one way to run them through either engine."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,6 +36,16 @@ GROUPS = (
 )
 
 
+PLAIN = {
+    "policy": "fcfs",
+    "async_scheduling": False,
+    "enable_prefix_caching": False,
+    "long_prefill_token_threshold": 0,
+    "prefill_schedule_interval": 1,
+    "deadline_ns": None,
+}
+
+
 def cost_columns(max_tokens, max_seqs):
     """A step cost with every term in use."""
     return st.Cost(
@@ -58,7 +69,8 @@ def duration(n, ctx, prefill_pairs, prefill_ctx, sampled):
 def workloads(draw):
     """(requests, naive settings): every setting of the engine varied at once. Times are such
     that steps, arrivals, deadlines and horizons often meet in the same nanosecond."""
-    lockstep = draw(some.booleans())
+    is_plain = draw(some.booleans())  # only seats, budget and pool are in the way of anybody
+    lockstep = not is_plain and draw(some.booleans())
     unit = 1 if lockstep else draw(some.sampled_from([1_000_000, 4_000_000, 7]))
     block_size = draw(some.sampled_from([1, 2, 4, 16]))
     max_model_len = draw(some.integers(4, 80))
@@ -121,7 +133,7 @@ def workloads(draw):
         lockstep=lockstep,
         check=True,
     )
-    return rows, settings
+    return rows, dataclasses.replace(settings, **PLAIN) if is_plain else settings
 
 
 def _group(kind, window, block_size):
