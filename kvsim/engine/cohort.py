@@ -5,7 +5,7 @@ counts the calls of schedule(), `handed` those whose output is there, and its ro
 `settled`. So of a member at any moment
 
     computed tokens   row.computed + decodes - row.settled
-    tokens in flight  decodes - handed
+    tokens in flight  decodes - handed, or all that it has made
     generated tokens  computed + 1 - prompt - in flight
 
 and `settle` writes that into the row. What a step needs of all members together is kept in `now` (their number, the
@@ -56,14 +56,16 @@ def settle(s, row):
     """Write what is true of a member now into its row."""
     now, cfg = s.now[0], s.settings[0]
     steps = now.decodes - row.settled
-    in_flight = now.decodes - now.handed
     row.settled = now.decodes
     row.computed += steps
     row.scheduled_tokens += steps
-    row.generated = row.computed + 1 - row.prompt - in_flight
+    tokens = row.computed + 1 - row.prompt
+    in_flight = min(now.decodes - now.handed, tokens)  # fewer where its prompt is in the step in flight
+    row.generated = tokens - in_flight
     row.last_token_at = now.last_handout
     if cfg.async_scheduling:
-        row.in_flight = row.placeholders = in_flight
+        row.placeholders = in_flight
+        row.in_flight = in_flight if row.generated > 0 else row.computed
     if not now.is_visiting:  # else whoever takes a block is visited
         num_blocks = blocks_for(cfg, row.computed)
         if num_blocks > row.num_blocks:
@@ -139,9 +141,11 @@ def enter_cohort(s, r, last):
 @inline_njit
 def joins_at_once(s, row):
     """True when a request that has just been admitted is a member from the next step on: its whole prompt is in this
-    step, and its first token, to come at the end of it, is not the last. With asynchronous scheduling, when it has
-    tokens already, and where a window moves first, that shows later (see `join_all`)."""
-    if row.prefilling or s.settings[0].async_scheduling or row.first_token_at >= 0 or outgrows(s, row):
+    step, and its first token, to come at the end of it, is not the last. When it has tokens already, where a window
+    moves first, and with a step in flight where blocks have identities, that shows later (see `join_all`)."""
+    if row.prefilling or row.first_token_at >= 0 or outgrows(s, row):
+        return False
+    if s.settings[0].async_scheduling and s.settings[0].identities:
         return False
     return tokens_to_make(s, row) > 1
 
@@ -298,12 +302,14 @@ def list_members_in_flight(s):
                 step[k] = step[explicit]
                 k -= 1
                 explicit -= 1
-            entry = step[k]
-            entry.request = r
-            entry.tokens = entry.emits = 1
-            entry.num_new = entry.hit_tokens = entry.is_prefill = entry.ended = 0
-            k -= 1
-            flight.num_members -= 1
+            if explicit < first or step[explicit].request != r:  # else its prompt is in that step
+                entry = step[k]
+                entry.request = r
+                entry.tokens = entry.emits = 1
+                entry.num_new = entry.hit_tokens = entry.is_prefill = entry.ended = 0
+                k -= 1
+                ending -= is_ending
+                flight.num_members -= 1
         r = req[r].before
 
 

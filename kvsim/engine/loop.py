@@ -54,6 +54,7 @@ from kvsim.engine.schedule import (
     grow_together,
     is_blocked_for_long,
     leave_queue,
+    note_wait,
     num_to_visit,
     pairs,
     schedule,
@@ -406,9 +407,12 @@ def is_quiet(s):
         return False
     if now.accounted != now.t or now.last_handout != now.t:
         return False
-    is_next_flight = now.steps_in_flight > 0 and oldest_flight(s).num_members == now.num_members
-    if cfg.async_scheduling and not is_next_flight:
-        return False
+    if cfg.async_scheduling:
+        if now.steps_in_flight == 0:
+            return False
+        in_flight = oldest_flight(s).num_members + (oldest_flight(s).num_entries if now.is_plain else 0)
+        if in_flight != now.num_members:
+            return False
     return num_waiting(now) == 0 or is_blocked_for_long(s)
 
 
@@ -420,13 +424,13 @@ def coast(s, until_ns, most_steps):
     `until_ns`. They end where somebody is sent or waits who is not admitted so, where a step in flight schedules the
     last token of a member, and where the pool has too little."""
     now, cfg = s.now[0], s.settings[0]
-    is_blocked = num_waiting(now) > 0
+    is_blocked = num_waiting(now) > 0  # whoever waits will not be admitted in the next step
     steps = 0
     while True:
         # The last moment for the output of a step, and the first that is too late to schedule one.
         latest = min(now.bin_end - 1, until_ns)
         stop = min(min(next_send(s), next_expiry(s)), min(cfg.until_ns, latest + 1 - cfg.fed))
-        if num_waiting(now) > 0 and not is_blocked:  # came while the latest step ran
+        if (num_waiting(now) > 0 and not is_blocked) or is_first_token_due(s):  # nothing for `glide`
             stop = now.t
         most_outputs = min(most_steps, steps + next_end(s) - now.decodes)
         is_last = 0
@@ -455,7 +459,7 @@ def coast(s, until_ns, most_steps):
         if made < 0:
             return steps
         steps += made
-        is_blocked = False
+        is_blocked = num_waiting(now) > 0 and is_still_blocked(s)
 
 
 @inline_njit
@@ -474,49 +478,74 @@ def go_on_quietly(s, latest):
         end_members(s)
     if now.num_members == 0 or not receive(s, now.t):
         return -1
-    if num_waiting(now) > 0:
-        return 1 if now.is_plain and can_admit_all(s) and admit_all(s, latest) else -1
+    if now.is_plain and now.steps_in_flight > 0:
+        pop_ending(s)
+    if now.num_ending > 0 or is_first_token_due(s) or (num_waiting(now) > 0 and not is_still_blocked(s)):
+        admitted = num_to_admit(s) if now.is_plain else -1
+        return 1 if admitted >= 0 and make_step(s, admitted, latest) else -1
     return 0 if is_ending else -1
 
 
 @inline_njit
-def can_admit_all(s):
-    """True when the next step admits all that wait, each a member from then on."""
-    now, cfg = s.now[0], s.settings[0]
-    if now.num_preempted > 0 or now.num_running + now.num_received > cfg.max_num_seqs:
-        return False
-    if not has_room(s, 2 * (now.num_members + now.num_received)):
-        return False
-    if now.num_outgrowing > 0 and is_visit_due(s):
-        return False
-    tokens = now.num_members
-    blocks = s.phases[now.due].count * now.growing_groups + cfg.watermark_blocks
-    r = now.first_received
-    for _ in range(now.num_received):
-        row = s.requests[r]
-        if not joins_at_once(s, row):
-            return False
-        tokens += row.prompt
-        blocks += blocks_beyond(s, 0, blocks_for(cfg, row.prompt), False)
-        r = row.next_received
-    return tokens <= cfg.max_num_batched_tokens and blocks <= now.free_blocks
+def is_still_blocked(s):
+    """For a plain run: true when who waits will not be admitted in the next step either."""
+    now = s.now[0]
+    return now.is_plain and now.num_members < s.settings[0].max_num_batched_tokens and is_blocked_for_long(s)
 
 
 @inline_njit
-def admit_all(s, latest):
-    """Schedule, launch and finish a step for the members in which all that wait are admitted (see `can_admit_all`).
-    False, and the step is only launched, where there is no room for what is received meanwhile or its output is not
-    there by `latest`."""
+def is_first_token_due(s):
+    """True when the step in flight has more than a token for each member."""
+    now = s.now[0]
+    return now.steps_in_flight > 0 and oldest_flight(s).num_entries > 0
+
+
+@inline_njit
+def num_to_admit(s):
+    """How many of those that wait the next step admits, each with its whole prompt, so that it is a member from then
+    on, beside a token for each member; -1 where more happens in it."""
+    now, cfg = s.now[0], s.settings[0]
+    if now.num_members == 0 or now.num_preempted > 0 or now.num_others > 0:
+        return -1
+    if not has_room(s, 2 * (now.num_running + now.num_received) + 1):
+        return -1
+    if now.num_outgrowing > 0 and is_visit_due(s):
+        return -1
+    budget = cfg.max_num_batched_tokens - now.num_members
+    free = now.free_blocks - s.phases[now.due].count * now.growing_groups
+    if budget < 0 or free < 0:
+        return -1
+    r = now.first_received
+    for k in range(now.num_received):
+        row = s.requests[r]
+        if budget == 0 or now.num_running + k >= cfg.max_num_seqs:
+            return k if cfg.enable_chunked_prefill else -1
+        needed = blocks_beyond(s, 0, blocks_for(cfg, row.prompt), True)
+        if cfg.scheduler_reserve_full_isl and needed + cfg.watermark_blocks > free:
+            return k if needed < cfg.num_gpu_blocks else -1
+        budget -= row.prompt
+        free -= blocks_beyond(s, 0, blocks_for(cfg, row.prompt), False)
+        if budget < 0 or free < cfg.watermark_blocks or not joins_at_once(s, row):
+            return -1
+        r = row.next_received
+    return now.num_received
+
+
+@inline_njit
+def make_step(s, admitted, latest):
+    """Schedule and launch a step for the members in which the first `admitted` of those that wait are admitted (see
+    `num_to_admit`), and finish the oldest in flight. False, and that is left to others, where its output is not there
+    by `latest` or there is no room for what is received meanwhile."""
     now, cfg, req, line = s.now[0], s.settings[0], s.requests, s.timeline[s.now[0].bin]
     grow_together(s)
     count_schedule(now)
     now.step_members = n = now.num_members
     ctx = member_tokens(now)
-    prefill_tokens = prefill_pairs = k = 0
-    while now.num_received > 0:
+    prefill_tokens = prefill_pairs = 0
+    now.first_entry = flight_row(s, now.num_steps) * cfg.max_num_seqs
+    for k in range(admitted):
         r = now.first_received
-        row, entry = req[r], s.step[k]
-        k += 1
+        row, entry = req[r], s.step[now.first_entry + k]
         pop_received(s)
         enter_running(now, req, r)
         row.scheduled_at = now.t
@@ -532,40 +561,65 @@ def admit_all(s, latest):
         enter_cohort(s, r, now.decodes + tokens_to_make(s, row) - 1)
         taken = free_before - now.free_blocks
         record(now, s.events, now.t, now.num_steps, EVENT_ADMIT, r, NO_CAUSE, free_before, taken, 0, -1)
-    now.num_scheduled, now.num_victims, now.num_dropped, now.livelock = k, 0, 0, 0
-    now.total_admissions += k
+    now.num_scheduled, now.num_victims, now.num_dropped, now.livelock = admitted, 0, 0, 0
+    now.total_admissions += admitted
+    now.budget = cfg.max_num_batched_tokens - n - prefill_tokens
+    if admitted > 0:
+        now.wait_request = -1
+    now.cap_bound = num_waiting(now) > 0  # 3.16
+    if now.cap_bound:
+        note_wait(s)
+    else:
+        now.wait_request = -1
     now.executed += 1
     now.total_scheduled += n + prefill_tokens
     now.total_prefill += prefill_tokens
     now.total_decode += n
     now.held_tokens += n + prefill_tokens
     now.peak_used = max(now.peak_used, used_blocks(s))
-    now.cap_bound = 0
-    now.wait_request = -1
     line.steps += 1
     line.prefill_tokens += prefill_tokens
     line.decode_tokens += n
-    launch(s, duration_of(s, n + prefill_tokens, n + k, ctx + prefill_tokens, prefill_tokens, prefill_pairs))
+    tokens = n + prefill_tokens
+    launch(s, duration_of(s, tokens, n + admitted, ctx + prefill_tokens, prefill_tokens, prefill_pairs))
     now.awaiting = 1
-    if now.step_end > latest or not receive(s, now.step_end - 1) or not has_room(s, 2 * (n + k)):
+    flight = oldest_flight(s)
+    if flight.end > latest or not receive(s, flight.end - 1) or not has_room(s, 2 * now.num_running):
         return False
-    now.t = now.step_end
+    finish_quietly(s, flight)
+    return True
+
+
+@inline_njit
+def finish_quietly(s, flight):
+    """`finish_step` for a step of members and of those who were admitted in it, which are members too."""
+    now = s.now[0]
+    index = now.num_steps - now.steps_in_flight
+    now.t = flight.end
     account(s, now.t)
+    if now.handed + 1 == now.decodes:
+        pop_ending(s)
     now.handed += 1
-    now.steps_in_flight = now.awaiting = now.is_stuck = 0
+    now.steps_in_flight -= 1
+    now.awaiting = now.is_stuck = 0
     now.is_settled = 1
-    hand_out_to_members(s, n)
-    if is_end_due(s):
-        end_members(s)
-    for x in range(k):
-        row = req[s.step[x].request]
+    if flight.num_members > 0:
+        hand_out_to_members(s, flight.num_members)
+    for x in range(now.num_ending):
+        hand_out_last(s, s.seats[x].ending)
+        end_in_step(s, s.seats[x].ending, index)
+    now.num_ending = 0
+    first = flight_row(s, index) * s.settings[0].max_num_seqs
+    for k in range(first, first + flight.num_entries):
+        r = s.step[k].request
+        row = s.requests[r]
         row.generated = 1
         row.first_token_at = row.last_token_at = now.t
         now.queued_tokens -= row.prompt
-        r, index = s.step[x].request, now.num_steps - 1
         record(now, s.events, now.t, index, EVENT_FIRST_TOKEN, r, NO_CAUSE, now.free_blocks, 0, 0, -1)
-    now.total_generated += k
-    return True
+    now.total_generated += flight.num_entries
+    now.preemptions_at_token = now.total_preemptions
+    now.last_handout = now.t
 
 
 @inline_njit

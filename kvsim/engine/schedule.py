@@ -609,6 +609,8 @@ def most_blocks(s, row):
 def blocks_beyond(s, num_blocks, whole, is_gate):
     """Blocks that all groups need together to make tables of `num_blocks` blocks `whole` ones long. The gate knows
     that a group with a window never holds more than its most (6.4)."""
+    if not s.now[0].has_windows:
+        return max(whole - num_blocks, 0) * len(s.groups)
     needed = 0
     for group in range(len(s.groups)):
         length = min(whole, s.groups[group].most_blocks) if is_gate else whole

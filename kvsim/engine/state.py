@@ -513,7 +513,7 @@ def _is_plain(settings: Settings) -> bool:
     """True when nothing but the seats, the budget and the pool can keep a request from being admitted with its whole
     prompt, and nobody leaves but at its end."""
     has_rules = (
-        settings.policy != FCFS, settings.async_scheduling, settings.lockstep, settings.check,
+        settings.policy != FCFS, settings.lockstep, settings.check,
         settings.long_prefill_token_threshold > 0, settings.prefill_schedule_interval > 1, settings.deadline_ns < NEVER,
     )  # fmt: skip
     return not any(has_rules)
