@@ -459,6 +459,8 @@ def coast(s, until_ns, most_steps):
         if made < 0:
             return steps
         steps += made
+        if now.num_members == 0:
+            return steps
         is_blocked = num_waiting(now) > 0 and is_still_blocked(s)
 
 
@@ -469,21 +471,23 @@ def go_on_quietly(s, latest):
     now = s.now[0]
     if now.awaiting or now.t > latest:
         return -1
-    is_ending = is_end_due(s)
-    if is_ending:
+    is_changing = is_end_due(s)
+    if is_changing:
         if not (now.is_plain or can_end_quietly(s)):
             return -1
         if not receive(s, now.t - 1) or not has_room(s, 2 * now.num_members):
             return -1
         end_members(s)
+    num_received = now.num_received
     if now.num_members == 0 or not receive(s, now.t):
         return -1
+    is_changing |= now.num_received > num_received
     if now.is_plain and now.steps_in_flight > 0:
         pop_ending(s)
     if now.num_ending > 0 or is_first_token_due(s) or (num_waiting(now) > 0 and not is_still_blocked(s)):
         admitted = num_to_admit(s) if now.is_plain else -1
         return 1 if admitted >= 0 and make_step(s, admitted, latest) else -1
-    return 0 if is_ending else -1
+    return 0 if is_changing else -1
 
 
 @inline_njit
@@ -519,7 +523,7 @@ def num_to_admit(s):
     for k in range(now.num_received):
         row = s.requests[r]
         if budget == 0 or now.num_running + k >= cfg.max_num_seqs:
-            return k if cfg.enable_chunked_prefill else -1
+            return k
         needed = blocks_beyond(s, 0, blocks_for(cfg, row.prompt), True)
         if cfg.scheduler_reserve_full_isl and needed + cfg.watermark_blocks > free:
             return k if needed < cfg.num_gpu_blocks else -1

@@ -44,6 +44,9 @@ MS = 1_000_000
 @example(([(0, 5, 40), (0, 7, 30)], naive.Settings(**DECODING, until_ns=61 * MS)))
 @example(([(0, 5, 10), (0, 7, 10), *((k * MS, 3, 5) for k in range(36, 48))], naive.Settings(**DECODING)))
 @example(([(0, 5, 40), (0, 7, 30)], naive.Settings(**DECODING | {"num_gpu_blocks": 16})))
+@example(
+    ([(0, 5, 10), *((k * MS, 3, 5) for k in range(30, 42))], naive.Settings(**DECODING | {"max_num_seqs": 1}))
+)
 @example(([(0, 5, 40), (0, 7, 30)], naive.Settings(**DECODING, groups=HYBRID)))
 def test_equals_the_naive_engine(workload):
     rows, settings = workload
