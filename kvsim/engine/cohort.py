@@ -297,7 +297,6 @@ def list_members_in_flight(s):
     while flight.num_members > 0:
         is_ending = ending >= 0 and s.seats[ending].ending == r
         if req[r].phase >= 0 or is_ending:
-            ending -= is_ending
             while explicit >= first and req[step[explicit].request].stamp > req[r].stamp:
                 step[k] = step[explicit]
                 k -= 1

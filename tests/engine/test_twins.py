@@ -35,6 +35,7 @@ DECODING = {
     "max_num_batched_tokens": 64,
     "max_model_len": 64,
 }
+TWO_END_IN_A_SHORTAGE = {"block_size": 1, "num_gpu_blocks": 31, "async_scheduling": True}
 HYBRID = ({"kind": "full"}, {"kind": "sliding", "window": 9})
 MS = 1_000_000
 
@@ -48,6 +49,7 @@ MS = 1_000_000
     ([(0, 5, 10), *((k * MS, 3, 5) for k in range(30, 42))], naive.Settings(**DECODING | {"max_num_seqs": 1}))
 )
 @example(([(0, 5, 40), (0, 7, 30)], naive.Settings(**DECODING, groups=HYBRID)))
+@example(([(0, 5, 6), (0, 5, 6), (0, 5, 20), (0, 5, 20)], naive.Settings(**DECODING | TWO_END_IN_A_SHORTAGE)))
 def test_equals_the_naive_engine(workload):
     rows, settings = workload
     ref = naive.run(rows, settings, duration=duration, record_steps=True)
