@@ -38,7 +38,6 @@ GROUPS = (
 
 PLAIN = {
     "policy": "fcfs",
-    "async_scheduling": False,
     "enable_prefix_caching": False,
     "long_prefill_token_threshold": 0,
     "prefill_schedule_interval": 1,
