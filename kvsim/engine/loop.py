@@ -50,6 +50,7 @@ from kvsim.engine.schedule import (
     assemble,
     blocks_beyond,
     cache_full,
+    close_step,
     end_request,
     grow_together,
     is_blocked_for_long,
@@ -419,10 +420,10 @@ def is_quiet(s):
 @inner_njit
 def coast(s, until_ns, most_steps):
     """Make quiet steps (see `is_quiet`), as if each were scheduled, launched and finished; returns how many. They go on
-    through the ends of members, and in a plain run (`now.is_plain`) through steps that admit all that wait. One more is
+    through the ends of members, and in a plain run (`now.is_plain`) through admissions of whole prompts. One more is
     only launched, and `awaiting` set, where its output is not in the present bin of the timeline or not there by
-    `until_ns`. They end where somebody is sent or waits who is not admitted so, where a step in flight schedules the
-    last token of a member, and where the pool has too little."""
+    `until_ns`. They end where more happens than that, in a run that is not plain also where a request is sent or a
+    member is scheduled for its last token with a step in flight, and where the pool has too little."""
     now, cfg = s.now[0], s.settings[0]
     is_blocked = num_waiting(now) > 0  # whoever waits will not be admitted in the next step
     steps = 0
@@ -466,8 +467,9 @@ def coast(s, until_ns, most_steps):
 
 @inline_njit
 def go_on_quietly(s, latest):
-    """Between quiet steps: members end, who is sent by now is received, and where somebody waits, a step is made that
-    admits them all. Returns how many steps were made; -1: what comes next is not quiet, or not up to `latest`."""
+    """Between quiet steps: members end, who is sent by now is received, and in a plain run a step is made where
+    somebody may be admitted or has a first or last token in flight. Returns how many steps were made; -1: what comes
+    next is not quiet, or not up to `latest`."""
     now = s.now[0]
     if now.awaiting or now.t > latest:
         return -1
@@ -540,13 +542,15 @@ def make_step(s, admitted, latest):
     """Schedule and launch a step for the members in which the first `admitted` of those that wait are admitted (see
     `num_to_admit`), and finish the oldest in flight. False, and that is left to others, where its output is not there
     by `latest` or there is no room for what is received meanwhile."""
-    now, cfg, req, line = s.now[0], s.settings[0], s.requests, s.timeline[s.now[0].bin]
+    now, cfg, req = s.now[0], s.settings[0], s.requests
     grow_together(s)
     count_schedule(now)
-    now.step_members = n = now.num_members
-    ctx = member_tokens(now)
-    prefill_tokens = prefill_pairs = 0
+    now.step_members = now.decode_tokens = n = now.num_members
     now.first_entry = flight_row(s, now.num_steps) * cfg.max_num_seqs
+    now.num_scheduled = now.num_prefills = admitted
+    now.num_victims = now.num_dropped = now.livelock = 0
+    now.prefill_tokens = now.prefill_pairs = 0
+    now.ctx = member_tokens(now)
     for k in range(admitted):
         r = now.first_received
         row, entry = req[r], s.step[now.first_entry + k]
@@ -560,32 +564,24 @@ def make_step(s, admitted, latest):
         entry.tokens = row.prompt
         entry.hit_tokens = entry.ended = 0
         entry.is_prefill = entry.emits = 1
-        prefill_tokens += row.prompt
-        prefill_pairs += pairs(0, row.prompt)
+        now.prefill_tokens += row.prompt
+        now.prefill_pairs += pairs(0, row.prompt)
         enter_cohort(s, r, now.decodes + tokens_to_make(s, row) - 1)
         taken = free_before - now.free_blocks
         record(now, s.events, now.t, now.num_steps, EVENT_ADMIT, r, NO_CAUSE, free_before, taken, 0, -1)
-    now.num_scheduled, now.num_victims, now.num_dropped, now.livelock = admitted, 0, 0, 0
+    now.prefill_ctx = now.prefill_tokens
+    now.ctx += now.prefill_ctx
+    now.sampled = n + admitted
+    now.held_tokens += n + now.prefill_tokens
+    now.budget = cfg.max_num_batched_tokens - n - now.prefill_tokens
     now.total_admissions += admitted
-    now.budget = cfg.max_num_batched_tokens - n - prefill_tokens
-    if admitted > 0:
-        now.wait_request = -1
     now.cap_bound = num_waiting(now) > 0  # 3.16
+    if admitted > 0 or not now.cap_bound:
+        now.wait_request = -1
     if now.cap_bound:
         note_wait(s)
-    else:
-        now.wait_request = -1
-    now.executed += 1
-    now.total_scheduled += n + prefill_tokens
-    now.total_prefill += prefill_tokens
-    now.total_decode += n
-    now.held_tokens += n + prefill_tokens
-    now.peak_used = max(now.peak_used, used_blocks(s))
-    line.steps += 1
-    line.prefill_tokens += prefill_tokens
-    line.decode_tokens += n
-    tokens = n + prefill_tokens
-    launch(s, duration_of(s, tokens, n + admitted, ctx + prefill_tokens, prefill_tokens, prefill_pairs))
+    close_step(s)
+    launch(s, step_duration(s))
     now.awaiting = 1
     flight = oldest_flight(s)
     if flight.end > latest or not receive(s, flight.end - 1) or not has_room(s, 2 * now.num_running):
@@ -615,12 +611,8 @@ def finish_quietly(s, flight):
     now.num_ending = 0
     first = flight_row(s, index) * s.settings[0].max_num_seqs
     for k in range(first, first + flight.num_entries):
-        r = s.step[k].request
-        row = s.requests[r]
-        row.generated = 1
-        row.first_token_at = row.last_token_at = now.t
-        now.queued_tokens -= row.prompt
-        record(now, s.events, now.t, index, EVENT_FIRST_TOKEN, r, NO_CAUSE, now.free_blocks, 0, 0, -1)
+        s.requests[s.step[k].request].generated = 1
+        note_first_token(s, s.step[k].request, index)
     now.total_generated += flight.num_entries
     now.preemptions_at_token = now.total_preemptions
     now.last_handout = now.t
@@ -804,26 +796,13 @@ def step_duration(s):
         return 1 if num_requests > 0 or not s.settings[0].async_scheduling else 0
     if num_requests == 0:
         return 0
-    tokens = now.prefill_tokens + now.decode_tokens
-    if len(attention) == 1:
-        return duration_of(s, tokens, now.sampled, now.ctx, now.prefill_ctx, now.prefill_pairs)
-    seconds = s.step_s[tokens].linear + s.step_s[now.sampled].sampled
+    seconds = s.step_s[now.prefill_tokens + now.decode_tokens].linear + s.step_s[now.sampled].sampled
     seconds += attention[0].context_s * now.ctx
     prefill = attention[0].pair_s * now.prefill_pairs - attention[0].context_s * now.prefill_ctx
     for c in range(1, len(attention)):
         ctx, prefill_ctx, prefill_pairs = window_sums(s, attention[c].window)
         seconds += attention[c].context_s * ctx
         prefill += attention[c].pair_s * prefill_pairs - attention[c].context_s * prefill_ctx
-    return nanoseconds(seconds + max(0.0, prefill))
-
-
-@inline_njit
-def duration_of(s, tokens, sampled, ctx, prefill_ctx, prefill_pairs):
-    """`step_duration` of these sums where all attention is full."""
-    attention = s.attention[0]
-    seconds = s.step_s[tokens].linear + s.step_s[sampled].sampled
-    seconds += attention.context_s * ctx
-    prefill = attention.pair_s * prefill_pairs - attention.context_s * prefill_ctx
     return nanoseconds(seconds + max(0.0, prefill))
 
 
@@ -959,9 +938,7 @@ def hand_out(s, entry, index):
         row.placeholders -= 1
         cache_full(s, row, r, row.computed - row.in_flight)  # 4.3
     if row.first_token_at < 0:
-        row.first_token_at = now.t
-        now.queued_tokens -= row.prompt
-        record(now, s.events, now.t, index, EVENT_FIRST_TOKEN, r, NO_CAUSE, now.free_blocks, 0, 0, -1)
+        note_first_token(s, r, index)
     else:
         gap = now.t - row.last_token_at
         s.gap_counts[gap_bucket(gap)] += 1
@@ -969,6 +946,15 @@ def hand_out(s, entry, index):
         now.gap_count += 1
     row.last_token_at = now.t
     return is_done(s, row)
+
+
+@inline_njit
+def note_first_token(s, r, index):
+    """Request `r` has got its first token, in step `index`."""
+    now, row = s.now[0], s.requests[r]
+    row.first_token_at = row.last_token_at = now.t
+    now.queued_tokens -= row.prompt
+    record(now, s.events, now.t, index, EVENT_FIRST_TOKEN, r, NO_CAUSE, now.free_blocks, 0, 0, -1)
 
 
 @inline_njit
