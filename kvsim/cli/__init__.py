@@ -187,9 +187,16 @@ def _end_soon_after_interrupt() -> None:
         os.write(2, b"kvsim: interrupted\n")
         os._exit(130)
 
-    def unraisable(what):  # the interrupt hit a callback from C, which cannot pass it on
+    # C code that cannot pass an exception on prints it (`PyErr_Print`, as NumPy's C interface does when it is
+    # imported) or calls it unraisable; an interrupt there is no fault to be shown.
+    def show(kind, error, trace):
+        if not issubclass(kind, KeyboardInterrupt):
+            sys.__excepthook__(kind, error, trace)
+
+    def unraisable(what):
         if not isinstance(what.exc_value, KeyboardInterrupt):
             sys.__unraisablehook__(what)
 
+    sys.excepthook = show
     sys.unraisablehook = unraisable
     threading.Thread(target=watch, daemon=True).start()

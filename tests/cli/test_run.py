@@ -207,6 +207,18 @@ def test_help_has_an_example_for_every_verb(capsys):
         assert f"kvsim {verb}" in capsys.readouterr().out
 
 
+def test_an_interrupt_printed_by_c_code_is_no_traceback():
+    """`PyRun_SimpleString` prints what it meets, as C code does that cannot pass an exception on."""
+    code = (
+        "import ctypes, os, kvsim.cli; kvsim.cli._end_soon_after_interrupt(); "
+        "ctypes.pythonapi.PyRun_SimpleString(b'raise {}'); os._exit(0)"
+    )
+    for error, shown in [("KeyboardInterrupt", False), ("ZeroDivisionError", True)]:
+        done = subprocess.run([sys.executable, "-c", code.format(error)], capture_output=True, text=True)
+        assert done.returncode == 0
+        assert ("Traceback" in done.stderr) is shown
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("after_s", [0.2, 0.35, 0.5, 0.8, 1.1, 1.3, 2.5, 5.0])
 def test_interrupted_at_any_moment(after_s, tmp_path):
