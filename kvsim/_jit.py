@@ -32,15 +32,15 @@ def njit(function: Callable) -> Callable:
 
 
 def inner_njit(function: Callable) -> Callable:
-    """`njit` for what only compiled code calls: without the way in from Python, which takes a third of the time
-    that it takes to compile."""
-    return _compile(function, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+    """`njit` for what only compiled code calls: a part of the functions that `njit` makes."""
+    # Said, because a function that is first called from an inline one would be inline too.
+    return _compile(function, is_part=True, forceinline=False)
 
 
 def inline_njit(function: Callable) -> Callable:
     """`inner_njit` for the verbs of a hot loop: LLVM inlines every call, so that a state of many arrays is not
     passed on the stack each time. For functions called from one or two places, or a few lines long."""
-    return _compile(function, forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+    return _compile(function, is_part=True, forceinline=True)
 
 
 def import_numba() -> None:
@@ -56,13 +56,87 @@ def import_numba() -> None:
         del sys.modules[blocked]
 
 
-def _compile(function: Callable, **options) -> Callable:
+def _compile(function: Callable, is_part: bool = False, **options) -> Callable:
     import numba
 
-    compiled = numba.njit(nogil=True, error_model="numpy", _nrt=False, **options)(function)
-    if hasattr(compiled, "_cache"):
+    if is_disabled():
+        return function
+    whole, part = _pipelines()
+    compiled = numba.njit(
+        nogil=True, error_model="numpy", _nrt=False, pipeline_class=part if is_part else whole,
+        no_cpython_wrapper=is_part, no_cfunc_wrapper=is_part, **options,
+    )(function)  # fmt: skip
+    if not is_part:
         compiled._cache = _source_keyed_cache()(function)
     return compiled
+
+
+@functools.cache
+def _pipelines() -> tuple[type, type]:
+    """How numba compiles what Python calls, and what only compiled code calls.
+
+    By itself numba optimizes each function together with all that it calls, makes machine code of that, and does it all
+    again for each of its callers: two thirds of the time, with functions as many and as nested as here. With these a
+    part stays as it was lowered, and what Python calls is optimized once, together with all of its parts."""
+    from numba._dynfunc import make_function
+    from numba.core.codegen import JITCodeLibrary
+    from numba.core.compiler import CompilerBase, DefaultPassBuilder
+    from numba.core.compiler_machinery import PassManager, register_pass
+    from numba.core.typed_passes import NativeLowering
+
+    class Whole(JITCodeLibrary):
+        def add_linking_library(self, library):
+            if library in self._linking_libraries:
+                return
+            super().add_linking_library(library)
+            if isinstance(library, Part):
+                for other in library._linking_libraries:
+                    self.add_linking_library(other)
+
+    class Part(Whole):
+        def finalize(self):
+            self._finalize_dynamic_globals()
+            self._finalized = True
+
+    @register_pass(mutates_CFG=True, analysis_only=False)
+    class LowerWhole(NativeLowering):
+        _name = "kvsim_lower_whole"
+
+        def run_pass(self, state):
+            state.library = Whole(state.targetctx.codegen(), state.func_id.func_qualname)
+            state.library.enable_object_caching()
+            return super().run_pass(state)
+
+    @register_pass(mutates_CFG=True, analysis_only=False)
+    class LowerPart(NativeLowering):
+        _name = "kvsim_lower_part"
+
+        def run_pass(self, state):
+            state.library = Part(state.targetctx.codegen(), state.func_id.func_qualname)
+            state.flags.no_compile = True
+            super().run_pass(state)
+            fndesc, _, _, env = state["cr"]
+            # What numba knows the function by: a Python function at address 0, which nobody calls.
+            name = fndesc.qualname.rpartition(".")[2]
+            callee = make_function(fndesc.lookup_module(), name, name, 0, env, (state.library,))
+            state.targetctx.insert_user_function(callee, fndesc, [state.library])
+            state["cr"] = state["cr"]._replace(cfunc=callee)
+            return True
+
+    class WholePipeline(CompilerBase):
+        lowering = LowerWhole
+
+        def define_pipelines(self):
+            passes = PassManager("kvsim")
+            for kind, what in DefaultPassBuilder.define_nopython_pipeline(self.state).passes:
+                passes.add_pass(self.lowering if kind is NativeLowering else kind, what)
+            passes.finalize()
+            return [passes]
+
+    class PartPipeline(WholePipeline):
+        lowering = LowerPart
+
+    return WholePipeline, PartPipeline
 
 
 def is_disabled() -> bool:

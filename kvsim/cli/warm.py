@@ -33,6 +33,6 @@ def say_if_cold(*, looks: bool = False) -> None:
     from kvsim import _jit
 
     if not _jit.is_warm():
-        print("compiling the engine: once, about a minute ...", file=sys.stderr, flush=True)
+        print("compiling the engine: once, about half a minute ...", file=sys.stderr, flush=True)
     if looks and not _jit.is_warm("router"):
-        print("compiling the router: once, half a minute ...", file=sys.stderr, flush=True)
+        print("compiling the router: once, about half a minute ...", file=sys.stderr, flush=True)

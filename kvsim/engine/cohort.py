@@ -194,7 +194,7 @@ def sift_up(seats, req, k, r, key):
     req[r].heap_at = k
 
 
-@inner_njit
+@inline_njit
 def leave_heap(seats, req, size, k):
     """Take entry `k` out of the heap of last steps, which has `size` then: the last one takes its place, and sinks or
     rises from there."""

@@ -311,7 +311,7 @@ def receive(s, until):
     return True
 
 
-@inner_njit
+@inline_njit
 def receive_one(s, r, time):
     """Row `r` arrives: it is rejected or joins the end of the queue (3.20, 3.21)."""
     now, row = s.now[0], s.requests[r]
@@ -899,7 +899,7 @@ def is_end_due(s):
     return now.num_members > 0 and now.handed == now.decodes and next_end(s) == now.decodes
 
 
-@inner_njit
+@inline_njit
 def end_members(s):
     """Those go who made their last token in the latest of some quiet steps."""
     now = s.now[0]
