@@ -79,10 +79,24 @@ def _pipelines() -> tuple[type, type]:
     again for each of its callers: two thirds of the time, with functions as many and as nested as here. With these a
     part stays as it was lowered, and what Python calls is optimized once, together with all of its parts."""
     from numba._dynfunc import make_function
+    from numba.core import ir, types
     from numba.core.codegen import JITCodeLibrary
     from numba.core.compiler import CompilerBase, DefaultPassBuilder
     from numba.core.compiler_machinery import PassManager, register_pass
     from numba.core.typed_passes import NativeLowering
+
+    def counted_from_the_front(use, signature):
+        """The signature of an array access with an index that is never negative, which need not be asked each time
+        whether it counts from the end; that of any other use as it is."""
+        is_access = isinstance(use, ir.SetItem) or (isinstance(use, ir.Expr) and use.op == "getitem")
+        if (
+            not is_access
+            or not isinstance(signature.args[0], types.Array)
+            or signature.args[1] != types.int64
+        ):
+            return signature
+        array, _, *value = signature.args
+        return signature.return_type(array, types.uint64, *value)
 
     class Whole(JITCodeLibrary):
         def add_linking_library(self, library):
@@ -103,6 +117,9 @@ def _pipelines() -> tuple[type, type]:
         _name = "kvsim_lower_whole"
 
         def run_pass(self, state):
+            state.calltypes = {
+                use: counted_from_the_front(use, what) for use, what in state.calltypes.items()
+            }
             state.library = Whole(state.targetctx.codegen(), state.func_id.func_qualname)
             state.library.enable_object_caching()
             return super().run_pass(state)
@@ -112,6 +129,9 @@ def _pipelines() -> tuple[type, type]:
         _name = "kvsim_lower_part"
 
         def run_pass(self, state):
+            state.calltypes = {
+                use: counted_from_the_front(use, what) for use, what in state.calltypes.items()
+            }
             state.library = Part(state.targetctx.codegen(), state.func_id.func_qualname)
             state.flags.no_compile = True
             super().run_pass(state)

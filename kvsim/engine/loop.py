@@ -104,6 +104,9 @@ from kvsim.engine.state import (
 # Entries of steps, arrivals and eights of quiet steps before `advance` returns: 50 ms at most.
 WORK_PER_CALL = 200_000
 
+# Quiet steps that `glide` makes at most, and at least, without looking whether they are over.
+MANY_STEPS, FEW_STEPS = 64, 4
+
 
 def _advance(s, until_ns, max_steps):
     """Simulate on, and say why it stopped: one of `state.STATUSES`.
@@ -706,8 +709,7 @@ def glide(s, growing_groups, most_steps, stop, latest):
     stop, latest = stop - now.t, latest - now.t  # in ns from now
     usable = cfg.num_gpu_blocks - 1
     used = used_before = used_blocks(s)
-    # Unsigned, so that no index is looked at for being negative.
-    at, last_phase = np.uint64(now.due), np.uint64(now.num_phases - 1)
+    at, last_phase = now.due, now.num_phases - 1
     t = used_area = ends = steps = 0
     # `whole` and `width`: the time until the next output, with a step in flight that of the step before.
     if is_async:
@@ -716,19 +718,42 @@ def glide(s, growing_groups, most_steps, stop, latest):
         ctx += more_ctx
         whole = rounded_ns(seconds + context_s * ctx)
     width = int(whole)
-    while steps < most_steps and t < stop:
-        used += phases[at].count * growing_groups
-        t += width
-        if used > usable or t > latest:
-            used -= phases[at].count * growing_groups
-            t -= width
+    while True:
+        # Steps that nothing can end: all but the first are shorter than `longest`.
+        sure = min(MANY_STEPS, most_steps - steps)
+        longest = rounded_ns(seconds + context_s * (ctx + more_ctx * float(sure))) + 1.0
+        sure = min(sure, int(float(min(stop, latest) - t - width) / longest) + 1)
+        if sure < FEW_STEPS:
             break
-        gap_counts[np.uint64(bucket_of(whole))] += n
-        used_time[np.uint64(used)] += width
+        while sure > 0 and used + n * growing_groups <= usable:
+            stretch = min(sure, at + 1)
+            for k in range(stretch):
+                used += phases[at - k].count * growing_groups
+                t += width
+                gap_counts[bucket_of(whole)] += n
+                used_time[used] += width
+                used_area += used * width
+                ends += t
+                ctx += more_ctx
+                whole = rounded_ns(seconds + context_s * ctx)
+                width = int(whole)
+            steps += stretch
+            sure -= stretch
+            at = at - stretch if at >= stretch else last_phase
+        if sure > 0:
+            break
+    while steps < most_steps and t < stop:
+        growing = phases[at].count * growing_groups
+        if used + growing > usable or t + width > latest:
+            break
+        used += growing
+        t += width
+        gap_counts[bucket_of(whole)] += n
+        used_time[used] += width
         used_area += used * width
         ends += t
         steps += 1
-        at = at - np.uint64(1) if at > 0 else last_phase
+        at = at - 1 if at > 0 else last_phase
         ctx += more_ctx
         whole = rounded_ns(seconds + context_s * ctx)
         width = int(whole)
