@@ -104,9 +104,6 @@ from kvsim.engine.state import (
 # Entries of steps, arrivals and eights of quiet steps before `advance` returns: 50 ms at most.
 WORK_PER_CALL = 200_000
 
-# Quiet steps that `glide` makes at most, and at least, without looking whether they are over.
-MANY_STEPS, FEW_STEPS = 64, 4
-
 
 def _advance(s, until_ns, max_steps):
     """Simulate on, and say why it stopped: one of `state.STATUSES`.
@@ -718,36 +715,13 @@ def glide(s, growing_groups, most_steps, stop, latest):
         ctx += more_ctx
         whole = rounded_ns(seconds + context_s * ctx)
     width = int(whole)
-    while True:
-        # Steps that nothing can end: all but the first are shorter than `longest`.
-        sure = min(MANY_STEPS, most_steps - steps)
-        longest = rounded_ns(seconds + context_s * (ctx + more_ctx * float(sure))) + 1.0
-        sure = min(sure, int(float(min(stop, latest) - t - width) / longest) + 1)
-        if sure < FEW_STEPS:
-            break
-        while sure > 0 and used + n * growing_groups <= usable:
-            stretch = min(sure, at + 1)
-            for k in range(stretch):
-                used += phases[at - k].count * growing_groups
-                t += width
-                gap_counts[bucket_of(whole)] += n
-                used_time[used] += width
-                used_area += used * width
-                ends += t
-                ctx += more_ctx
-                whole = rounded_ns(seconds + context_s * ctx)
-                width = int(whole)
-            steps += stretch
-            sure -= stretch
-            at = at - stretch if at >= stretch else last_phase
-        if sure > 0:
-            break
     while steps < most_steps and t < stop:
-        growing = phases[at].count * growing_groups
-        if used + growing > usable or t + width > latest:
-            break
-        used += growing
+        used += phases[at].count * growing_groups
         t += width
+        if used > usable or t > latest:
+            used -= phases[at].count * growing_groups
+            t -= width
+            break
         gap_counts[bucket_of(whole)] += n
         used_time[used] += width
         used_area += used * width

@@ -562,18 +562,8 @@ MUTATIONS = (
     ),
     Mutation(
         "quiet steps do not look at the pool", "3.6", LOOP,
-        "        if used + growing > usable or t + width > latest:\n",
-        "        if t + width > latest:\n",
-    ),
-    Mutation(
-        "quiet steps that nothing can end do not look at the pool", "3.6", LOOP,
-        "        while sure > 0 and used + n * growing_groups <= usable:\n",
-        "        while sure > 0:\n",
-    ),
-    Mutation(
-        "quiet steps that nothing can end are two too many", "4.1", LOOP,
-        " - t - width) / longest) + 1)\n",
-        " - t - width) / longest) + 3)\n",
+        "        if used > usable or t > latest:\n",
+        "        if t > latest:\n",
     ),
     Mutation(
         "who outgrows a window is not visited for it", "6.5", COHORT,
