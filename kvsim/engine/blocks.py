@@ -93,12 +93,12 @@ def unlink(blocks, b):
 
 
 @inline_njit
-def link(blocks, b, before, after):
-    """Put block `b` into the free list between two neighbours."""
-    blocks[b].prev = before
-    blocks[b].next = after
-    blocks[before].next = b
-    blocks[after].prev = b
+def link(blocks, first, last, before, after):
+    """Put a chain of blocks into the free list between two neighbours."""
+    blocks[first].prev = before
+    blocks[last].next = after
+    blocks[before].next = first
+    blocks[after].prev = last
 
 
 @inline_njit
@@ -366,7 +366,7 @@ def free_entries(s, row, start, end):
     end (1.6)."""
     now, table, blocks = s.now[0], s.pool.table, s.pool.blocks
     before = blocks[0].prev
-    plain = 0
+    first_plain = last_plain = 0
     for at in range(end - 1, start - 1, -1):
         b = table[at]
         if b == 0:
@@ -377,7 +377,12 @@ def free_entries(s, row, start, end):
             continue
         now.free_blocks += 1
         if blocks[b].key < 0:
-            plain += 1
+            if first_plain == 0:
+                first_plain = b
+            else:
+                blocks[last_plain].next = b
+                blocks[b].prev = last_plain
+            last_plain = b
             continue
         now.cached_blocks += 1
         blocks[before].next = b
@@ -385,13 +390,8 @@ def free_entries(s, row, start, end):
         before = b
     blocks[before].next = 0
     blocks[0].prev = before
-    at = start
-    while plain > 0:
-        b = table[at]
-        at += 1
-        if b > 0 and blocks[b].key < 0:
-            link(blocks, b, 0, blocks[0].next)
-            plain -= 1
+    if first_plain > 0:
+        link(blocks, first_plain, last_plain, 0, blocks[0].next)
 
 
 @inner_njit

@@ -27,7 +27,7 @@ MUTATIONS = (
     Mutation(
         "blocks are taken from the end of the free list", "1.2", BLOCKS,
         '        b = blocks[0].next\n        for k in range(start, start + taken):',
-        '        b = blocks[0].prev\n        unlink(blocks, b)\n        link(blocks, b, 0, blocks[0].next)\n        for k in range(start, start + taken):',
+        '        b = blocks[0].prev\n        unlink(blocks, b)\n        link(blocks, b, b, 0, blocks[0].next)\n        for k in range(start, start + taken):',
     ),
     Mutation(
         "a look-up finds the newest block of a content", "1.3", BLOCKS,
@@ -46,13 +46,13 @@ MUTATIONS = (
     ),
     Mutation(
         "freed blocks without a key go to the end of the free list", "1.6", BLOCKS,
-        "link(blocks, b, 0, blocks[0].next)",
-        "link(blocks, b, blocks[0].prev, 0)",
+        "link(blocks, first_plain, last_plain, 0, blocks[0].next)",
+        "link(blocks, first_plain, last_plain, blocks[0].prev, 0)",
     ),
     Mutation(
         "freed blocks with a key go to the front of the free list", "1.6", BLOCKS,
         '        blocks[before].next = b\n        blocks[b].prev = before\n        before = b\n',
-        '        link(blocks, b, 0, blocks[0].next)\n        before = blocks[0].prev\n',
+        '        link(blocks, b, b, 0, blocks[0].next)\n        before = blocks[0].prev\n',
     ),
     Mutation(
         "cached blocks are freed first to last", "1.7", BLOCKS,
