@@ -27,7 +27,8 @@ is_own_process = False  # True in the `kvsim` command, where no other code uses 
 
 
 def njit(function: Callable) -> Callable:
-    """Compile `function` with kvsim's options; with NUMBA_DISABLE_JIT=1 it stays plain Python."""
+    """Compile `function` with kvsim's options; with NUMBA_DISABLE_JIT=1 it stays plain Python. It must use no negative
+    index: compiled code does not count from the end of an array."""
     return _compile(function)
 
 
@@ -86,8 +87,8 @@ def _pipelines() -> tuple[type, type]:
     from numba.core.typed_passes import NativeLowering
 
     def counted_from_the_front(use, signature):
-        """The signature of an array access with an index that is never negative, which need not be asked each time
-        whether it counts from the end; that of any other use as it is."""
+        """The signature of an array access, with an unsigned index; that of any other use as it is. A signed one would
+        be asked at each access whether it counts from the end."""
         is_access = isinstance(use, ir.SetItem) or (isinstance(use, ir.Expr) and use.op == "getitem")
         if (
             not is_access
@@ -115,24 +116,21 @@ def _pipelines() -> tuple[type, type]:
     @register_pass(mutates_CFG=True, analysis_only=False)
     class LowerWhole(NativeLowering):
         _name = "kvsim_lower_whole"
+        library = Whole
 
         def run_pass(self, state):
-            state.calltypes = {
-                use: counted_from_the_front(use, what) for use, what in state.calltypes.items()
-            }
-            state.library = Whole(state.targetctx.codegen(), state.func_id.func_qualname)
+            uses = state.calltypes.items()
+            state.calltypes = {use: counted_from_the_front(use, signature) for use, signature in uses}
+            state.library = self.library(state.targetctx.codegen(), state.func_id.func_qualname)
             state.library.enable_object_caching()
             return super().run_pass(state)
 
     @register_pass(mutates_CFG=True, analysis_only=False)
-    class LowerPart(NativeLowering):
+    class LowerPart(LowerWhole):
         _name = "kvsim_lower_part"
+        library = Part
 
         def run_pass(self, state):
-            state.calltypes = {
-                use: counted_from_the_front(use, what) for use, what in state.calltypes.items()
-            }
-            state.library = Part(state.targetctx.codegen(), state.func_id.func_qualname)
             state.flags.no_compile = True
             super().run_pass(state)
             fndesc, _, _, env = state["cr"]
