@@ -11,13 +11,18 @@ counts the calls of schedule(), `handed` those whose output is there, and its ro
 and `settle` writes that into the row. What a step needs of all members together is kept in `now` (their number, the
 sum of their computed tokens) and by phase, computed tokens modulo the block size: how many there are in each phase,
 and which, in running order. A member's phase rises by one a step, so it stays in the list `(computed - decodes) %
-num_phases` for good; list `due` is that of phase 0. A heap knows the step that is the last one of each.
+num_phases` for good; list `due` is that of phase 0. Who is in a list is only noted once somebody has to be visited.
+
+A calendar knows the members by the step that is the last one of each: `s.ends[k]` is the first of those whose last
+step is number k, modulo its length, and the marks say where there is somebody, 32 numbers in each.
 
 Requests that are not members (in the middle of their prefill, new, or unlike the others for a step) are `others`,
 visited one by one. `scatter` ends the cohort where the running list has to be walked; `gather` makes it anew.
 """
 
 from __future__ import annotations
+
+import numpy as np
 
 from kvsim._jit import inline_njit, inner_njit
 from kvsim.engine.blocks import blocks_for, full_blocks
@@ -125,17 +130,13 @@ def enter_cohort(s, r, last):
     phase = s.phases[row.phase]
     now.num_members += 1
     now.member_base += row.computed - now.decodes
-    before, after = phase.last, NOBODY
-    while before >= 0 and req[before].stamp > row.stamp:
-        before, after = req[before].before_in_phase, before
-    link_phase(req, phase, before, r)
-    link_phase(req, phase, r, after)
+    if now.has_phase_lists:
+        enter_phase(req, phase, r)
     phase.count += 1
     is_outgrowing = outgrows(s, row)
     phase.num_outgrowing += is_outgrowing
     now.num_outgrowing += is_outgrowing
-    now.heap_size += 1
-    sift_up(s.seats, req, now.heap_size - 1, r, last)
+    enter_calendar(s, r, last)
 
 
 @inline_njit
@@ -148,6 +149,30 @@ def joins_at_once(s, row):
     if s.settings[0].async_scheduling and s.settings[0].identities:
         return False
     return tokens_to_make(s, row) > 1
+
+
+@inline_njit
+def enter_phase(req, phase, r):
+    """Put `r` into the list of a phase, in running order."""
+    before, after = phase.last, NOBODY
+    while before >= 0 and req[before].stamp > req[r].stamp:
+        before, after = req[before].before_in_phase, before
+    link_phase(req, phase, before, r)
+    link_phase(req, phase, r, after)
+
+
+@inner_njit
+def list_phases(s):
+    """Note from now on who is in each phase."""
+    now, req = s.now[0], s.requests
+    if now.has_phase_lists:
+        return
+    now.has_phase_lists = 1
+    r = now.first_running
+    while r >= 0:
+        if req[r].phase >= 0:
+            enter_phase(req, s.phases[req[r].phase], r)
+        r = req[r].after
 
 
 @inline_njit
@@ -174,50 +199,61 @@ def leave(s, r):
     is_outgrowing = outgrows(s, row)
     s.phases[row.phase].num_outgrowing -= is_outgrowing
     now.num_outgrowing -= is_outgrowing
-    link_phase(s.requests, s.phases[row.phase], row.before_in_phase, row.after_in_phase)
+    if now.has_phase_lists:
+        link_phase(s.requests, s.phases[row.phase], row.before_in_phase, row.after_in_phase)
     row.phase = NOBODY
-    now.heap_size -= 1
-    leave_heap(s.seats, s.requests, now.heap_size, row.heap_at)
-
-
-@inner_njit
-def sift_up(seats, req, k, r, key):
-    """Put (key, r) into the heap of last steps at `k` or above."""
-    while k > 0 and key < seats[(k - 1) // 2].heap_key:
-        above = (k - 1) // 2
-        seats[k].heap_key = seats[above].heap_key
-        seats[k].heap_row = seats[above].heap_row
-        req[seats[k].heap_row].heap_at = k
-        k = above
-    seats[k].heap_key = key
-    seats[k].heap_row = r
-    req[r].heap_at = k
+    leave_calendar(s, row)
 
 
 @inline_njit
-def leave_heap(seats, req, size, k):
-    """Take entry `k` out of the heap of last steps, which has `size` then: the last one takes its place, and sinks or
-    rises from there."""
-    if k == size:
+def enter_calendar(s, r, last):
+    """Note that the member `r` makes its last token when `decodes` is `last`."""
+    now, row = s.now[0], s.requests[r]
+    day = last & (len(s.ends) - 1)
+    other = s.ends[day]
+    s.ends[day] = r
+    s.marks[day >> 5] |= 1 << (day & 31)
+    row.ends_on, row.ends_before, row.ends_after = day, other, NOBODY
+    if other >= 0:
+        s.requests[other].ends_after = r
+    now.next_end = min(now.next_end, last)
+
+
+@inline_njit
+def leave_calendar(s, row):
+    """Undo `enter_calendar`, for one who is no member any more."""
+    now, day, before, after = s.now[0], row.ends_on, row.ends_before, row.ends_after
+    if before >= 0:
+        s.requests[before].ends_after = after
+    if after >= 0:
+        s.requests[after].ends_before = before
         return
-    key, r = seats[size].heap_key, seats[size].heap_row
-    while 2 * k + 1 < size:
-        below = 2 * k + 1
-        if below + 1 < size and seats[below + 1].heap_key < seats[below].heap_key:
-            below += 1
-        if key <= seats[below].heap_key:
-            break
-        seats[k].heap_key = seats[below].heap_key
-        seats[k].heap_row = seats[below].heap_row
-        req[seats[k].heap_row].heap_at = k
-        k = below
-    sift_up(seats, req, k, r, key)
+    s.ends[day] = before
+    if before < 0:
+        s.marks[day >> 5] &= ~(1 << (day & 31))
+        if day == now.next_end & (len(s.ends) - 1):
+            now.next_end = following_end(s)
 
 
 @inline_njit
-def next_end(s):
-    """The number of calls of schedule() after which the first member has had its last. Needs a member."""
-    return s.seats[0].heap_key
+def following_end(s):
+    """The next end that is marked in the calendar, NEVER where none is. Needs none before `next_end`."""
+    now, last_word = s.now[0], len(s.marks) - 1
+    if now.num_members == 0:
+        return NEVER
+    word = now.next_end >> 5
+    # Above its day, the first word has the ends soonest to come, below it the last.
+    marks = s.marks[word & last_word] >> (now.next_end & 31) << (now.next_end & 31)
+    while marks == 0:
+        word += 1
+        marks = s.marks[word & last_word]
+    return (word << 5) + lowest_bit(marks)
+
+
+@inline_njit
+def lowest_bit(marks):
+    """The number of the lowest bit that is set, which is the exponent of that bit as a double."""
+    return (np.float64(marks & -marks).view(np.int64) >> 52) - 1023
 
 
 @inline_njit
@@ -225,8 +261,8 @@ def pop_ending(s):
     """Members whose last step was the latest one leave the cohort and wait among the ending, in running order, for
     its output."""
     now, req, seats = s.now[0], s.requests, s.seats
-    while now.num_members > 0 and seats[0].heap_key == now.decodes:
-        r = seats[0].heap_row
+    while now.next_end == now.decodes:
+        r = s.ends[now.decodes & (len(s.ends) - 1)]
         leave(s, r)
         k = now.num_ending
         while k > 0 and req[seats[k - 1].ending].stamp > req[r].stamp:
@@ -276,9 +312,11 @@ def scatter(s):
             phase.count = phase.num_outgrowing = 0
             phase.first = phase.last = NOBODY
             row.phase = NOBODY
+            s.ends[row.ends_on] = NOBODY
+            s.marks[row.ends_on >> 5] = 0
         r = row.after
-    now.num_members = now.member_base = now.heap_size = now.num_others = now.num_ending = 0
-    now.num_outgrowing = 0
+    now.num_members = now.member_base = now.num_others = now.num_ending = now.num_outgrowing = 0
+    now.next_end = NEVER
 
 
 @inline_njit

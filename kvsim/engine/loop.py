@@ -31,7 +31,6 @@ from kvsim.engine.cohort import (
     joins_at_once,
     leave_running,
     member_tokens,
-    next_end,
     pop_ending,
     scatter,
     settle_all,
@@ -433,7 +432,7 @@ def coast(s, until_ns, most_steps):
         stop = min(min(next_send(s), next_expiry(s)), min(cfg.until_ns, latest + 1 - cfg.fed))
         if (num_waiting(now) > 0 and not is_blocked) or is_first_token_due(s):  # nothing for `glide`
             stop = now.t
-        most_outputs = min(most_steps, steps + next_end(s) - now.decodes)
+        most_outputs = min(most_steps, steps + now.next_end - now.decodes)
         is_last = 0
         while now.t < stop and steps < most_outputs:
             growing = s.phases[now.due].count * now.growing_groups
@@ -895,7 +894,7 @@ def hand_out_tokens(s, index, flight, first):
 def is_end_due(s):
     """True when members made their last token in the latest of some quiet steps."""
     now = s.now[0]
-    return now.num_members > 0 and now.handed == now.decodes and next_end(s) == now.decodes
+    return now.handed == now.decodes and now.next_end == now.decodes
 
 
 @inline_njit

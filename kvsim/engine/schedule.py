@@ -32,6 +32,7 @@ from kvsim.engine.cohort import (
     last_member,
     leave_running,
     list_of,
+    list_phases,
     member_tokens,
     pop_ending,
     scatter,
@@ -285,6 +286,7 @@ def visit(s, is_growing):
     """Members to whom more happens in this step than a token, in running order, and the others between them. Returns
     how many of the others had their turn. Not `is_growing`: the blocks that they take are counted elsewhere."""
     now, req, seats, visits = s.now[0], s.requests, s.seats, s.visits
+    list_phases(s)
     for v in range(len(visits)):
         phase = s.phases[list_of(now, visits[v].tokens)]
         visits[v].at = phase.first if num_to_visit(s, v, is_growing) > 0 else NOBODY

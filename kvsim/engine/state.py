@@ -171,7 +171,9 @@ REQUEST = np.dtype(
         ("phase", np.int32),  # the list of the cohort that it is in, -1: no member
         ("before_in_phase", np.int32),
         ("after_in_phase", np.int32),
-        ("heap_at", np.int32),  # its place in the cohort's heap
+        ("ends_on", np.int32),  # its day in the cohort's calendar, and neighbours there, -1: none
+        ("ends_before", np.int32),
+        ("ends_after", np.int32),
         ("status", np.int8),
         ("prefilling", np.int8),  # the last step that scheduled it left known tokens to compute (3.18)
         ("is_steady", np.int8),  # 1: its windows have moved by one token in the last step, 2: in this one
@@ -182,15 +184,13 @@ REQUEST = np.dtype(
 )
 
 
-# Places for as many requests as can run, and one more: each column is a list of row numbers, or a heap, of its own.
+# Places for as many requests as can run, and one more: each column is a list of row numbers of its own.
 SEAT = np.dtype(
     [
         ("preempted", np.int64),  # a stack: those that wait after a preemption, the last one is next
         ("victim", np.int64),  # preempted in the last step, in order
-        # The cohort (`engine.cohort`): a heap of its members by the calls of schedule() made at their last one, the
-        # running requests that are visited in each step, those whose last token is in flight; in running order.
-        ("heap_key", np.int64),
-        ("heap_row", np.int64),
+        # Beside the cohort (`engine.cohort`), in running order: the running requests that are visited in each step,
+        # those whose last token is in flight.
         ("other", np.int64),
         ("ending", np.int64),
         ("free_slot", np.int64),  # a stack: rows of the block tables
@@ -343,6 +343,8 @@ class State(NamedTuple):
     seats: np.ndarray  # SEAT[max_num_seqs + 1]
     phases: np.ndarray  # PHASE[block size, or the longest request]
     visits: np.ndarray  # VISIT
+    ends: np.ndarray  # int32[a power of two, more than the tokens of a request]: rows, -1: none
+    marks: np.ndarray  # int64[that / 32]
     step: np.ndarray  # STEP[depth x max_num_seqs]
     flights: np.ndarray  # FLIGHT[depth]: 2 with asynchronous scheduling, else 1
     groups: np.ndarray  # GROUP
@@ -370,8 +372,8 @@ NOW = np.dtype(
             "first_received", "last_received", "oldest", "num_ranked", "queued_tokens",
             # the cohort (`engine.cohort`)
             "must_walk", "is_plain", "is_scattered", "decodes", "handed", "last_handout", "num_members",
-            "member_base", "heap_size", "num_others", "num_ending", "num_phases", "due", "is_visiting",
-            "growing_groups", "step_members", "outgrown_at", "num_outgrowing",
+            "member_base", "next_end", "has_phase_lists", "num_others", "num_ending", "num_phases", "due",
+            "is_visiting", "growing_groups", "step_members", "outgrown_at", "num_outgrowing",
             # pool
             "free_blocks", "cached_blocks", "table_blocks", "held_tokens", "num_free_slots", "table_stride",
             "hits_at", "num_keys", "num_lookups", "num_token_groups", "has_windows",
@@ -456,6 +458,7 @@ def pack(
     seats = table(SEAT, seqs + 1)
     seats.free_slot[:seqs] = np.arange(seqs)[::-1]
     phases, visits = _phases(kv_groups, settings)
+    num_days = _num_days(output_tokens, settings)
     turns = _turns(parent, delay_ns)
 
     now = table(NOW, 1)
@@ -478,6 +481,7 @@ def pack(
         "wait_request", "lonely_request", "first_running", "last_running", "first_received", "last_received", "oldest"
     ):  # fmt: skip
         now[name] = -1
+    now.next_end = NEVER
     now.must_walk = settings.log_steps or len(cost.windows) > 1
     now.is_scattered = 1
     now.num_phases = len(phases)
@@ -497,6 +501,8 @@ def pack(
         seats=seats,
         phases=phases,
         visits=visits,
+        ends=np.full(num_days, -1, np.int32),
+        marks=np.zeros(num_days >> 5, np.int64),
         step=table(STEP, depth * seqs),
         flights=table(FLIGHT, depth),
         groups=kv_groups,
@@ -585,6 +591,12 @@ def _phases(groups: np.recarray, settings: Settings) -> tuple[np.recarray, np.re
     visits += [(k, VISIT_BOTH if k in of_blocks else VISIT_WINDOW) for k in sorted(tokens)]
     tokens, why = zip(*visits, strict=True)
     return phases, table(VISIT, len(visits), tokens=tokens, why=why)
+
+
+def _num_days(output_tokens: np.ndarray, settings: Settings) -> int:
+    """Length of a calendar in which the last steps of two requests are never a whole round apart."""
+    most_steps = min(int(output_tokens.max(initial=1)), settings.max_model_len)
+    return max(32, 1 << most_steps.bit_length())
 
 
 def _outgrown_at(group: np.record, block_size: int) -> int:

@@ -522,13 +522,18 @@ MUTATIONS = (
     ),
     Mutation(
         "a member joins behind those admitted after it", "1.2", COHORT,
-        "    while before >= 0 and req[before].stamp > row.stamp:",
+        "    while before >= 0 and req[before].stamp > req[r].stamp:",
         "    while before >= 0 and False:",
     ),
     Mutation(
         "a member makes one token more", "3.19", COHORT,
-        "now.heap_size - 1, r, last)",
-        "now.heap_size - 1, r, last + 1)",
+        "enter_calendar(s, r, last)\n",
+        "enter_calendar(s, r, last + 1)\n",
+    ),
+    Mutation(
+        "of two members that end in one step one is forgotten", "3.19", COHORT,
+        "    s.ends[day] = before\n",
+        "    s.ends[day] = NOBODY\n",
     ),
     Mutation(
         "members that end in one step end as they come", "3.19", COHORT,
