@@ -13,8 +13,13 @@ sum of their computed tokens) and by phase, computed tokens modulo the block siz
 and which, in running order. A member's phase rises by one a step, so it stays in the list `(computed - decodes) %
 num_phases` for good; list `due` is that of phase 0. Who is in a list is only noted once somebody has to be visited.
 
-A calendar knows the members by the step that is the last one of each: `s.ends[k]` is the first of those whose last
-step is number k, modulo its length, and the marks say where there is somebody, 32 numbers in each.
+A calendar knows what comes next of each member, by `decodes`: two days for each number, modulo their number. On the
+first one those are listed who will have had their last token then, on the second those who outgrow a window in the call
+of schedule() that follows (`cross_windows`). `s.days[k]` is the latest entered of day k, `s.marks` says where there is
+somebody, 32 days in each.
+
+Members that are past their window, where only the number of blocks counts, leave a block behind in one of `block_size`
+steps, as they take one in another: `num_leaving` says how many of a list do. Else they are visited for it.
 
 Requests that are not members (in the middle of their prefill, new, or unlike the others for a step) are `others`,
 visited one by one. `scatter` ends the cohort where the running list has to be walked; `gather` makes it anew.
@@ -72,11 +77,27 @@ def settle(s, row):
         row.placeholders = in_flight
         row.in_flight = in_flight if row.generated > 0 else row.computed
     if not now.is_visiting:  # else whoever takes a block is visited
-        num_blocks = blocks_for(cfg, row.computed)
+        num_blocks, lag = blocks_for(cfg, row.computed), cfg.async_scheduling
         if num_blocks > row.num_blocks:
             row.held_blocks += (num_blocks - row.num_blocks) * now.growing_groups
             row.num_blocks = num_blocks
+            if row.is_past:  # it held most when it had just taken the latest one
+                leave_behind(s, row, (num_blocks - 1) * cfg.block_size - lag)
             row.peak_blocks = max(row.peak_blocks, row.held_blocks)
+        if row.is_past:
+            leave_behind(s, row, row.computed - 1 - lag)
+
+
+@inline_njit
+def leave_behind(s, row, tokens):
+    """The windows of a member move to where `tokens` tokens are computed: it holds fewer blocks. Returns how many."""
+    now, cfg = s.now[0], s.settings[0]
+    left = full_blocks(cfg, max(0, tokens - now.window + 1)) - full_blocks(
+        cfg, max(0, row.windows_at - now.window + 1)
+    )
+    row.windows_at = tokens
+    row.held_blocks -= left * now.window_groups
+    return left * now.window_groups
 
 
 @inline_njit
@@ -108,8 +129,8 @@ def outgrows(s, row):
 @inline_njit
 def join(s, r):
     """`r` becomes a member (see `can_join`). Its token in flight becomes that of a member too."""
-    now, row = s.now[0], s.requests[r]
-    enter_cohort(s, r, now.decodes + tokens_to_make(s, row) - row.generated - row.placeholders)
+    now = s.now[0]
+    enter_cohort(s, r)
     if now.decodes > now.handed:
         flight = s.flights[flight_row(s, now.handed)]
         first = flight_row(s, now.handed) * s.settings[0].max_num_seqs
@@ -121,8 +142,8 @@ def join(s, r):
 
 
 @inline_njit
-def enter_cohort(s, r, last):
-    """`r` is a member from now on; it makes its last token when `decodes` is `last`."""
+def enter_cohort(s, r):
+    """`r` is a member from now on."""
     now, cfg, req = s.now[0], s.settings[0], s.requests
     row = req[r]
     row.settled = now.decodes
@@ -133,10 +154,11 @@ def enter_cohort(s, r, last):
     if now.has_phase_lists:
         enter_phase(req, phase, r)
     phase.count += 1
-    is_outgrowing = outgrows(s, row)
-    phase.num_outgrowing += is_outgrowing
-    now.num_outgrowing += is_outgrowing
-    enter_calendar(s, r, last)
+    if now.has_windows:
+        is_outgrowing = outgrows(s, row)
+        phase.num_leaving += is_outgrowing
+        now.num_outgrowing += is_outgrowing
+    enter_calendar(s, r, next_change_of(s, row))
 
 
 @inline_njit
@@ -196,9 +218,12 @@ def leave(s, r):
     now.num_members -= 1
     now.member_base -= row.computed - now.decodes
     s.phases[row.phase].count -= 1
-    is_outgrowing = outgrows(s, row)
-    s.phases[row.phase].num_outgrowing -= is_outgrowing
-    now.num_outgrowing -= is_outgrowing
+    if now.has_windows:
+        is_outgrowing = outgrows(s, row)
+        s.phases[row.phase].num_leaving -= is_outgrowing + row.is_past
+        now.num_outgrowing -= is_outgrowing
+        now.num_past -= row.is_past
+        row.is_past = 0
     if now.has_phase_lists:
         link_phase(s.requests, s.phases[row.phase], row.before_in_phase, row.after_in_phase)
     row.phase = NOBODY
@@ -206,44 +231,86 @@ def leave(s, r):
 
 
 @inline_njit
-def enter_calendar(s, r, last):
-    """Note that the member `r` makes its last token when `decodes` is `last`."""
+def next_change_of(s, row):
+    """The day in the calendar for a member whose row is settled, not yet modulo the number of days."""
+    now, lag = s.now[0], s.settings[0].async_scheduling
+    last = now.decodes + tokens_to_make(s, row) - (row.computed + 1 - row.prompt)
+    if now.window_groups > 0 and not row.is_past:
+        # Its windows know what was computed before the step in flight; that may be nothing, while its prompt is there.
+        soonest = lag if row.first_token_at < 0 else 0
+        crossing = now.decodes + max(soonest, now.window + lag - row.computed)
+        if crossing < last:
+            return 2 * crossing + 1
+    return 2 * last
+
+
+@inline_njit
+def is_crossing_due(s):
+    """True when members outgrow their window in the next call of schedule()."""
+    return s.now[0].next_change == 2 * s.now[0].decodes + 1
+
+
+@inner_njit
+def cross_windows(s):
+    """In the call of schedule() that has begun, members outgrow their window: what was left behind before this step is
+    freed here, what is in it by `grow_together`. Needs enough blocks for who takes one first, and `is_crossing_due`."""
+    now = s.now[0]
+    day = now.next_change & (len(s.days) - 1)
+    r = s.days[day]
+    s.days[day] = NOBODY
+    s.marks[day >> 5] &= ~(1 << (day & 31))
+    while r >= 0:
+        row = s.requests[r]
+        other = row.before_on_day
+        settle(s, row)
+        now.free_blocks += leave_behind(s, row, row.computed - 1 - s.settings[0].async_scheduling)
+        row.is_past = 1
+        s.phases[row.phase].num_leaving += 1
+        now.num_past += 1
+        enter_calendar(s, r, next_change_of(s, row))
+        r = other
+    now.next_change = following_change(s)
+
+
+@inline_njit
+def enter_calendar(s, r, change):
+    """Note what comes next of the member `r` (see `next_change_of`)."""
     now, row = s.now[0], s.requests[r]
-    day = last & (len(s.ends) - 1)
-    other = s.ends[day]
-    s.ends[day] = r
+    day = change & (len(s.days) - 1)
+    other = s.days[day]
+    s.days[day] = r
     s.marks[day >> 5] |= 1 << (day & 31)
-    row.ends_on, row.ends_before, row.ends_after = day, other, NOBODY
+    row.day, row.before_on_day, row.after_on_day = day, other, NOBODY
     if other >= 0:
-        s.requests[other].ends_after = r
-    now.next_end = min(now.next_end, last)
+        s.requests[other].after_on_day = r
+    now.next_change = min(now.next_change, change)
 
 
 @inline_njit
 def leave_calendar(s, row):
-    """Undo `enter_calendar`, for one who is no member any more."""
-    now, day, before, after = s.now[0], row.ends_on, row.ends_before, row.ends_after
+    """Undo `enter_calendar`."""
+    now, day, before, after = s.now[0], row.day, row.before_on_day, row.after_on_day
     if before >= 0:
-        s.requests[before].ends_after = after
+        s.requests[before].after_on_day = after
     if after >= 0:
-        s.requests[after].ends_before = before
+        s.requests[after].before_on_day = before
         return
-    s.ends[day] = before
+    s.days[day] = before
     if before < 0:
         s.marks[day >> 5] &= ~(1 << (day & 31))
-        if day == now.next_end & (len(s.ends) - 1):
-            now.next_end = following_end(s)
+        if day == now.next_change & (len(s.days) - 1):
+            now.next_change = following_change(s)
 
 
 @inline_njit
-def following_end(s):
-    """The next end that is marked in the calendar, NEVER where none is. Needs none before `next_end`."""
+def following_change(s):
+    """The first change in the calendar, NEVER where there is none. Needs none before `next_change`."""
     now, last_word = s.now[0], len(s.marks) - 1
     if now.num_members == 0:
         return NEVER
-    word = now.next_end >> 5
-    # Above its day, the first word has the ends soonest to come, below it the last.
-    marks = s.marks[word & last_word] >> (now.next_end & 31) << (now.next_end & 31)
+    word = now.next_change >> 5
+    # Above its day, the first word has the changes soonest to come, below it the last.
+    marks = s.marks[word & last_word] >> (now.next_change & 31) << (now.next_change & 31)
     while marks == 0:
         word += 1
         marks = s.marks[word & last_word]
@@ -261,8 +328,8 @@ def pop_ending(s):
     """Members whose last step was the latest one leave the cohort and wait among the ending, in running order, for
     its output."""
     now, req, seats = s.now[0], s.requests, s.seats
-    while now.next_end == now.decodes:
-        r = s.ends[now.decodes & (len(s.ends) - 1)]
+    while now.next_change == 2 * now.decodes:
+        r = s.days[now.next_change & (len(s.days) - 1)]
         leave(s, r)
         k = now.num_ending
         while k > 0 and req[seats[k - 1].ending].stamp > req[r].stamp:
@@ -309,14 +376,16 @@ def scatter(s):
         if row.phase >= 0:
             settle(s, row)
             phase = s.phases[row.phase]
-            phase.count = phase.num_outgrowing = 0
+            phase.count = phase.num_leaving = 0
             phase.first = phase.last = NOBODY
             row.phase = NOBODY
-            s.ends[row.ends_on] = NOBODY
-            s.marks[row.ends_on >> 5] = 0
+            row.is_past = 0
+            s.days[row.day] = NOBODY
+            s.marks[row.day >> 5] = 0
         r = row.after
     now.num_members = now.member_base = now.num_others = now.num_ending = now.num_outgrowing = 0
-    now.next_end = NEVER
+    now.num_past = 0
+    now.next_change = NEVER
 
 
 @inline_njit

@@ -26,15 +26,17 @@ from kvsim.engine.blocks import (
 )
 from kvsim.engine.cohort import (
     count_schedule,
+    cross_windows,
     enter_cohort,
     flight_row,
+    is_crossing_due,
     joins_at_once,
     leave_running,
+    list_of,
     member_tokens,
     pop_ending,
     scatter,
     settle_all,
-    tokens_to_make,
 )
 from kvsim.engine.queues import (
     comes_first,
@@ -48,6 +50,7 @@ from kvsim.engine.queues import (
 from kvsim.engine.schedule import (
     assemble,
     blocks_beyond,
+    blocks_left_behind,
     cache_full,
     close_step,
     end_request,
@@ -432,13 +435,21 @@ def coast(s, until_ns, most_steps):
         stop = min(min(next_send(s), next_expiry(s)), min(cfg.until_ns, latest + 1 - cfg.fed))
         if (num_waiting(now) > 0 and not is_blocked) or is_first_token_due(s):  # nothing for `glide`
             stop = now.t
-        most_outputs = min(most_steps, steps + now.next_end - now.decodes)
+        if is_crossing_due(s) and now.t < stop:
+            if s.phases[now.due].count * now.growing_groups > now.free_blocks:
+                return steps
+            cross_windows(s)
+        most_outputs = min(most_steps, steps + (now.next_change >> 1) - now.decodes)
         is_last = 0
         while now.t < stop and steps < most_outputs:
             growing = s.phases[now.due].count * now.growing_groups
             if growing > now.free_blocks:
                 break
             growing_groups, room = now.growing_groups, most_outputs - steps
+            if now.num_past > 0 and is_head_waiting_for_blocks(s):
+                if now.wait_least <= now.free_blocks + blocks_left_behind(s) - growing:
+                    break
+                room = 1
             if now.is_visiting or now.num_outgrowing > 0:
                 room = 1
                 if is_visit_due(s):
@@ -447,7 +458,12 @@ def coast(s, until_ns, most_steps):
                     visit_quietly(s)
                     if now.is_visiting:
                         growing_groups = 0
-            made = 0 if is_last else glide(s, growing_groups, room, stop, latest)
+            if is_last:
+                made = 0
+            elif now.num_past > 0:
+                made = glide_past_windows(s, growing_groups, room, stop, latest)
+            else:
+                made = glide(s, growing_groups, room, stop, latest, False)
             if made == 0:
                 launch_quietly(s, growing_groups)
                 break
@@ -455,6 +471,8 @@ def coast(s, until_ns, most_steps):
             is_last = made < room
         if steps == most_steps:
             return steps
+        if is_crossing_due(s) and now.t < stop and not now.awaiting:
+            continue
         made = go_on_quietly(s, min(latest, cfg.until_ns - 1) - cfg.fed)
         if made < 0:
             return steps
@@ -517,9 +535,12 @@ def num_to_admit(s):
     if now.num_outgrowing > 0 and is_visit_due(s):
         return -1
     budget = cfg.max_num_batched_tokens - now.num_members
-    free = now.free_blocks - s.phases[now.due].count * now.growing_groups
-    if budget < 0 or free < 0:
+    growing = s.phases[now.due].count * now.growing_groups
+    if budget < 0 or growing > now.free_blocks:
         return -1
+    if is_crossing_due(s):
+        cross_windows(s)
+    free = now.free_blocks + blocks_left_behind(s) - growing
     r = now.first_received
     for k in range(now.num_received):
         row = s.requests[r]
@@ -565,7 +586,7 @@ def make_step(s, admitted, latest):
         entry.is_prefill = entry.emits = 1
         now.prefill_tokens += row.prompt
         now.prefill_pairs += pairs(0, row.prompt)
-        enter_cohort(s, r, now.decodes + tokens_to_make(s, row) - 1)
+        enter_cohort(s, r)
         taken = free_before - now.free_blocks
         record(now, s.events, now.t, now.num_steps, EVENT_ADMIT, r, NO_CAUSE, free_before, taken, 0, -1)
     now.prefill_ctx = now.prefill_tokens
@@ -693,9 +714,10 @@ def quiet_cost(s):
 
 
 @inline_njit
-def glide(s, growing_groups, most_steps, stop, latest):
-    """Make quiet steps in which nobody is visited; members that grow take a block in each of `growing_groups`.
-    Everything that a step changes is in local variables, and what can be had from sums afterwards is not kept."""
+def glide(s, growing_groups, most_steps, stop, latest, has_past):
+    """Make quiet steps in which nobody is visited; members that grow take a block in each of `growing_groups`, and with
+    `has_past`, a constant, so that there are two loops, those that are past a window leave some behind. Everything that
+    a step changes is in local variables, and what can be had from sums afterwards is not kept."""
     now, cfg, phases, used_time, gap_counts = s.now[0], s.settings[0], s.phases, s.used_time, s.gap_counts
     n, is_async = now.num_members, cfg.async_scheduling
     seconds, context_s = quiet_cost(s)
@@ -707,6 +729,8 @@ def glide(s, growing_groups, most_steps, stop, latest):
     used = used_before = used_blocks(s)
     at, last_phase = now.due, now.num_phases - 1
     t = used_area = ends = steps = 0
+    at_past = list_of(now, now.window_phase)
+    most_used = grown = grown_area = 0  # members that took a block, and for how long they have had it
     # `whole` and `width`: the time until the next output, with a step in flight that of the step before.
     if is_async:
         whole = float(oldest_flight(s).end - now.t)
@@ -721,6 +745,12 @@ def glide(s, growing_groups, most_steps, stop, latest):
             used -= phases[at].count * growing_groups
             t -= width
             break
+        if has_past:
+            grown += phases[at].count
+            grown_area += grown * width
+            used -= phases[at_past].num_leaving * now.window_groups
+            most_used = max(most_used, used)
+            at_past = at_past - 1 if at_past > 0 else last_phase
         gap_counts[bucket_of(whole)] += n
         used_time[used] += width
         used_area += used * width
@@ -733,29 +763,34 @@ def glide(s, growing_groups, most_steps, stop, latest):
     if steps == 0:
         return 0
     now.due = at
-    account_for(s, now.t + t, used_before, used, used_area, growing_groups, (steps + 1) * t - ends)
+    if not has_past:
+        most_used, grown, grown_area = used, used - used_before, used_area - used_before * t
+        if growing_groups > 1:
+            grown //= growing_groups
+            grown_area //= growing_groups
+    now.free_blocks = usable - used
+    account_for(s, now.t + t, used_area, most_used, grown, grown_area, (steps + 1) * t - ends)
     count_quiet_steps(s, steps, now.t + t, now.t + t + width if is_async else now.t + t)
     return steps
 
 
+@inner_njit
+def glide_past_windows(s, growing_groups, most_steps, stop, latest):
+    """`glide` where members are past a window."""
+    return glide(s, growing_groups, most_steps, stop, latest, True)
+
+
 @inline_njit
-def account_for(s, until, used_before, used, used_area, growing_groups, token_time):
-    """`account` for quiet steps: `token_time` is the sum of tokens x ns that one member has gained in them."""
+def account_for(s, until, used_area, most_used, grown, grown_area, token_time):
+    """`account` for quiet steps, in which `grown` blocks were added to tables: `token_time` is the sum of tokens x ns
+    that one member has gained in them."""
     now = s.now[0]
     duration = until - now.accounted
-    grown_area = grown = 0  # members that took a block, and for how long they have had it
-    if growing_groups > 0:
-        grown = used - used_before
-        grown_area = used_area - used_before * duration
-    if growing_groups > 1:
-        grown //= growing_groups
-        grown_area //= growing_groups
     unfilled = unfilled_places(s) * duration + grown_area * s.settings[0].block_size
     unfilled -= token_time * now.num_members
-    add_to_bin(s, duration, used_area, used, unfilled)
+    add_to_bin(s, duration, used_area, most_used, unfilled)
     now.table_blocks += grown
-    now.free_blocks -= grown * growing_groups
-    now.peak_used = max(now.peak_used, used)
+    now.peak_used = max(now.peak_used, most_used)
     now.accounted = until
 
 
@@ -894,7 +929,7 @@ def hand_out_tokens(s, index, flight, first):
 def is_end_due(s):
     """True when members made their last token in the latest of some quiet steps."""
     now = s.now[0]
-    return now.handed == now.decodes and now.next_end == now.decodes
+    return now.handed == now.decodes and now.next_change == 2 * now.decodes
 
 
 @inline_njit

@@ -24,9 +24,11 @@ from kvsim.engine.blocks import (
 )
 from kvsim.engine.cohort import (
     count_schedule,
+    cross_windows,
     enter_cohort,
     flight_row,
     gather,
+    is_crossing_due,
     join_all,
     joins_at_once,
     last_member,
@@ -37,7 +39,6 @@ from kvsim.engine.cohort import (
     pop_ending,
     scatter,
     settle,
-    tokens_to_make,
 )
 from kvsim.engine.queues import (
     NOBODY,
@@ -220,8 +221,8 @@ def wanted(s, row):
 def way_to_run(s):
     """How the running phase can go, so that it ends as if everybody were visited: TOGETHER, where the budget reaches
     everybody up to the last member and the pool everybody; AS_FAR_AS_IT_GOES, where the pool does not, and whoever is
-    last makes room; else ONE_BY_ONE, because with a step in flight the last are in it, and by priority others than
-    the last make room."""
+    last makes room; else ONE_BY_ONE, because with a step in flight the last are in it, by priority others than the
+    last make room, and a window makes some on the way."""
     now, cfg, req, seats = s.now[0], s.settings[0], s.requests, s.seats
     last = last_member(s)
     tokens, blocks = now.num_members, s.phases[now.due].count * now.growing_groups
@@ -237,7 +238,9 @@ def way_to_run(s):
         return ONE_BY_ONE
     if blocks <= now.free_blocks:
         return TOGETHER
-    return ONE_BY_ONE if cfg.async_scheduling or cfg.policy == PRIORITY else AS_FAR_AS_IT_GOES
+    if cfg.async_scheduling or cfg.policy == PRIORITY or now.window_groups > 0:
+        return ONE_BY_ONE
+    return AS_FAR_AS_IT_GOES
 
 
 @inline_njit
@@ -247,6 +250,8 @@ def run_together(s, way):
     x = 0
     is_growing = now.is_visiting > 0 or way == AS_FAR_AS_IT_GOES
     if not is_growing:
+        if is_crossing_due(s):
+            cross_windows(s)
         grow_together(s)
     if is_growing or now.num_outgrowing > 0:
         x = visit(s, is_growing)
@@ -264,11 +269,21 @@ def run_together(s, way):
 
 @inline_njit
 def grow_together(s):
-    """Those members who need a block take it, where only the number counts. Needs enough free blocks."""
+    """Those members who need a block take it, and those who leave one behind with a window free it, where only the
+    number counts. Needs enough free blocks, and nobody on the way past a window."""
     now = s.now[0]
     growing = s.phases[now.due].count
-    now.free_blocks -= growing * now.growing_groups
+    now.free_blocks += blocks_left_behind(s) - growing * now.growing_groups
     now.table_blocks += growing
+
+
+@inline_njit
+def blocks_left_behind(s):
+    """Blocks that members free in the next step, because of a window that they are past."""
+    now = s.now[0]
+    if now.num_past == 0:
+        return 0
+    return s.phases[list_of(now, now.window_phase)].num_leaving * now.window_groups
 
 
 @inline_njit
@@ -277,7 +292,7 @@ def num_to_visit(s, v, is_growing):
     phase, why = s.phases[list_of(s.now[0], s.visits[v].tokens)], s.visits[v].why
     if why == VISIT_BLOCK:
         return phase.count if is_growing else 0
-    is_due = phase.num_outgrowing > 0 and not (is_growing and why == VISIT_BOTH)
+    is_due = phase.num_leaving > 0 and not (is_growing and why == VISIT_BOTH)
     return phase.count if is_due else 0
 
 
@@ -753,7 +768,7 @@ def admit(s, r, n, num_hits):
     cache_full(s, row, r, row.computed)
     if not now.is_scattered:
         if joins_at_once(s, row):
-            enter_cohort(s, r, now.decodes + tokens_to_make(s, row) - 1)
+            enter_cohort(s, r)
         else:
             s.seats[now.num_others].other = r
             now.num_others += 1

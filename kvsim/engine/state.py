@@ -171,12 +171,13 @@ REQUEST = np.dtype(
         ("phase", np.int32),  # the list of the cohort that it is in, -1: no member
         ("before_in_phase", np.int32),
         ("after_in_phase", np.int32),
-        ("ends_on", np.int32),  # its day in the cohort's calendar, and neighbours there, -1: none
-        ("ends_before", np.int32),
-        ("ends_after", np.int32),
+        ("day", np.int32),  # of the cohort's calendar, and neighbours on it, -1: none
+        ("before_on_day", np.int32),
+        ("after_on_day", np.int32),
         ("status", np.int8),
         ("prefilling", np.int8),  # the last step that scheduled it left known tokens to compute (3.18)
         ("is_steady", np.int8),  # 1: its windows have moved by one token in the last step, 2: in this one
+        ("is_past", np.int8),  # a member that leaves a block behind in one of `block_size` steps
         ("outcome", np.int8),
         ("cause", np.int8),
     ],
@@ -197,9 +198,9 @@ SEAT = np.dtype(
     ]
 )
 
-# The cohort's members by computed tokens, modulo the block size: how many, how many of them outgrow a window before
-# they end, and which, in running order; -1: none.
-PHASE = np.dtype([("count", np.int64), ("num_outgrowing", np.int64), ("first", np.int64), ("last", np.int64)])
+# The cohort's members by computed tokens, modulo the block size: how many, how many of them leave blocks behind with a
+# window (where they are visited for it: will do so before they end), and which, in running order; -1: none.
+PHASE = np.dtype([("count", np.int64), ("num_leaving", np.int64), ("first", np.int64), ("last", np.int64)])
 
 # Computed tokens, modulo the block size, with which a member is visited, why, and how far the visits have come.
 VISIT = np.dtype([("tokens", np.int64), ("why", np.int64), ("at", np.int64)])
@@ -343,7 +344,7 @@ class State(NamedTuple):
     seats: np.ndarray  # SEAT[max_num_seqs + 1]
     phases: np.ndarray  # PHASE[block size, or the longest request]
     visits: np.ndarray  # VISIT
-    ends: np.ndarray  # int32[a power of two, more than the tokens of a request]: rows, -1: none
+    days: np.ndarray  # int32[a power of two, more than twice the tokens that a request makes]: rows, -1: none
     marks: np.ndarray  # int64[that / 32]
     step: np.ndarray  # STEP[depth x max_num_seqs]
     flights: np.ndarray  # FLIGHT[depth]: 2 with asynchronous scheduling, else 1
@@ -372,8 +373,9 @@ NOW = np.dtype(
             "first_received", "last_received", "oldest", "num_ranked", "queued_tokens",
             # the cohort (`engine.cohort`)
             "must_walk", "is_plain", "is_scattered", "decodes", "handed", "last_handout", "num_members",
-            "member_base", "next_end", "has_phase_lists", "num_others", "num_ending", "num_phases", "due",
+            "member_base", "next_change", "has_phase_lists", "num_others", "num_ending", "num_phases", "due",
             "is_visiting", "growing_groups", "step_members", "outgrown_at", "num_outgrowing",
+            "window", "window_groups", "window_phase", "num_past",
             # pool
             "free_blocks", "cached_blocks", "table_blocks", "held_tokens", "num_free_slots", "table_stride",
             "hits_at", "num_keys", "num_lookups", "num_token_groups", "has_windows",
@@ -457,7 +459,8 @@ def pack(
     )
     seats = table(SEAT, seqs + 1)
     seats.free_slot[:seqs] = np.arange(seqs)[::-1]
-    phases, visits = _phases(kv_groups, settings)
+    window = _counted_window(kv_groups, settings)
+    phases, visits = _phases(kv_groups, settings, window)
     num_days = _num_days(output_tokens, settings)
     turns = _turns(parent, delay_ns)
 
@@ -481,14 +484,20 @@ def pack(
         "wait_request", "lonely_request", "first_running", "last_running", "first_received", "last_received", "oldest"
     ):  # fmt: skip
         now[name] = -1
-    now.next_end = NEVER
+    now.next_change = NEVER
     now.must_walk = settings.log_steps or len(cost.windows) > 1
     now.is_scattered = 1
     now.num_phases = len(phases)
     now.growing_groups = (kv_groups.kind != STATE).sum()
     now.is_visiting = settings.identities or now.growing_groups[0] == 0
     now.is_plain = _is_plain(settings) and not now.must_walk[0] and not now.is_visiting[0]
-    now.outgrown_at = min([_outgrown_at(group, settings.block_size) for group in kv_groups])
+    if window:
+        now.window = window
+        now.window_groups = (kv_groups.kind == SLIDING).sum()
+        now.window_phase = (window - 1 + depth - 1) % len(phases)
+        now.outgrown_at = NEVER
+    else:
+        now.outgrown_at = min([_outgrown_at(group, settings.block_size) for group in kv_groups])
     return State(
         settings=table(SETTINGS, 1, **settings._asdict(), block_shift=_shift_of(settings.block_size)),
         now=now,
@@ -501,7 +510,7 @@ def pack(
         seats=seats,
         phases=phases,
         visits=visits,
-        ends=np.full(num_days, -1, np.int32),
+        days=np.full(num_days, -1, np.int32),
         marks=np.zeros(num_days >> 5, np.int64),
         step=table(STEP, depth * seqs),
         flights=table(FLIGHT, depth),
@@ -567,17 +576,25 @@ def _groups(groups, settings: Settings) -> tuple[np.recarray, int]:
     return out, len(lookups)
 
 
-def _phases(groups: np.recarray, settings: Settings) -> tuple[np.recarray, np.recarray]:
+def _counted_window(groups: np.recarray, settings: Settings) -> int:
+    """The window, where there is one for all groups that have any and only the number of blocks counts; else 0."""
+    windows = {int(group.window) for group in groups if group.kind in (SLIDING, CHUNKED)}
+    is_one = len(windows) == 1 and not (groups.kind == CHUNKED).any()
+    return windows.pop() if is_one and not settings.identities else 0
+
+
+def _phases(groups: np.recarray, settings: Settings, window: int) -> tuple[np.recarray, np.recarray]:
     """A cohort without members, and when they will be visited: when they take a block; with prefix caching when they
     have filled one: when its last token is scheduled, and with asynchronous scheduling a step later, when it is
-    known (2.6); and when a window leaves something behind (6.5), which is a step later with a step in flight."""
+    known (2.6); and when a window leaves something behind (6.5), which is a step later with a step in flight, unless
+    it is the counted `window`."""
     block = settings.block_size
     lag = 1 if settings.async_scheduling else 0
     of_blocks, tokens = {0}, set()
     if settings.enable_prefix_caching and not lag:
         of_blocks.add(block - 1)
     for group in groups:
-        if group.kind == SLIDING:
+        if group.kind == SLIDING and not window:
             tokens.add(group.window - 1 + lag)
         elif group.kind == CHUNKED:
             tokens |= {k + lag for k in range(0, block, int(np.gcd(group.window, block)))}
@@ -594,9 +611,9 @@ def _phases(groups: np.recarray, settings: Settings) -> tuple[np.recarray, np.re
 
 
 def _num_days(output_tokens: np.ndarray, settings: Settings) -> int:
-    """Length of a calendar in which the last steps of two requests are never a whole round apart."""
+    """Days of a calendar in which what comes next of two requests is never a whole round apart."""
     most_steps = min(int(output_tokens.max(initial=1)), settings.max_model_len)
-    return max(32, 1 << most_steps.bit_length())
+    return max(32, 2 << most_steps.bit_length())
 
 
 def _outgrown_at(group: np.record, block_size: int) -> int:

@@ -502,13 +502,13 @@ MUTATIONS = (
     ),
     Mutation(
         "with a step in flight members make room as without", "4.3", SCHEDULE,
-        "return ONE_BY_ONE if cfg.async_scheduling or cfg.policy == PRIORITY else AS_FAR_AS_IT_GOES",
-        "return ONE_BY_ONE if cfg.policy == PRIORITY else AS_FAR_AS_IT_GOES",
+        "if cfg.async_scheduling or cfg.policy == PRIORITY or now.window_groups > 0:",
+        "if cfg.policy == PRIORITY or now.window_groups > 0:",
     ),
     Mutation(
         "by priority members make room as first come, first served", "3.6", SCHEDULE,
-        "return ONE_BY_ONE if cfg.async_scheduling or cfg.policy == PRIORITY else AS_FAR_AS_IT_GOES",
-        "return ONE_BY_ONE if cfg.async_scheduling else AS_FAR_AS_IT_GOES",
+        "if cfg.async_scheduling or cfg.policy == PRIORITY or now.window_groups > 0:",
+        "if cfg.async_scheduling or now.window_groups > 0:",
     ),
     Mutation(
         "members that need a block take it before the others between them", "1.2", SCHEDULE,
@@ -527,13 +527,28 @@ MUTATIONS = (
     ),
     Mutation(
         "a member makes one token more", "3.19", COHORT,
-        "enter_calendar(s, r, last)\n",
-        "enter_calendar(s, r, last + 1)\n",
+        "    return 2 * last\n",
+        "    return 2 * last + 2\n",
     ),
     Mutation(
         "of two members that end in one step one is forgotten", "3.19", COHORT,
-        "    s.ends[day] = before\n",
-        "    s.ends[day] = NOBODY\n",
+        "    s.days[day] = before\n",
+        "    s.days[day] = NOBODY\n",
+    ),
+    Mutation(
+        "with a step in flight a window knows of the prompt at once", "4.1, 6.5", COHORT,
+        "soonest = lag if row.first_token_at < 0 else 0",
+        "soonest = 0",
+    ),
+    Mutation(
+        "a member outgrows its window a step late", "6.5", COHORT,
+        "max(soonest, now.window + lag - row.computed)",
+        "max(soonest, now.window + lag - row.computed) + 1",
+    ),
+    Mutation(
+        "who waits for blocks is not looked at when windows free some", "3.14, 6.5", LOOP,
+        "            if now.num_past > 0 and is_head_waiting_for_blocks(s):",
+        "            if False:",
     ),
     Mutation(
         "members that end in one step end as they come", "3.19", COHORT,
@@ -602,8 +617,8 @@ MUTATIONS = (
     ),
     Mutation(
         "the cohort takes no budget from a quiet admission", "3.13", LOOP,
-        "    budget = cfg.max_num_batched_tokens - now.num_members\n",
-        "    budget = cfg.max_num_batched_tokens\n",
+        "    budget = cfg.max_num_batched_tokens - now.num_members\n    growing",
+        "    budget = cfg.max_num_batched_tokens\n    growing",
     ),
     Mutation(
         "a quiet admission does not say who still waits", "3.14", LOOP,

@@ -15,6 +15,7 @@ from tests.engine.workloads import (
     request_rows,
     run_compiled,
     time_sums,
+    windowed,
     workloads,
 )
 from tests.naive import engine as naive
@@ -51,7 +52,16 @@ MS = 1_000_000
 @example(([(0, 5, 40), (0, 7, 30)], naive.Settings(**DECODING, groups=HYBRID)))
 @example(([(0, 5, 6), (0, 5, 6), (0, 5, 20), (0, 5, 20)], naive.Settings(**DECODING | TWO_END_IN_A_SHORTAGE)))
 def test_equals_the_naive_engine(workload):
-    rows, settings = workload
+    compare(*workload)
+
+
+@given(windowed())
+def test_outgrown_windows_that_are_counted(workload):
+    compare(*workload)
+
+
+def compare(rows, settings):
+    """All ways of the compiled engine with the naive one."""
     ref = naive.run(rows, settings, duration=duration, record_steps=True)
     # Checks and logs walk the running list in every step, the others know the cohort.
     # Wide bins, because quiet steps are made in one go only up to the end of a bin.

@@ -135,6 +135,26 @@ def workloads(draw):
     return rows, dataclasses.replace(settings, **PLAIN) if is_plain else settings
 
 
+@some.composite
+def windowed(draw):
+    """`workloads` in which requests outgrow one window, and only the number of blocks counts."""
+    rows, settings = draw(workloads())
+    rows = [(row[0], draw(some.integers(1, 40)), draw(some.integers(1, 70)), *row[3:]) for row in rows]
+    max_model_len = draw(some.integers(30, 120))
+    window = draw(some.integers(1, 24))
+    kinds = draw(some.sampled_from((*GROUPS[:5], ("full", "mamba", "sliding"))))
+    blocks_of_one = -(-max_model_len // settings.block_size)
+    settings = dataclasses.replace(
+        settings,
+        groups=tuple(_group(kind, window, settings.block_size) for kind in kinds),
+        enable_prefix_caching=False,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=max(settings.max_num_batched_tokens, max_model_len),
+        num_gpu_blocks=1 + blocks_of_one * draw(some.sampled_from([1, 2, 3, 60])),
+    )
+    return rows, dataclasses.replace(settings, **PLAIN) if draw(some.booleans()) else settings
+
+
 def _group(kind, window, block_size):
     """One KV group; a chunk is of whole blocks."""
     if kind == "chunked":
