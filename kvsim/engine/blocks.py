@@ -54,23 +54,27 @@ def take(s, row, entry, count):
 def take_from_list(now, groups, pool, ends, row, count):
     """The part of `take` that knows which block is where: group by group, from the front of the free list. What a
     block had cached is evicted (1.4)."""
-    blocks, table = pool.blocks, pool.table
+    blocks, free, table, mask = pool.blocks, pool.free, pool.table, len(pool.free) - 1
+    at, num_evicted = now.free_front, 0
     for group in range(len(groups)):
         taken = blocks_to_take(groups[group], row.num_blocks, count)
         start = table_start(now, groups, row, group) + row.num_blocks
         if taken < count:  # the new state is that of the last token, null blocks lie before it
             table[start : start + count] = 0
             start += count - taken
-        b = blocks[0].next
         for k in range(start, start + taken):
+            b = free[at & mask]
+            while b == 0:  # a gap
+                at += 1
+                b = free[at & mask]
+            at += 1
             table[k] = b
             blocks[b].num_refs = 1
             if blocks[b].key >= 0:
-                evict(blocks, ends, b)
-                now.cached_blocks -= 1
-            b = blocks[b].next
-        blocks[0].next = b
-        blocks[b].prev = 0
+                evict(pool, ends, b)
+                num_evicted += 1
+    now.free_front = at
+    now.cached_blocks -= num_evicted
 
 
 @inline_njit
@@ -84,44 +88,50 @@ def blocks_to_take(group, num_blocks, count):
     return count
 
 
-@inline_njit
-def unlink(blocks, b):
-    """Take block `b` out of the free list, wherever it is."""
-    before, after = blocks[b].prev, blocks[b].next
-    blocks[before].next = after
-    blocks[after].prev = before
+@inner_njit
+def close_free_gaps(now, pool):
+    """Move what is in the free list together, in its order."""
+    free, mask = pool.free, len(pool.free) - 1
+    end = now.free_front
+    for at in range(now.free_front, now.free_end):
+        b = free[at & mask]
+        if b > 0:
+            free[end & mask] = b
+            pool.blocks[b].free_at = end & mask
+            end += 1
+    now.free_end = end
 
 
 @inline_njit
-def link(blocks, first, last, before, after):
-    """Put a chain of blocks into the free list between two neighbours."""
-    blocks[first].prev = before
-    blocks[last].next = after
-    blocks[before].next = first
-    blocks[after].prev = last
-
-
-@inline_njit
-def evict(blocks, ends, b):
+def evict(pool, ends, b):
     """Block `b`, no longer free, loses its key."""
-    key, older, newer = blocks[b].key, blocks[b].older, blocks[b].newer
-    if older > 0:
-        blocks[older].newer = newer
+    key = pool.blocks[b].key
+    pool.blocks[b].key = -1
+    if ends[key].oldest == ends[key].newest:
+        ends[key].oldest = ends[key].newest = 0
     else:
-        ends[key].oldest = newer
-    if newer > 0:
-        blocks[newer].older = older
+        forget_copy(pool.copies, ends[key], b)
+
+
+@inner_njit
+def forget_copy(copies, end, b):
+    """Take block `b` out of the blocks with its key. Needs another one."""
+    older, newer = copies[b].older, copies[b].newer
+    if end.oldest == b:
+        end.oldest = newer
+    elif end.newest == b:
+        end.newest = older
     else:
-        ends[key].newest = older
-    blocks[b].key = -1
+        copies[older].newer = newer
+        copies[newer].older = older
 
 
 @inner_njit
 def cache(now, cfg, groups, pool, keys, row, r, num_full):
     """Put the blocks of request `r` up to its first `num_full` into the prefix map of their group, those that are
     not yet in it and can be of use (2.6, 6.7)."""
-    blocks, ends, table = pool.blocks, keys.ends, pool.table
-    cached_in = now.num_steps if now.is_scheduling else -1
+    blocks, copies, ends, table = pool.blocks, pool.copies, keys.ends, pool.table
+    span = key_span(keys, r)
     for group in range(len(groups)):
         start, first_key = table_start(now, groups, row, group), group * now.num_keys
         has_all = groups[group].kind != SLIDING and groups[group].kind != MAMBA
@@ -129,17 +139,17 @@ def cache(now, cfg, groups, pool, keys, row, r, num_full):
             b = table[start + k]
             if b == 0 or not (has_all or is_of_use(cfg, groups[group], row, k)):
                 continue
-            key = first_key + key_of(keys, r, k)
-            last = ends[key].newest
+            key = first_key + key_in(keys, span, k)
             blocks[b].key = key
-            blocks[b].cached_in = cached_in
-            blocks[b].older = last
-            blocks[b].newer = 0
-            if last > 0:
-                blocks[last].newer = b
-            else:
+            last = ends[key].newest
+            if last == 0:
                 ends[key].oldest = b
+            else:
+                copies[last].newer = b
+                copies[b].older = last
             ends[key].newest = b
+            if groups[group].kind == MAMBA:
+                copies[b].cached_in = now.num_steps if now.is_scheduling else -1
     row.num_cached = num_full
 
 
@@ -157,9 +167,23 @@ def is_of_use(cfg, group, row, k):
 @inline_njit
 def key_of(keys, r, k):
     """The content key of block `k` of request `r`, the same in every group."""
-    at = keys.spans[r].shared_from + k
-    end = keys.spans[r + 1].shared_from
-    return keys.shared[at] if at < end else keys.spans[r].own_from + at - end
+    return key_in(keys, key_span(keys, r), k)
+
+
+@inline_njit
+def key_span(keys, r):
+    """Where the keys of request `r` are, for `key_in`: where its shared ones start, how many they are, and what to add
+    to the number of a block after them."""
+    start, own_from = keys.spans[r].shared_from, keys.spans[r].own_from
+    num_shared = keys.spans[r + 1].shared_from - start
+    return start, num_shared, own_from - num_shared
+
+
+@inline_njit
+def key_in(keys, span, k):
+    """`key_of` with the span of the request at hand."""
+    start, num_shared, own_from = span
+    return keys.shared[start + k] if k < num_shared else own_from + k
 
 
 @inline_njit
@@ -207,12 +231,13 @@ def look_up(s, r, num_tokens):
             break
     now.num_hits = tokens // block_size
     now.junction = longest if longest > now.num_hits else 0
-    now.free_hits = 0
+    free_hits = 0
     for group in range(len(s.groups)):
         start = now.hits_at + group * now.table_stride
         for k in range(skipped_blocks(s, group, tokens), now.num_hits):
             b = s.pool.table[start + k]
-            now.free_hits += b > 0 and s.pool.blocks[b].num_refs == 0
+            free_hits += b > 0 and s.pool.blocks[b].num_refs == 0
+    now.free_hits = free_hits
 
 
 @inline_njit
@@ -241,9 +266,9 @@ def find_run(s, r, like, most):
     """Full attention: leading blocks in the map, up to `most`."""
     k = 0
     if len(s.groups) == 1:  # the same without the search for groups that are alike
-        ends, table, hits_at = s.keys.ends, s.pool.table, s.now[0].hits_at
+        ends, table, hits_at, span = s.keys.ends, s.pool.table, s.now[0].hits_at, key_span(s.keys, r)
         while k < most:
-            b = ends[key_of(s.keys, r, k)].oldest
+            b = ends[key_in(s.keys, span, k)].oldest
             if b == 0:
                 break
             table[hits_at + k] = b
@@ -294,7 +319,7 @@ def hits_fresh_state(s, num_hits):
     for group in range(len(s.groups)):
         if num_hits > 0 and s.groups[group].kind == MAMBA:
             b = s.pool.table[now.hits_at + group * now.table_stride + num_hits - 1]
-            if s.pool.blocks[s.keys.ends[s.pool.blocks[b].key].newest].cached_in == now.num_steps:
+            if s.pool.copies[s.keys.ends[s.pool.blocks[b].key].newest].cached_in == now.num_steps:
                 return True
     return False
 
@@ -312,21 +337,24 @@ def forget_hits(s, like, count):
 def touch_hits(s, row, num_hits):
     """Make the blocks of the last look-up the beginning of the tables of `row`, null blocks where a group does not
     need them any more (1.5, 2.5, 6.6). Needs an open slot and empty tables."""
-    now, pool = s.now[0], s.pool
+    now, blocks, table = s.now[0], s.pool.blocks, s.pool.table
+    num_held = num_free = 0
     for group in range(len(s.groups)):
         start, hits = table_start(now, s.groups, row, group), now.hits_at + group * now.table_stride
         skipped = skipped_blocks(s, group, num_hits * s.settings[0].block_size)
         for k in range(num_hits):
-            b = pool.table[hits + k] if k >= skipped else 0
-            pool.table[start + k] = b
+            b = table[hits + k] if k >= skipped else 0
+            table[start + k] = b
             if b == 0:
                 continue
-            if pool.blocks[b].num_refs == 0:
-                unlink(pool.blocks, b)
-                now.free_blocks -= 1
-                now.cached_blocks -= 1
-            pool.blocks[b].num_refs += 1
-            row.held_blocks += 1
+            if blocks[b].num_refs == 0:
+                s.pool.free[blocks[b].free_at] = 0  # leaves a gap
+                num_free += 1
+            blocks[b].num_refs += 1
+            num_held += 1
+    now.free_blocks -= num_free
+    now.cached_blocks -= num_free
+    row.held_blocks += num_held
     now.table_blocks += num_hits
     row.num_blocks = row.num_cached = num_hits
     row.junction = now.junction
@@ -364,34 +392,36 @@ def free_entries(s, row, start, end):
     """Free the blocks in a stretch of the table of `row`, last one first: of those that nobody else holds, the ones
     without a key go to the front of the free list, so that the last block is the next one taken, the others to its
     end (1.6)."""
-    now, table, blocks = s.now[0], s.pool.table, s.pool.blocks
-    before = blocks[0].prev
-    first_plain = last_plain = 0
+    now, table, blocks, free, mask = s.now[0], s.pool.table, s.pool.blocks, s.pool.free, len(s.pool.free) - 1
+    if now.free_end - now.free_front + end - start > len(free):
+        close_free_gaps(now, s.pool)
+    num_held, free_end, first_plain = 0, now.free_end, end
     for at in range(end - 1, start - 1, -1):
         b = table[at]
         if b == 0:
             continue
-        row.held_blocks -= 1
+        num_held += 1
         blocks[b].num_refs -= 1
         if blocks[b].num_refs > 0:
             continue
-        now.free_blocks += 1
         if blocks[b].key < 0:
-            if first_plain == 0:
-                first_plain = b
-            else:
-                blocks[last_plain].next = b
-                blocks[b].prev = last_plain
-            last_plain = b
+            first_plain = at
             continue
-        now.cached_blocks += 1
-        blocks[before].next = b
-        blocks[b].prev = before
-        before = b
-    blocks[before].next = 0
-    blocks[0].prev = before
-    if first_plain > 0:
-        link(blocks, first_plain, last_plain, 0, blocks[0].next)
+        free[free_end & mask] = b
+        blocks[b].free_at = free_end & mask
+        free_end += 1
+    num_cached = free_end - now.free_end
+    now.free_end = free_end
+    now.cached_blocks += num_cached
+    now.free_blocks += num_cached
+    row.held_blocks -= num_held
+    for at in range(first_plain, end):
+        b = table[at]
+        if b > 0 and blocks[b].key < 0:  # so nobody else holds it
+            now.free_front -= 1
+            free[now.free_front & mask] = b
+            blocks[b].free_at = now.free_front & mask
+            now.free_blocks += 1
 
 
 @inner_njit
@@ -472,20 +502,23 @@ def check_blocks(s):
     for b in range(1, num_gpu_blocks):
         key = pool.blocks[b].key
         if key >= 0:
-            older, newer = pool.blocks[b].older, pool.blocks[b].newer
-            if (pool.blocks[older].newer if older > 0 else s.keys.ends[key].oldest) != b:
+            older, newer = pool.copies[b].older, pool.copies[b].newer
+            if s.keys.ends[key].oldest != b and (older == 0 or pool.copies[older].newer != b):
                 return 6
-            if (pool.blocks[newer].older if newer > 0 else s.keys.ends[key].newest) != b:
+            if s.keys.ends[key].newest != b and (newer == 0 or pool.copies[newer].older != b):
                 return 6
     if in_use + now.free_blocks != num_gpu_blocks - 1 or cached != now.cached_blocks:
         return 5
-    b = pool.blocks[0].next
+    if now.free_end - now.free_front > len(pool.free):
+        return 5
     free = 0
-    while b != 0:
-        if pool.blocks[b].num_refs != 0 or pool.blocks[pool.blocks[b].next].prev != b:
-            return 5
-        free += 1
-        b = pool.blocks[b].next
+    for at in range(now.free_front, now.free_end):
+        place = at & (len(pool.free) - 1)
+        b = pool.free[place]
+        if b > 0:
+            if pool.blocks[b].num_refs != 0 or pool.blocks[b].free_at != place:
+                return 5
+            free += 1
     return 0 if free == now.free_blocks else 5
 
 

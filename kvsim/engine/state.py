@@ -257,26 +257,38 @@ TURN = np.dtype(
 READY = np.dtype([("time", np.int64), ("row", np.int64)])  # a heap of the turns whose parent has ended
 
 
-# One row per block, kept where block identities are. The free list is a ring through block 0, the null block,
-# which is never in use: `next` of 0 is the front, from where blocks are taken, `prev` of 0 the end (1.1, 1.2).
+# One row per block, kept where block identities are. Small rows: much of a run's time goes by while they are fetched.
 BLOCK = np.dtype(
     [
         ("key", np.int64),  # content key, -1: none
-        ("next", np.int32),
-        ("prev", np.int32),
         ("num_refs", np.int32),
-        ("older", np.int32),  # neighbours among the blocks with the same key, 0: none
-        ("newer", np.int32),
-        ("cached_in", np.int32),  # the step whose schedule() gave it its key, -1: an output did
+        ("free_at", np.int32),  # of a free block: where it is in `Pool.free`
     ],
     align=True,
 )
 
+# What is asked of a block only where others have the same key, or in groups of recurrent layers.
+COPY = np.dtype(
+    [
+        ("older", np.int32),  # neighbours among the blocks with the same key; nothing where there is none
+        ("newer", np.int32),
+        ("cached_in", np.int32),  # the step whose schedule() gave it its key, -1: an output did
+    ]
+)
+
 
 class Pool(NamedTuple):
-    """Blocks and tables; with counts alone everything is empty and `now.free_blocks` says it all."""
+    """Blocks and tables; with counts alone everything is empty and `now.free_blocks` says it all.
+
+    The free list (1.2) is what lies in the ring `free` from position `now.free_front`, where blocks are taken, up to
+    `now.free_end`. Positions are counted on and on: the place is what is left modulo the length, a power of two. 0 is
+    a gap, left by a block that was found. The ring is at least twice as long as the list can be, so that many more
+    blocks are freed than moved when its gaps have to be closed.
+    """
 
     blocks: np.ndarray  # BLOCK[num_gpu_blocks]
+    copies: np.ndarray  # COPY[num_gpu_blocks]
+    free: np.ndarray  # int32
     # int32, for each slot and group `table_stride` entries, 0 is the null block; in a last slot what was looked up
     table: np.ndarray
 
@@ -377,8 +389,8 @@ NOW = np.dtype(
             "is_visiting", "growing_groups", "step_members", "outgrown_at", "num_outgrowing",
             "window", "window_groups", "window_phase", "num_past",
             # pool
-            "free_blocks", "cached_blocks", "table_blocks", "held_tokens", "num_free_slots", "table_stride",
-            "hits_at", "num_keys", "num_lookups", "num_token_groups", "has_windows",
+            "free_blocks", "free_front", "free_end", "cached_blocks", "table_blocks", "held_tokens",
+            "num_free_slots", "table_stride", "hits_at", "num_keys", "num_lookups", "num_token_groups", "has_windows",
             "has_states", "is_scheduling", "peak_used",
             # the step being scheduled
             "budget", "threshold", "defer", "cap_bound", "last_prefill", "num_scheduled", "num_victims",
@@ -453,9 +465,9 @@ def pack(
         stride = -(-int(longest.max(initial=1)) // settings.block_size)
         if not has_windows(kv_groups):
             stride = min(usable, stride)  # no null blocks, so no more entries than blocks
-    pool = Pool(
-        blocks=_all_free(settings.num_gpu_blocks if settings.identities else 0),
-        table=np.zeros((seqs + 1) * stride * len(kv_groups), np.int32),
+    pool = _all_free(
+        settings.num_gpu_blocks if settings.identities else 0,
+        np.zeros((seqs + 1) * stride * len(kv_groups), np.int32),
     )
     seats = table(SEAT, seqs + 1)
     seats.free_slot[:seqs] = np.arange(seqs)[::-1]
@@ -470,6 +482,7 @@ def pack(
     # In an open loop without turns `next_arrival` is the next send.
     now.is_open = len(turns) == 0 and settings.max_concurrency == 0
     now.free_blocks = usable
+    now.free_end = usable if settings.identities else 0
     now.num_free_slots = seqs
     now.table_stride = stride
     now.hits_at = seqs * stride * len(kv_groups)
@@ -628,14 +641,15 @@ def has_windows(groups: np.recarray) -> bool:
     return bool((groups.kind != FULL).any())
 
 
-def _all_free(num_gpu_blocks: int) -> np.recarray:
-    """Blocks 1, 2, ..., N-1 in a ring of free ones (1.2)."""
+def _all_free(num_gpu_blocks: int, block_tables: np.ndarray) -> Pool:
+    """A pool with blocks 1, 2, ..., N-1 free, in this order (1.2)."""
     blocks = table(BLOCK, num_gpu_blocks)
     blocks.key = -1
+    free = np.zeros(1 << (2 * num_gpu_blocks - 1).bit_length() if num_gpu_blocks else 0, np.int32)
     if num_gpu_blocks:
-        blocks.next = np.roll(np.arange(num_gpu_blocks), -1)
-        blocks.prev = np.roll(np.arange(num_gpu_blocks), 1)
-    return blocks
+        blocks.free_at[1:] = np.arange(num_gpu_blocks - 1)
+        free[: num_gpu_blocks - 1] = np.arange(1, num_gpu_blocks)
+    return Pool(blocks, table(COPY, num_gpu_blocks), free, block_tables)
 
 
 def _turns(parent: np.ndarray | None, delay_ns: np.ndarray | None) -> np.recarray:

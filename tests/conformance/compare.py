@@ -149,26 +149,24 @@ def counts_alone(case) -> run.EngineRun:
 
 def free_list(state) -> list[int]:
     """Block ids of the free list, from the front."""
-    blocks = state.pool.blocks
-    following = blocks["next"].tolist()
-    found, b = [], following[0]
-    while b:
-        found.append(b)
-        b = following[b]
-    return found
+    now, ring = state.now[0], state.pool.free
+    places = np.arange(now.free_front, now.free_end) % len(ring)
+    return [b for b in ring[places].tolist() if b]
 
 
 def prefix_map(state) -> list:
     """The blocks of each content, oldest first, as [group, block]; contents in order of their blocks."""
     num_keys = len(state.keys.ends.oldest) // len(state.groups)
-    newer = state.pool.blocks["newer"]
+    newer = state.pool.copies["newer"]
     contents = {}
     for key in np.flatnonzero(state.keys.ends.oldest):
         group, content = divmod(int(key), num_keys)
-        b = int(state.keys.ends.oldest[key])
-        while b:
-            contents.setdefault(content, []).append([group, b])
+        blocks = contents.setdefault(content, [])
+        b, newest = int(state.keys.ends.oldest[key]), int(state.keys.ends.newest[key])
+        blocks.append([group, b])
+        while b != newest:
             b = int(newer[b])
+            blocks.append([group, b])
     return sorted(contents.values())
 
 

@@ -26,38 +26,38 @@ MUTATIONS = (
     ),
     Mutation(
         "blocks are taken from the end of the free list", "1.2", BLOCKS,
-        '        b = blocks[0].next\n        for k in range(start, start + taken):',
-        '        b = blocks[0].prev\n        unlink(blocks, b)\n        link(blocks, b, b, 0, blocks[0].next)\n        for k in range(start, start + taken):',
+        '            b = free[at & mask]\n            while b == 0:  # a gap\n                at += 1\n                b = free[at & mask]\n            at += 1\n',
+        '            last = now.free_end - 1\n            while free[last & mask] == 0:\n                last -= 1\n            b = free[last & mask]\n            free[last & mask] = 0\n',
     ),
     Mutation(
         "a look-up finds the newest block of a content", "1.3", BLOCKS,
-        '            b = ends[key_of(s.keys, r, k)].oldest\n            if b == 0:\n                break',
-        '            b = ends[key_of(s.keys, r, k)].newest\n            if b == 0:\n                break',
+        '            b = ends[key_in(s.keys, span, k)].oldest\n            if b == 0:\n                break',
+        '            b = ends[key_in(s.keys, span, k)].newest\n            if b == 0:\n                break',
     ),
     Mutation(
         "a block that is taken keeps what it had cached", "1.4", BLOCKS,
-        '            if blocks[b].key >= 0:\n                evict(blocks, ends, b)',
-        '            if False:\n                evict(blocks, ends, b)',
+        '            if blocks[b].key >= 0:\n                evict(pool, ends, b)',
+        '            if False:\n                evict(pool, ends, b)',
     ),
     Mutation(
         "a block that is found stays in the free list", "1.5", BLOCKS,
-        "            if pool.blocks[b].num_refs == 0:\n                unlink(pool.blocks, b)",
-        "            if pool.blocks[b].num_refs == 0:",
+        "                s.pool.free[blocks[b].free_at] = 0  # leaves a gap\n",
+        "",
     ),
     Mutation(
         "freed blocks without a key go to the end of the free list", "1.6", BLOCKS,
-        "link(blocks, first_plain, last_plain, 0, blocks[0].next)",
-        "link(blocks, first_plain, last_plain, blocks[0].prev, 0)",
+        '            now.free_front -= 1\n            free[now.free_front & mask] = b\n            blocks[b].free_at = now.free_front & mask\n',
+        '            free[now.free_end & mask] = b\n            blocks[b].free_at = now.free_end & mask\n            now.free_end += 1\n',
     ),
     Mutation(
         "freed blocks with a key go to the front of the free list", "1.6", BLOCKS,
-        '        blocks[before].next = b\n        blocks[b].prev = before\n        before = b\n',
-        '        link(blocks, b, b, 0, blocks[0].next)\n        before = blocks[0].prev\n',
+        '        free[free_end & mask] = b\n        blocks[b].free_at = free_end & mask\n        free_end += 1\n',
+        '        now.free_front -= 1\n        free[now.free_front & mask] = b\n        blocks[b].free_at = now.free_front & mask\n        now.free_blocks += 1\n        now.cached_blocks += 1\n',
     ),
     Mutation(
         "cached blocks are freed first to last", "1.7", BLOCKS,
-        "for at in range(end - 1, start - 1, -1):",
-        "for at in range(start, end):",
+        '    for at in range(end - 1, start - 1, -1):\n        b = table[at]\n        if b == 0:\n            continue\n        num_held += 1\n        blocks[b].num_refs -= 1\n        if blocks[b].num_refs > 0:\n            continue\n        if blocks[b].key < 0:\n            first_plain = at\n',
+        '    for at in range(start, end):\n        b = table[at]\n        if b == 0:\n            continue\n        num_held += 1\n        blocks[b].num_refs -= 1\n        if blocks[b].num_refs > 0:\n            continue\n        if blocks[b].key < 0:\n            first_plain = min(first_plain, at)\n',
     ),
     Mutation(
         "groups are freed in reverse order", "1.7", BLOCKS,
@@ -461,7 +461,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a state that this very step caches can be hit", "6.10", BLOCKS,
-        '            if s.pool.blocks[s.keys.ends[s.pool.blocks[b].key].newest].cached_in == now.num_steps:',
+        '            if s.pool.copies[s.keys.ends[s.pool.blocks[b].key].newest].cached_in == now.num_steps:',
         '            if False:',
     ),
     Mutation(

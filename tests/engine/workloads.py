@@ -289,14 +289,14 @@ def prefix_map(engine_run):
     """(block, group, key) of each block with content, the oldest of a key first: in the order of the naive one, keys
     replaced by the first block that has them."""
     state = engine_run.state
-    blocks, num_keys = state.pool.blocks, int(state.now[0].num_keys)
-    oldest = sorted((int(b), key // num_keys) for key, b in enumerate(state.keys.ends.oldest) if b)
+    ends, num_keys = state.keys.ends, int(state.now[0].num_keys)
     found = []
-    for first, group in oldest:
+    for first, key in sorted((int(b), key) for key, b in enumerate(ends.oldest) if b):
         b = first
-        while b:
-            found.append((b, group, first))
-            b = int(blocks[b].newer)
+        found.append((b, key // num_keys, first))
+        while b != ends.newest[key]:
+            b = int(state.pool.copies[b].newer)
+            found.append((b, key // num_keys, first))
     return found
 
 
@@ -308,9 +308,6 @@ def plain_map(prefix_map):
 
 def free_list(engine_run):
     """Block ids of the free list, from the front."""
-    blocks = engine_run.state.pool.blocks
-    found, b = [], int(blocks[0].next)
-    while b:
-        found.append(b)
-        b = int(blocks[b].next)
-    return found
+    now, ring = engine_run.state.now[0], engine_run.state.pool.free
+    places = np.arange(now.free_front, now.free_end) % len(ring)
+    return [b for b in ring[places].tolist() if b]
