@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 EVENTS_BY_DEFAULT_UP_TO = 200_000  # requests; above that `record` defaults to "requests"
 RECORD_LEVELS = ("summary", "requests", "events")
 MAX_BINS = 1_000_000
-# What the engine's columns are made for: block numbers are int32, step times are tabulated by tokens.
-MAX_GPU_BLOCKS = 2**31 - 1
+# What the engine's columns are made for: block keys and places in a free list twice as long as there are blocks are
+# int32, step times are tabulated by tokens.
+MAX_GPU_BLOCKS = 2**30
+MAX_BLOCK_KEYS = 2**31 - 1
 MAX_CHECKED_BLOCKS = 10**7  # --check looks at every block at every event
 MAX_BATCHED_TOKENS = 2**24
 MAX_COUNT = 2**40
@@ -163,6 +165,7 @@ def simulate(
     ) -> st.State:
         if keys is None and settings.enable_prefix_caching:
             keys = keys_of(part, settings)
+            _check_num_keys(int(keys.spans.own_from[-1]) * len(groups))
         return st.pack(
             arrival_ns=part.arrival_ns,
             prompt_tokens=part.prompt_tokens,
@@ -384,6 +387,14 @@ def _nice_width(width_ns: int) -> int:
             if width * factor >= width_ns:
                 return width * factor
         width *= 10
+
+
+def _check_num_keys(num_keys: int) -> None:
+    if num_keys > MAX_BLOCK_KEYS:
+        raise UserError(
+            f"the requests fill {num_keys:,} different blocks, and prefix caching tells at most {MAX_BLOCK_KEYS:,}"
+            " apart; leave it out (enable_prefix_caching=False) or give a larger block_size"
+        )
 
 
 def _check_sizes(settings, num_gpu_blocks: int, max_concurrency: int | None, check: bool) -> None:

@@ -221,7 +221,7 @@ def test_content_keys_are_made_once_and_written_to_by_one_run(trace, dep):
         for _ in range(2)
     )
     assert first.shared is second.shared and len(first.shared)
-    assert not np.shares_memory(first.ends, second.ends) and len(second.ends)
+    assert not np.shares_memory(first.oldest, second.oldest) and len(second.oldest)
 
 
 # ---------------------------------------------------------------- the journal

@@ -42,7 +42,7 @@ def take(s, row, entry, count):
     for group in range(len(s.groups)):
         total += blocks_to_take(s.groups[group], row.num_blocks, count)
     if s.settings[0].identities:
-        take_from_list(now, s.groups, s.pool, s.keys.ends, row, count)
+        take_from_list(now, s.groups, s.pool, s.keys.oldest, row, count)
     now.free_blocks -= total
     now.table_blocks += count
     row.num_blocks += count
@@ -51,7 +51,7 @@ def take(s, row, entry, count):
 
 
 @inner_njit
-def take_from_list(now, groups, pool, ends, row, count):
+def take_from_list(now, groups, pool, oldest, row, count):
     """The part of `take` that knows which block is where: group by group, from the front of the free list. What a
     block had cached is evicted (1.4)."""
     blocks, free, table, mask = pool.blocks, pool.free, pool.table, len(pool.free) - 1
@@ -71,7 +71,7 @@ def take_from_list(now, groups, pool, ends, row, count):
             table[k] = b
             blocks[b].num_refs = 1
             if blocks[b].key >= 0:
-                evict(pool, ends, b)
+                evict(pool, oldest, b)
                 num_evicted += 1
     now.free_front = at
     now.cached_blocks -= num_evicted
@@ -97,40 +97,53 @@ def close_free_gaps(now, pool):
         b = free[at & mask]
         if b > 0:
             free[end & mask] = b
-            pool.blocks[b].free_at = end & mask
+            pool.blocks[b].num_refs = -(end & mask)
             end += 1
     now.free_end = end
 
 
 @inline_njit
-def evict(pool, ends, b):
+def evict(pool, oldest, b):
     """Block `b`, no longer free, loses its key."""
     key = pool.blocks[b].key
     pool.blocks[b].key = -1
-    if ends[key].oldest == ends[key].newest:
-        ends[key].oldest = ends[key].newest = 0
+    if oldest[key] == b:
+        oldest[key] = 0
     else:
-        forget_copy(pool.copies, ends[key], b)
+        forget_copy(pool.copies, oldest, key, b)
 
 
 @inner_njit
-def forget_copy(copies, end, b):
-    """Take block `b` out of the blocks with its key. Needs another one."""
+def add_copy(copies, oldest, key, b):
+    """Put block `b` behind the blocks that have its key. Needs one."""
+    first = abs(oldest[key])
+    last = copies[first].older if oldest[key] < 0 else first
+    copies[last].newer = copies[first].older = b
+    copies[b].older, copies[b].newer = last, first
+    oldest[key] = -first
+
+
+@inner_njit
+def forget_copy(copies, oldest, key, b):
+    """Take block `b` out of the blocks that have its key. Needs another one."""
     older, newer = copies[b].older, copies[b].newer
-    if end.oldest == b:
-        end.oldest = newer
-    elif end.newest == b:
-        end.newest = older
-    else:
-        copies[older].newer = newer
-        copies[newer].older = older
+    copies[older].newer = newer
+    copies[newer].older = older
+    first = newer if oldest[key] == -b else -oldest[key]
+    oldest[key] = first if older == newer else -first
+
+
+@inline_njit
+def newest(copies, oldest, key):
+    """The newest block with a key. Needs one."""
+    return copies[-oldest[key]].older if oldest[key] < 0 else oldest[key]
 
 
 @inner_njit
 def cache(now, cfg, groups, pool, keys, row, r, num_full):
     """Put the blocks of request `r` up to its first `num_full` into the prefix map of their group, those that are
     not yet in it and can be of use (2.6, 6.7)."""
-    blocks, copies, ends, table = pool.blocks, pool.copies, keys.ends, pool.table
+    blocks, oldest, table = pool.blocks, keys.oldest, pool.table
     span = key_span(keys, r)
     for group in range(len(groups)):
         start, first_key = table_start(now, groups, row, group), group * now.num_keys
@@ -141,15 +154,12 @@ def cache(now, cfg, groups, pool, keys, row, r, num_full):
                 continue
             key = first_key + key_in(keys, span, k)
             blocks[b].key = key
-            last = ends[key].newest
-            if last == 0:
-                ends[key].oldest = b
+            if oldest[key] == 0:
+                oldest[key] = b
             else:
-                copies[last].newer = b
-                copies[b].older = last
-            ends[key].newest = b
+                add_copy(pool.copies, oldest, key, b)
             if groups[group].kind == MAMBA:
-                copies[b].cached_in = now.num_steps if now.is_scheduling else -1
+                pool.copies[b].cached_in = now.num_steps if now.is_scheduling else -1
     row.num_cached = num_full
 
 
@@ -236,7 +246,7 @@ def look_up(s, r, num_tokens):
         start = now.hits_at + group * now.table_stride
         for k in range(skipped_blocks(s, group, tokens), now.num_hits):
             b = s.pool.table[start + k]
-            free_hits += b > 0 and s.pool.blocks[b].num_refs == 0
+            free_hits += b > 0 and s.pool.blocks[b].num_refs <= 0
     now.free_hits = free_hits
 
 
@@ -254,10 +264,10 @@ def find(s, r, like, k):
     key = key_of(s.keys, r, k)
     for group in range(like, len(groups)):
         if is_alike(groups, group, like):
-            b = s.keys.ends[group * now.num_keys + key].oldest
+            b = s.keys.oldest[group * now.num_keys + key]
             if b == 0:
                 return False
-            s.pool.table[now.hits_at + group * now.table_stride + k] = b
+            s.pool.table[now.hits_at + group * now.table_stride + k] = abs(b)
     return True
 
 
@@ -266,12 +276,12 @@ def find_run(s, r, like, most):
     """Full attention: leading blocks in the map, up to `most`."""
     k = 0
     if len(s.groups) == 1:  # the same without the search for groups that are alike
-        ends, table, hits_at, span = s.keys.ends, s.pool.table, s.now[0].hits_at, key_span(s.keys, r)
+        oldest, table, hits_at, span = s.keys.oldest, s.pool.table, s.now[0].hits_at, key_span(s.keys, r)
         while k < most:
-            b = ends[key_in(s.keys, span, k)].oldest
+            b = oldest[key_in(s.keys, span, k)]
             if b == 0:
                 break
-            table[hits_at + k] = b
+            table[hits_at + k] = abs(b)
             k += 1
         return k
     while k < most and find(s, r, like, k):
@@ -319,7 +329,8 @@ def hits_fresh_state(s, num_hits):
     for group in range(len(s.groups)):
         if num_hits > 0 and s.groups[group].kind == MAMBA:
             b = s.pool.table[now.hits_at + group * now.table_stride + num_hits - 1]
-            if s.pool.copies[s.keys.ends[s.pool.blocks[b].key].newest].cached_in == now.num_steps:
+            b = newest(s.pool.copies, s.keys.oldest, s.pool.blocks[b].key)
+            if s.pool.copies[b].cached_in == now.num_steps:
                 return True
     return False
 
@@ -347,10 +358,11 @@ def touch_hits(s, row, num_hits):
             table[start + k] = b
             if b == 0:
                 continue
-            if blocks[b].num_refs == 0:
-                s.pool.free[blocks[b].free_at] = 0  # leaves a gap
+            num_refs = blocks[b].num_refs
+            if num_refs <= 0:
+                s.pool.free[-num_refs] = 0  # leaves a gap
                 num_free += 1
-            blocks[b].num_refs += 1
+            blocks[b].num_refs = max(num_refs, 0) + 1
             num_held += 1
     now.free_blocks -= num_free
     now.cached_blocks -= num_free
@@ -401,14 +413,14 @@ def free_entries(s, row, start, end):
         if b == 0:
             continue
         num_held += 1
-        blocks[b].num_refs -= 1
-        if blocks[b].num_refs > 0:
+        if blocks[b].num_refs > 1:
+            blocks[b].num_refs -= 1
             continue
         if blocks[b].key < 0:
             first_plain = at
             continue
         free[free_end & mask] = b
-        blocks[b].free_at = free_end & mask
+        blocks[b].num_refs = -(free_end & mask)
         free_end += 1
     num_cached = free_end - now.free_end
     now.free_end = free_end
@@ -420,7 +432,7 @@ def free_entries(s, row, start, end):
         if b > 0 and blocks[b].key < 0:  # so nobody else holds it
             now.free_front -= 1
             free[now.free_front & mask] = b
-            blocks[b].free_at = now.free_front & mask
+            blocks[b].num_refs = -(now.free_front & mask)
             now.free_blocks += 1
 
 
@@ -488,24 +500,25 @@ def check_blocks(s):
     """The part of `check_integrity` that looks at every block."""
     now, pool = s.now[0], s.pool
     num_gpu_blocks = s.settings[0].num_gpu_blocks
-    in_use = cached = 0
+    in_use = cached = references = 0
     for b in range(1, num_gpu_blocks):
-        in_use += pool.blocks[b].num_refs > 0
-        cached += pool.blocks[b].num_refs == 0 and pool.blocks[b].key >= 0
-    add_to_references(s, -1)
-    is_counted = True
+        num_refs = pool.blocks[b].num_refs
+        in_use += num_refs > 0
+        references += max(num_refs, 0)
+        cached += num_refs <= 0 and pool.blocks[b].key >= 0
+    is_counted = add_to_references(s, -1) == -references
     for b in range(1, num_gpu_blocks):
-        is_counted &= pool.blocks[b].num_refs == 0
+        is_counted &= pool.blocks[b].num_refs <= 0
     add_to_references(s, 1)
     if not is_counted:
         return 2
     for b in range(1, num_gpu_blocks):
         key = pool.blocks[b].key
-        if key >= 0:
+        if key >= 0 and s.keys.oldest[key] != b:
             older, newer = pool.copies[b].older, pool.copies[b].newer
-            if s.keys.ends[key].oldest != b and (older == 0 or pool.copies[older].newer != b):
+            if s.keys.oldest[key] >= 0 or pool.blocks[older].key != key:
                 return 6
-            if s.keys.ends[key].newest != b and (newer == 0 or pool.copies[newer].older != b):
+            if pool.copies[older].newer != b or pool.copies[newer].older != b:
                 return 6
     if in_use + now.free_blocks != num_gpu_blocks - 1 or cached != now.cached_blocks:
         return 5
@@ -516,7 +529,7 @@ def check_blocks(s):
         place = at & (len(pool.free) - 1)
         b = pool.free[place]
         if b > 0:
-            if pool.blocks[b].num_refs != 0 or pool.blocks[b].free_at != place:
+            if pool.blocks[b].num_refs != -place:
                 return 5
             free += 1
     return 0 if free == now.free_blocks else 5
@@ -524,8 +537,9 @@ def check_blocks(s):
 
 @inner_njit
 def add_to_references(s, amount):
-    """Count every entry of the tables of running requests into its block's references, or out again (-1)."""
-    now = s.now[0]
+    """Count every entry of the tables of running requests into its block's references, or out again (-1). Returns
+    what was added in all."""
+    now, total = s.now[0], 0
     r = now.first_running
     while r >= 0:
         row = s.requests[r]
@@ -534,7 +548,9 @@ def add_to_references(s, amount):
             for at in range(start, start + row.num_blocks):
                 if s.pool.table[at] > 0:
                     s.pool.blocks[s.pool.table[at]].num_refs += amount
+                    total += amount
         r = row.after
+    return total
 
 
 @inline_njit

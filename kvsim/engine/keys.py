@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvsim._jit import njit
-from kvsim.engine.state import ENDS, SPAN, Keys, table
+from kvsim.engine.state import SPAN, Keys, table
 
 _EMPTY = -1
 
@@ -40,12 +40,12 @@ def intern_keys(
     blocks_in_unit = (depths + 1) * unit // block_size - depths * unit // block_size
     node_base = np.concatenate([[0], np.cumsum(blocks_in_unit)]).astype(np.int64)
     shared_from = np.concatenate([[0], np.cumsum(num_shared)]).astype(np.int64)
-    shared = np.empty(int(shared_from[-1]), np.int64)
+    shared = np.empty(int(shared_from[-1]), np.int32)
     if len(shared):
         _fill_keys(offsets, nodes, node_base, shared_from, block_size, unit, shared)
     own_from = int(node_base[-1]) + np.concatenate([[0], np.cumsum(num_blocks - num_shared)]).astype(np.int64)
     spans = table(SPAN, n + 1, shared_from=shared_from, own_from=own_from)
-    return Keys(spans, shared, table(ENDS, 0))
+    return Keys(spans, shared, np.zeros(0, np.int32))
 
 
 @njit

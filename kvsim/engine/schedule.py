@@ -819,7 +819,7 @@ def is_blocked_for_long(s):
     if len(s.groups) > 1 or now.has_windows:
         return False
     has_most = now.wait_hits == (known_tokens(s.requests[r]) - 1) // cfg.block_size
-    return has_most or s.keys.ends[key_of(s.keys, r, now.wait_hits)].oldest == 0
+    return has_most or s.keys.oldest[key_of(s.keys, r, now.wait_hits)] == 0
 
 
 @inner_njit

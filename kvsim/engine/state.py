@@ -257,20 +257,25 @@ TURN = np.dtype(
 READY = np.dtype([("time", np.int64), ("row", np.int64)])  # a heap of the turns whose parent has ended
 
 
-# One row per block, kept where block identities are. Small rows: much of a run's time goes by while they are fetched.
+# One row per block, kept where block identities are. As small as can be: much of the time of a run with prefix caching
+# goes by while rows are fetched.
 BLOCK = np.dtype(
     [
-        ("key", np.int64),  # content key, -1: none
-        ("num_refs", np.int32),
-        ("free_at", np.int32),  # of a free block: where it is in `Pool.free`
-    ],
-    align=True,
+        ("key", np.int32),  # content key, -1: none
+        (
+            "num_refs",
+            np.int32,
+        ),  # tables that name it; of a free block minus its place in `Pool.free`, so 0 or less
+    ]
 )
 
 # What is asked of a block only where others have the same key, or in groups of recurrent layers.
 COPY = np.dtype(
     [
-        ("older", np.int32),  # neighbours among the blocks with the same key; nothing where there is none
+        (
+            "older",
+            np.int32,
+        ),  # neighbours among the blocks with the same key, in a ring; nothing where there is one
         ("newer", np.int32),
         ("cached_in", np.int32),  # the step whose schedule() gave it its key, -1: an output did
     ]
@@ -295,7 +300,6 @@ class Pool(NamedTuple):
 
 # Where the keys of a request's blocks lie; one row more than there are requests.
 SPAN = np.dtype([("shared_from", np.int64), ("own_from", np.int64)])
-ENDS = np.dtype([("oldest", np.int32), ("newest", np.int32)])  # blocks with a key, 0: none
 
 
 class Keys(NamedTuple):
@@ -303,12 +307,15 @@ class Keys(NamedTuple):
 
     Block k of request r has the key `shared[shared_from + k]` while that is below the next request's `shared_from`,
     and keys of its own, counted on from `own_from`, beyond. `engine.keys` makes them. Each group has a map of its
-    own, so `ends` has the rows of the keys once for each group, and a block's key is that row.
+    own, so `oldest` has the rows of the keys once for each group, and a block's key is that row.
+
+    A row is the oldest block with that key, 0 where there is none. Where there are several it is negative, minus the
+    oldest one, and `Pool.copies` links them.
     """
 
     spans: np.ndarray  # SPAN[n + 1]
-    shared: np.ndarray  # int64
-    ends: np.ndarray  # ENDS[groups x keys]
+    shared: np.ndarray  # int32
+    oldest: np.ndarray  # int32[groups x keys]
 
 
 # A row of the event buffer; `now.num_events` rows are in use. Python empties it when `advance` says it is full.
@@ -446,9 +453,10 @@ def pack(
     kv_groups, num_lookups = _groups(groups, settings)
     if has_windows(kv_groups) and settings.enable_prefix_caching:
         settings = settings._replace(identities=1)
-    keys = keys or Keys(table(SPAN, 0), np.zeros(0, np.int64), table(ENDS, 0))
+    keys = keys or Keys(table(SPAN, 0), np.zeros(0, np.int32), np.zeros(0, np.int32))
     if settings.enable_prefix_caching:
-        keys = keys._replace(ends=table(ENDS, int(keys.spans.own_from[-1]) * len(kv_groups)))
+        num_keys = int(keys.spans.own_from[-1])
+        keys = keys._replace(oldest=np.zeros(num_keys * len(kv_groups), np.int32))
 
     if requests is None:
         requests = table(REQUEST, n)
@@ -486,7 +494,7 @@ def pack(
     now.num_free_slots = seqs
     now.table_stride = stride
     now.hits_at = seqs * stride * len(kv_groups)
-    now.num_keys = len(keys.ends) // len(kv_groups)
+    now.num_keys = len(keys.oldest) // len(kv_groups)
     now.num_lookups = num_lookups
     now.num_token_groups = np.isin(kv_groups.kind, (FULL, SLIDING, CHUNKED)).sum()
     now.has_windows = has_windows(kv_groups)
@@ -647,7 +655,7 @@ def _all_free(num_gpu_blocks: int, block_tables: np.ndarray) -> Pool:
     blocks.key = -1
     free = np.zeros(1 << (2 * num_gpu_blocks - 1).bit_length() if num_gpu_blocks else 0, np.int32)
     if num_gpu_blocks:
-        blocks.free_at[1:] = np.arange(num_gpu_blocks - 1)
+        blocks.num_refs[1:] = -np.arange(num_gpu_blocks - 1)
         free[: num_gpu_blocks - 1] = np.arange(1, num_gpu_blocks)
     return Pool(blocks, table(COPY, num_gpu_blocks), free, block_tables)
 

@@ -259,6 +259,7 @@ def test_interrupted_at_any_moment(after_s, tmp_path):
         ["--max-num-queued-reqs", "99999999999999999999"],
         ["--max-concurrency", "99999999999999999999"],
         ["--num-gpu-blocks-override", "2147483647", "--check"],
+        ["--num-gpu-blocks-override", "1073741825"],
         ["--step-log", "/nonexistent/x.jsonl"],
         ["-o", ""],
     ],
@@ -268,6 +269,14 @@ def test_an_odd_value_gets_one_sentence(words, trace, capsys):
     assert main(["run", trace, "--gpu", "a100-80gb", *words]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("kvsim: error: ")
+
+
+def test_more_block_keys_than_can_be_told_apart(trace, capsys, monkeypatch):
+    """50 requests with 100 to 149 tokens and 20 to 69 more, in blocks of 16."""
+    monkeypatch.setattr("kvsim.run.MAX_BLOCK_KEYS", 500)
+    assert main(["run", trace, "--gpu", "a100-80gb"]) == 2
+    assert "fill 506 different blocks" in capsys.readouterr().err
+    assert main(["run", trace, "--gpu", "a100-80gb", "--no-enable-prefix-caching"]) == 0
 
 
 def test_a_pipe_or_device_is_not_replaced(trace, tmp_path, capsys):

@@ -156,16 +156,15 @@ def free_list(state) -> list[int]:
 
 def prefix_map(state) -> list:
     """The blocks of each content, oldest first, as [group, block]; contents in order of their blocks."""
-    num_keys = len(state.keys.ends.oldest) // len(state.groups)
-    newer = state.pool.copies["newer"]
+    oldest, newer = state.keys.oldest, state.pool.copies["newer"]
+    num_keys = len(oldest) // len(state.groups)
     contents = {}
-    for key in np.flatnonzero(state.keys.ends.oldest):
+    for key in np.flatnonzero(oldest):
         group, content = divmod(int(key), num_keys)
+        first = b = abs(int(oldest[key]))
         blocks = contents.setdefault(content, [])
-        b, newest = int(state.keys.ends.oldest[key]), int(state.keys.ends.newest[key])
         blocks.append([group, b])
-        while b != newest:
-            b = int(newer[b])
+        while oldest[key] < 0 and (b := int(newer[b])) != first:
             blocks.append([group, b])
     return sorted(contents.values())
 

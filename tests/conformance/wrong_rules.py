@@ -31,33 +31,33 @@ MUTATIONS = (
     ),
     Mutation(
         "a look-up finds the newest block of a content", "1.3", BLOCKS,
-        '            b = ends[key_in(s.keys, span, k)].oldest\n            if b == 0:\n                break',
-        '            b = ends[key_in(s.keys, span, k)].newest\n            if b == 0:\n                break',
+        '            table[hits_at + k] = abs(b)\n',
+        '            table[hits_at + k] = s.pool.copies[-b].older if b < 0 else b\n',
     ),
     Mutation(
         "a block that is taken keeps what it had cached", "1.4", BLOCKS,
-        '            if blocks[b].key >= 0:\n                evict(pool, ends, b)',
-        '            if False:\n                evict(pool, ends, b)',
+        '            if blocks[b].key >= 0:\n                evict(pool, oldest, b)',
+        '            if False:\n                evict(pool, oldest, b)',
     ),
     Mutation(
         "a block that is found stays in the free list", "1.5", BLOCKS,
-        "                s.pool.free[blocks[b].free_at] = 0  # leaves a gap\n",
+        "                s.pool.free[-num_refs] = 0  # leaves a gap\n",
         "",
     ),
     Mutation(
         "freed blocks without a key go to the end of the free list", "1.6", BLOCKS,
-        '            now.free_front -= 1\n            free[now.free_front & mask] = b\n            blocks[b].free_at = now.free_front & mask\n',
-        '            free[now.free_end & mask] = b\n            blocks[b].free_at = now.free_end & mask\n            now.free_end += 1\n',
+        '            now.free_front -= 1\n            free[now.free_front & mask] = b\n            blocks[b].num_refs = -(now.free_front & mask)\n',
+        '            free[now.free_end & mask] = b\n            blocks[b].num_refs = -(now.free_end & mask)\n            now.free_end += 1\n',
     ),
     Mutation(
         "freed blocks with a key go to the front of the free list", "1.6", BLOCKS,
-        '        free[free_end & mask] = b\n        blocks[b].free_at = free_end & mask\n        free_end += 1\n',
-        '        now.free_front -= 1\n        free[now.free_front & mask] = b\n        blocks[b].free_at = now.free_front & mask\n        now.free_blocks += 1\n        now.cached_blocks += 1\n',
+        '        free[free_end & mask] = b\n        blocks[b].num_refs = -(free_end & mask)\n        free_end += 1\n',
+        '        now.free_front -= 1\n        free[now.free_front & mask] = b\n        blocks[b].num_refs = -(now.free_front & mask)\n        now.free_blocks += 1\n        now.cached_blocks += 1\n',
     ),
     Mutation(
         "cached blocks are freed first to last", "1.7", BLOCKS,
-        '    for at in range(end - 1, start - 1, -1):\n        b = table[at]\n        if b == 0:\n            continue\n        num_held += 1\n        blocks[b].num_refs -= 1\n        if blocks[b].num_refs > 0:\n            continue\n        if blocks[b].key < 0:\n            first_plain = at\n',
-        '    for at in range(start, end):\n        b = table[at]\n        if b == 0:\n            continue\n        num_held += 1\n        blocks[b].num_refs -= 1\n        if blocks[b].num_refs > 0:\n            continue\n        if blocks[b].key < 0:\n            first_plain = min(first_plain, at)\n',
+        '    for at in range(end - 1, start - 1, -1):\n        b = table[at]\n        if b == 0:\n            continue\n        num_held += 1\n        if blocks[b].num_refs > 1:\n            blocks[b].num_refs -= 1\n            continue\n        if blocks[b].key < 0:\n            first_plain = at\n',
+        '    for at in range(start, end):\n        b = table[at]\n        if b == 0:\n            continue\n        num_held += 1\n        if blocks[b].num_refs > 1:\n            blocks[b].num_refs -= 1\n            continue\n        if blocks[b].key < 0:\n            first_plain = min(first_plain, at)\n',
     ),
     Mutation(
         "groups are freed in reverse order", "1.7", BLOCKS,
@@ -461,7 +461,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a state that this very step caches can be hit", "6.10", BLOCKS,
-        '            if s.pool.copies[s.keys.ends[s.pool.blocks[b].key].newest].cached_in == now.num_steps:',
+        '            if s.pool.copies[b].cached_in == now.num_steps:',
         '            if False:',
     ),
     Mutation(
@@ -642,7 +642,7 @@ MUTATIONS = (
     ),
     Mutation(
         "who waits for blocks does not notice what is cached meanwhile", "3.11", SCHEDULE,
-        "    return has_most or s.keys.ends",
-        "    return True or s.keys.ends",
+        "    return has_most or s.keys.oldest",
+        "    return True or s.keys.oldest",
     ),
 )  # fmt: skip

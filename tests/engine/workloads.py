@@ -289,13 +289,12 @@ def prefix_map(engine_run):
     """(block, group, key) of each block with content, the oldest of a key first: in the order of the naive one, keys
     replaced by the first block that has them."""
     state = engine_run.state
-    ends, num_keys = state.keys.ends, int(state.now[0].num_keys)
+    oldest, num_keys = state.keys.oldest, int(state.now[0].num_keys)
     found = []
-    for first, key in sorted((int(b), key) for key, b in enumerate(ends.oldest) if b):
-        b = first
+    for first, key in sorted((abs(int(oldest[key])), int(key)) for key in np.flatnonzero(oldest)):
+        b, has_copies = first, oldest[key] < 0
         found.append((b, key // num_keys, first))
-        while b != ends.newest[key]:
-            b = int(state.pool.copies[b].newer)
+        while has_copies and (b := int(state.pool.copies[b].newer)) != first:
             found.append((b, key // num_keys, first))
     return found
 
