@@ -26,6 +26,7 @@ NAMES = {
     "tests/conformance/test_golden.py": "golden answer",
     "tests/conformance/test_unservable.py": "unservable",
     "tests/engine/test_twins.py": "twins",
+    "tests/engine/test_free_list.py": "free list",
     "tests/engine/test_invariants.py": "invariants",
     "tests/engine/test_cases.py": "stored case",
 }

@@ -55,6 +55,16 @@ MUTATIONS = (
         '        now.free_front -= 1\n        free[now.free_front & mask] = b\n        blocks[b].num_refs = -(now.free_front & mask)\n        now.free_blocks += 1\n        now.cached_blocks += 1\n',
     ),
     Mutation(
+        "a free block that was moved is looked for where it was", "1.5", BLOCKS,
+        "            pool.blocks[b].num_refs = -(end & mask)\n",
+        "",
+    ),
+    Mutation(
+        "the free list runs over what is in it", "1.6", BLOCKS,
+        "        close_free_gaps(now, s.pool)\n",
+        "        pass\n",
+    ),
+    Mutation(
         "cached blocks are freed first to last", "1.7", BLOCKS,
         '    for at in range(end - 1, start - 1, -1):\n        b = table[at]\n        if b == 0:\n            continue\n        num_held += 1\n        if blocks[b].num_refs > 1:\n            blocks[b].num_refs -= 1\n            continue\n        if blocks[b].key < 0:\n            first_plain = at\n',
         '    for at in range(start, end):\n        b = table[at]\n        if b == 0:\n            continue\n        num_held += 1\n        if blocks[b].num_refs > 1:\n            blocks[b].num_refs -= 1\n            continue\n        if blocks[b].key < 0:\n            first_plain = min(first_plain, at)\n',
