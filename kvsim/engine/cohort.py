@@ -19,7 +19,8 @@ of schedule() that follows (`cross_windows`). `s.days[k]` is the latest entered 
 somebody, 32 days in each.
 
 Members that are past their window, where only the number of blocks counts, leave a block behind in one of `block_size`
-steps, as they take one in another: `num_leaving` says how many of a list do. Else they are visited for it.
+steps, as they take one in another: `num_leaving` says how many of a list do. Else they are visited for it. Where the
+step time has an attention window, what the members have beyond it is kept like the sum of their tokens.
 
 Requests that are not members (in the middle of their prefill, new, or unlike the others for a step) are `others`,
 visited one by one. `scatter` ends the cohort where the running list has to be walked; `gather` makes it anew.
@@ -59,6 +60,12 @@ def flight_row(s, index):
 def member_tokens(now):
     """Computed tokens of all members."""
     return now.member_base + now.num_members * now.decodes
+
+
+@inline_njit
+def tokens_in_window(now):
+    """Computed tokens of all members, of each at most the attention window of the step time."""
+    return member_tokens(now) - now.beyond_base - now.num_beyond * now.decodes
 
 
 @inline_njit
@@ -158,7 +165,17 @@ def enter_cohort(s, r):
         is_outgrowing = outgrows(s, row)
         phase.num_leaving += is_outgrowing
         now.num_outgrowing += is_outgrowing
+    if 0 < now.attention_window <= row.computed:
+        go_beyond(now, row)
     enter_calendar(s, r, next_change_of(s, row))
+
+
+@inline_njit
+def go_beyond(now, row):
+    """A member whose row is settled gets no more context tokens in the attention window."""
+    row.is_beyond = 1
+    now.num_beyond += 1
+    now.beyond_base += row.computed - now.decodes - now.attention_window
 
 
 @inline_njit
@@ -224,6 +241,10 @@ def leave(s, r):
         now.num_outgrowing -= is_outgrowing
         now.num_past -= row.is_past
         row.is_past = 0
+    if row.is_beyond:
+        row.is_beyond = 0
+        now.num_beyond -= 1
+        now.beyond_base -= row.computed - now.decodes - now.attention_window
     if now.has_phase_lists:
         link_phase(s.requests, s.phases[row.phase], row.before_in_phase, row.after_in_phase)
     row.phase = NOBODY
@@ -233,15 +254,23 @@ def leave(s, r):
 @inline_njit
 def next_change_of(s, row):
     """The day in the calendar for a member whose row is settled, not yet modulo the number of days."""
-    now, lag = s.now[0], s.settings[0].async_scheduling
+    now = s.now[0]
     last = now.decodes + tokens_to_make(s, row) - (row.computed + 1 - row.prompt)
+    crossing = last
     if now.window_groups > 0 and not row.is_past:
-        # Its windows know what was computed before the step in flight; that may be nothing, while its prompt is there.
-        soonest = lag if row.first_token_at < 0 else 0
-        crossing = now.decodes + max(soonest, now.window + lag - row.computed)
-        if crossing < last:
-            return 2 * crossing + 1
-    return 2 * last
+        crossing = min(crossing, now.decodes + steps_to_window(s, row))
+    if now.attention_window > 0 and not row.is_beyond:
+        crossing = min(crossing, now.decodes + now.attention_window - row.computed)
+    return 2 * crossing + 1 if crossing < last else 2 * last
+
+
+@inline_njit
+def steps_to_window(s, row):
+    """Calls of schedule() before the one in which a member outgrows its window, if it makes so many tokens."""
+    now, lag = s.now[0], s.settings[0].async_scheduling
+    # Its window knows what was computed before the step in flight; that may be nothing, while its prompt is there.
+    soonest = lag if row.first_token_at < 0 else 0
+    return max(soonest, now.window + lag - row.computed)
 
 
 @inline_njit
@@ -263,10 +292,13 @@ def cross_windows(s):
         row = s.requests[r]
         other = row.before_on_day
         settle(s, row)
-        now.free_blocks += leave_behind(s, row, row.computed - 1 - s.settings[0].async_scheduling)
-        row.is_past = 1
-        s.phases[row.phase].num_leaving += 1
-        now.num_past += 1
+        if now.window_groups > 0 and not row.is_past and steps_to_window(s, row) == 0:
+            now.free_blocks += leave_behind(s, row, row.computed - 1 - s.settings[0].async_scheduling)
+            row.is_past = 1
+            s.phases[row.phase].num_leaving += 1
+            now.num_past += 1
+        if now.attention_window == row.computed and not row.is_beyond:
+            go_beyond(now, row)
         enter_calendar(s, r, next_change_of(s, row))
         r = other
     now.next_change = following_change(s)
@@ -379,12 +411,12 @@ def scatter(s):
             phase.count = phase.num_leaving = 0
             phase.first = phase.last = NOBODY
             row.phase = NOBODY
-            row.is_past = 0
+            row.is_past = row.is_beyond = 0
             s.days[row.day] = NOBODY
             s.marks[row.day >> 5] = 0
         r = row.after
     now.num_members = now.member_base = now.num_others = now.num_ending = now.num_outgrowing = 0
-    now.num_past = 0
+    now.num_past = now.num_beyond = now.beyond_base = 0
     now.next_change = NEVER
 
 

@@ -37,6 +37,7 @@ from kvsim.engine.cohort import (
     pop_ending,
     scatter,
     settle_all,
+    tokens_in_window,
 )
 from kvsim.engine.queues import (
     comes_first,
@@ -460,8 +461,8 @@ def coast(s, until_ns, most_steps):
                         growing_groups = 0
             if is_last:
                 made = 0
-            elif now.num_past > 0:
-                made = glide_past_windows(s, growing_groups, room, stop, latest)
+            elif now.num_past > 0 or now.attention_window > 0:
+                made = glide_with_windows(s, growing_groups, room, stop, latest)
             else:
                 made = glide(s, growing_groups, room, stop, latest, False)
             if made == 0:
@@ -571,6 +572,7 @@ def make_step(s, admitted, latest):
     now.num_victims = now.num_dropped = now.livelock = 0
     now.prefill_tokens = now.prefill_pairs = 0
     now.ctx = member_tokens(now)
+    now.window_ctx = tokens_in_window(now)
     for k in range(admitted):
         r = now.first_received
         row, entry = req[r], s.step[now.first_entry + k]
@@ -677,8 +679,11 @@ def launch_quietly(s, growing_groups):
     now = s.now[0]
     if growing_groups > 0:
         grow_together(s)
-    seconds, context_s = quiet_cost(s)
-    duration = nanoseconds(seconds + context_s * float(member_tokens(now) + now.num_members))
+    seconds, context_s, window_s = quiet_cost(s)
+    seconds += context_s * float(member_tokens(now) + now.num_members)
+    if now.attention_window > 0:
+        seconds += window_s * float(tokens_in_window(now) + now.num_members - now.num_beyond)
+    duration = nanoseconds(seconds)
     now.num_scheduled = now.num_victims = now.num_dropped = now.livelock = 0
     now.step_members = now.num_members
     now.peak_used = max(now.peak_used, used_blocks(s))
@@ -706,37 +711,46 @@ def count_quiet_schedules(s, steps):
 
 @inline_njit
 def quiet_cost(s):
-    """Seconds of a quiet step, and for each context token. In lockstep mode a step takes 1 ns."""
+    """Seconds of a quiet step, for each context token, and for each in the attention window. In lockstep mode a step
+    takes 1 ns."""
     n = s.now[0].num_members
     if s.settings[0].lockstep:
-        return 1e-9, 0.0
-    return s.step_s[n].linear + s.step_s[n].sampled, s.attention[0].context_s
+        return 1e-9, 0.0, 0.0
+    window_s = s.attention[1].context_s if s.now[0].attention_window > 0 else 0.0
+    return s.step_s[n].linear + s.step_s[n].sampled, s.attention[0].context_s, window_s
 
 
 @inline_njit
-def glide(s, growing_groups, most_steps, stop, latest, has_past):
-    """Make quiet steps in which nobody is visited; members that grow take a block in each of `growing_groups`, and with
-    `has_past`, a constant, so that there are two loops, those that are past a window leave some behind. Everything that
-    a step changes is in local variables, and what can be had from sums afterwards is not kept."""
+def glide(s, growing_groups, most_steps, stop, latest, has_windows):
+    """Make quiet steps in which nobody is visited; members that grow take a block in each of `growing_groups`. With
+    `has_windows`, a constant, so that there are two loops, those that are past one leave some behind, and the step time
+    may have one. Everything that a step changes is in local variables, and what can be had from sums afterwards is not
+    kept."""
     now, cfg, phases, used_time, gap_counts = s.now[0], s.settings[0], s.phases, s.used_time, s.gap_counts
     n, is_async = now.num_members, cfg.async_scheduling
-    seconds, context_s = quiet_cost(s)
+    seconds, context_s, window_s = quiet_cost(s)
     if 1e9 * seconds <= 0.5:  # else no step is shorter than 1 ns
         return 0
     ctx, more_ctx = float(member_tokens(now)), float(n)  # whole numbers, in the type that the duration needs
+    window_ctx, more_window_ctx = float(tokens_in_window(now)), float(n - now.num_beyond)
     stop, latest = stop - now.t, latest - now.t  # in ns from now
     usable = cfg.num_gpu_blocks - 1
     used = used_before = used_blocks(s)
     at, last_phase = now.due, now.num_phases - 1
     t = used_area = ends = steps = 0
     at_past = list_of(now, now.window_phase)
+    is_growing = growing_groups > 0
     most_used = grown = grown_area = 0  # members that took a block, and for how long they have had it
     # `whole` and `width`: the time until the next output, with a step in flight that of the step before.
     if is_async:
         whole = float(oldest_flight(s).end - now.t)
     else:
         ctx += more_ctx
-        whole = rounded_ns(seconds + context_s * ctx)
+        whole = seconds + context_s * ctx
+        if has_windows:
+            window_ctx += more_window_ctx
+            whole += window_s * window_ctx
+        whole = rounded_ns(whole)
     width = int(whole)
     while steps < most_steps and t < stop:
         used += phases[at].count * growing_groups
@@ -745,8 +759,8 @@ def glide(s, growing_groups, most_steps, stop, latest, has_past):
             used -= phases[at].count * growing_groups
             t -= width
             break
-        if has_past:
-            grown += phases[at].count
+        if has_windows:
+            grown += phases[at].count * is_growing
             grown_area += grown * width
             used -= phases[at_past].num_leaving * now.window_groups
             most_used = max(most_used, used)
@@ -758,12 +772,16 @@ def glide(s, growing_groups, most_steps, stop, latest, has_past):
         steps += 1
         at = at - 1 if at > 0 else last_phase
         ctx += more_ctx
-        whole = rounded_ns(seconds + context_s * ctx)
+        whole = seconds + context_s * ctx
+        if has_windows:
+            window_ctx += more_window_ctx
+            whole += window_s * window_ctx
+        whole = rounded_ns(whole)
         width = int(whole)
     if steps == 0:
         return 0
     now.due = at
-    if not has_past:
+    if not has_windows:
         most_used, grown, grown_area = used, used - used_before, used_area - used_before * t
         if growing_groups > 1:
             grown //= growing_groups
@@ -775,8 +793,8 @@ def glide(s, growing_groups, most_steps, stop, latest, has_past):
 
 
 @inner_njit
-def glide_past_windows(s, growing_groups, most_steps, stop, latest):
-    """`glide` where members are past a window."""
+def glide_with_windows(s, growing_groups, most_steps, stop, latest):
+    """`glide` where members are past a window, or the step time has one."""
     return glide(s, growing_groups, most_steps, stop, latest, True)
 
 
@@ -834,7 +852,7 @@ def step_duration(s):
     prefill = attention[0].pair_s * now.prefill_pairs - attention[0].context_s * now.prefill_ctx
     for c in range(1, len(attention)):
         ctx, prefill_ctx, prefill_pairs = window_sums(s, attention[c].window)
-        seconds += attention[c].context_s * ctx
+        seconds += attention[c].context_s * (now.window_ctx + ctx)
         prefill += attention[c].pair_s * prefill_pairs - attention[c].context_s * prefill_ctx
     return nanoseconds(seconds + max(0.0, prefill))
 
@@ -853,8 +871,8 @@ def rounded_ns(seconds):
 
 @inner_njit
 def window_sums(s, window):
-    """Of the step just scheduled: context tokens within the window, those of the prefilling requests, and their
-    query-key pairs within it."""
+    """Of the entries of the step just scheduled, without its members: context tokens within the window, those of the
+    prefilling requests, and their query-key pairs within it."""
     now, step = s.now[0], s.step
     ctx = prefill_ctx = prefill_pairs = 0
     for k in range(now.first_entry, now.first_entry + now.num_scheduled):

@@ -39,6 +39,7 @@ from kvsim.engine.cohort import (
     pop_ending,
     scatter,
     settle,
+    tokens_in_window,
 )
 from kvsim.engine.queues import (
     NOBODY,
@@ -118,7 +119,7 @@ def open_step(s):
     now.is_scheduling = 1
     now.first_entry = flight_row(s, now.num_steps) * cfg.max_num_seqs
     now.num_scheduled = now.num_victims = now.num_dropped = now.num_prefills = now.livelock = 0
-    now.step_members = 0
+    now.step_members = now.window_ctx = 0
     now.sampled = now.prefill_tokens = now.decode_tokens = 0
     now.ctx = now.prefill_ctx = now.prefill_pairs = 0
     now.looked_up = -1
@@ -249,9 +250,9 @@ def run_together(s, way):
     now = s.now[0]
     x = 0
     is_growing = now.is_visiting > 0 or way == AS_FAR_AS_IT_GOES
+    if is_crossing_due(s):
+        cross_windows(s)
     if not is_growing:
-        if is_crossing_due(s):
-            cross_windows(s)
         grow_together(s)
     if is_growing or now.num_outgrowing > 0:
         x = visit(s, is_growing)
@@ -263,6 +264,7 @@ def run_together(s, way):
     now.held_tokens += n
     now.budget -= n
     now.ctx += member_tokens(now)
+    now.window_ctx = tokens_in_window(now)
     while x < now.num_others and now.budget > 0 and run_one(s, s.seats[x].other):
         x += 1
 

@@ -178,6 +178,7 @@ REQUEST = np.dtype(
         ("prefilling", np.int8),  # the last step that scheduled it left known tokens to compute (3.18)
         ("is_steady", np.int8),  # 1: its windows have moved by one token in the last step, 2: in this one
         ("is_past", np.int8),  # a member that leaves a block behind in one of `block_size` steps
+        ("is_beyond", np.int8),  # a member with more tokens than the attention window of the step time
         ("outcome", np.int8),
         ("cause", np.int8),
     ],
@@ -395,6 +396,7 @@ NOW = np.dtype(
             "member_base", "next_change", "has_phase_lists", "num_others", "num_ending", "num_phases", "due",
             "is_visiting", "growing_groups", "step_members", "outgrown_at", "num_outgrowing",
             "window", "window_groups", "window_phase", "num_past",
+            "attention_window", "num_beyond", "beyond_base", "window_ctx",
             # pool
             "free_blocks", "free_front", "free_end", "cached_blocks", "table_blocks", "held_tokens",
             "num_free_slots", "table_stride", "hits_at", "num_keys", "num_lookups", "num_token_groups", "has_windows",
@@ -506,7 +508,8 @@ def pack(
     ):  # fmt: skip
         now[name] = -1
     now.next_change = NEVER
-    now.must_walk = settings.log_steps or len(cost.windows) > 1
+    now.must_walk = settings.log_steps or len(cost.windows) > 2
+    now.attention_window = cost.windows[1] if len(cost.windows) == 2 else 0
     now.is_scattered = 1
     now.num_phases = len(phases)
     now.growing_groups = (kv_groups.kind != STATE).sum()

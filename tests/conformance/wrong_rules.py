@@ -556,6 +556,16 @@ MUTATIONS = (
         "max(soonest, now.window + lag - row.computed) + 1",
     ),
     Mutation(
+        "in quiet steps everybody gets more context in the attention window", "step time", LOOP,
+        "float(n - now.num_beyond)",
+        "float(n)",
+    ),
+    Mutation(
+        "beside an admission members have all their context in the attention window", "step time", LOOP,
+        "    now.window_ctx = tokens_in_window(now)\n",
+        "    now.window_ctx = member_tokens(now)\n",
+    ),
+    Mutation(
         "who waits for blocks is not looked at when windows free some", "3.14, 6.5", LOOP,
         "            if now.num_past > 0 and is_head_waiting_for_blocks(s):",
         "            if False:",

@@ -4,8 +4,10 @@ import gc
 
 import pytest
 from hypothesis import example, given
+from hypothesis import strategies as some
 
 from tests.engine.workloads import (
+    cost_columns,
     counters,
     duration,
     event_rows,
@@ -60,15 +62,21 @@ def test_outgrown_windows_that_are_counted(workload):
     compare(*workload)
 
 
-def compare(rows, settings):
+@given(workloads() | windowed(), some.integers(1, 90))
+def test_step_times_with_an_attention_window(workload, window):
+    compare(*workload, attention_window=window)
+
+
+def compare(rows, settings, attention_window=None):
     """All ways of the compiled engine with the naive one."""
-    ref = naive.run(rows, settings, duration=duration, record_steps=True)
+    ref = naive.run(rows, settings, duration=duration, record_steps=True, attention_window=attention_window)
+    cost = cost_columns(settings.max_num_batched_tokens, settings.max_num_seqs, attention_window)
     # Checks and logs walk the running list in every step, the others know the cohort.
     # Wide bins, because quiet steps are made in one go only up to the end of a bin.
-    least, wide = settings.enable_prefix_caching, {"check": False, "num_bins": 2}
+    least, wide = settings.enable_prefix_caching, {"check": False, "num_bins": 2, "cost": cost}
     counts, _ = run_compiled(rows, settings, identities=least, event_capacity=8, **wide)
     blocks, _ = run_compiled(rows, settings, identities=True, event_capacity=8, **wide)
-    walked, _ = run_compiled(rows, settings, identities=least)
+    walked, _ = run_compiled(rows, settings, identities=least, cost=cost)
     logged, steps = run_compiled(rows, settings, identities=True, log_steps=True, **wide)
     assert steps == ref.steps
     for got in (counts, blocks, walked, logged):

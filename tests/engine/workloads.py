@@ -12,7 +12,15 @@ from kvsim.engine.keys import intern_keys
 from kvsim.steplog import StepLog
 from tests.naive import engine as naive
 
-STEP_COST = {"a0": 0.004, "a1": 2e-5, "a2": 1e-8, "sampled": 3e-6, "pair": 2e-8}
+STEP_COST = {
+    "a0": 0.004,
+    "a1": 2e-5,
+    "a2": 1e-8,
+    "sampled": 3e-6,
+    "pair": 2e-8,
+    "window_a2": 3e-7,
+    "window_pair": 5e-7,
+}
 
 
 # Kinds of KV groups, in order.
@@ -45,23 +53,25 @@ PLAIN = {
 }
 
 
-def cost_columns(max_tokens, max_seqs):
-    """A step cost with every term in use."""
+def cost_columns(max_tokens, max_seqs, attention_window=None):
+    """A step cost with every term in use, those of an attention window too where there is one."""
+    windows = np.array([0] if attention_window is None else [0, attention_window])
     return st.Cost(
         linear_s=np.array([STEP_COST["a0"] + STEP_COST["a1"] * n for n in range(max_tokens + 1)]),
         sampled_s=np.array([STEP_COST["sampled"] * n for n in range(max_seqs + 1)]),
-        context_s=np.array([STEP_COST["a2"]]),
-        pair_s=np.array([STEP_COST["pair"]]),
-        windows=np.zeros(1),
+        context_s=np.array([STEP_COST["a2"], STEP_COST["window_a2"]][: len(windows)]),
+        pair_s=np.array([STEP_COST["pair"], STEP_COST["window_pair"]][: len(windows)]),
+        windows=windows,
     )
 
 
-def duration(n, ctx, prefill_pairs, prefill_ctx, sampled):
+def duration(n, ctx, prefill_pairs, prefill_ctx, sampled, window_ctx=0, window_pairs=0, window_prefill_ctx=0):
     """The same cost for the naive engine, in plain floats."""
     c = STEP_COST
     linear = (c["a0"] + c["a1"] * n) + c["sampled"] * sampled
-    attention = max(0.0, c["pair"] * prefill_pairs - c["a2"] * prefill_ctx)
-    return max(1, round(1e9 * ((linear + c["a2"] * ctx) + attention)))
+    attention = c["pair"] * prefill_pairs - c["a2"] * prefill_ctx
+    attention += c["window_pair"] * window_pairs - c["window_a2"] * window_prefill_ctx
+    return max(1, round(1e9 * ((linear + c["a2"] * ctx + c["window_a2"] * window_ctx) + max(0.0, attention))))
 
 
 @some.composite

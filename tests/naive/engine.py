@@ -68,7 +68,7 @@ class Result:
     prefix_map: list
 
 
-def run(requests, settings, *, duration, record_steps=False):
+def run(requests, settings, *, duration, record_steps=False, attention_window=None):
     """Simulate `requests`, (arrival, prompt, output) ints in order of arrival, to the end. A follow-up turn has
     two more: the index of its parent, an earlier row or None, and its delay after the parent's end. A sixth
     lists the ids of its content, one for each prefix_unit tokens from the start of the prompt, for prefix caching:
@@ -76,11 +76,13 @@ def run(requests, settings, *, duration, record_steps=False):
     its priority, 0 if left out: smaller is earlier.
 
     duration(n, ctx, prefill_pairs, prefill_ctx, sampled) -> int ns is how long a step of n > 0 tokens
-    lasts; lockstep does not call it.
+    lasts; lockstep does not call it. With an attention_window it gets these sums of context and of pairs once more,
+    within that window: ctx, prefill_pairs, prefill_ctx.
     """
     arrivals = [arrival for arrival, *_ in requests]
     assert arrivals == sorted(arrivals), "rows must be in order of arrival"
     engine = Engine(requests, settings, duration, record_steps)
+    engine.attention_window = attention_window
     engine.run()
     return engine.result()
 
@@ -202,6 +204,7 @@ class Engine:
     def __init__(self, rows, settings, duration, record_steps=False):
         self.settings = settings
         self.duration = duration
+        self.attention_window = None
         self.requests = [Request(i, *row) for i, row in enumerate(rows)]
         self.unsent = deque(r for r in self.requests if r.parent is None)
         self.turns = []  # (time, row) of follow-up turns whose parent has ended
@@ -872,7 +875,16 @@ class Engine:
         # Query-key pairs: n new tokens see the c - n before them and, each, those up to itself.
         pairs = sum(n * (c - n) + n * (n + 1) // 2 for n, c in prefills)
         sampled = sum(s.gets_token for s in step.scheduled)
-        return self.duration(step.num_tokens, ctx, pairs, sum(c for _, c in prefills), sampled)
+        sums = (step.num_tokens, ctx, pairs, sum(c for _, c in prefills), sampled)
+        window = self.attention_window
+        if window is None:
+            return self.duration(*sums)
+        return self.duration(
+            *sums,
+            sum(min(s.request.num_computed_tokens, window) for s in step.scheduled),
+            sum(min(k, window) for n, c in prefills for k in range(c - n + 1, c + 1)),
+            sum(min(c, window) for _, c in prefills),
+        )
 
     def update(self, step, now, num_late):
         """Process the output of `step` (3.19, 4.3); what stops frees its blocks at once. num_late of the queue came
