@@ -9,6 +9,7 @@ that has run, `keep` keeps what the results need, and `fleet_result` makes one R
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -50,9 +51,7 @@ class Replica:
 
     summary: dict  # its entry in `replicas` of summary.json
     events: np.ndarray  # state.EVENT, requests by their rows in the whole trace
-    bins: np.ndarray  # state.BIN
-    bin_width: int
-    accounted: int  # ns of the run that the bins cover
+    bins: tuple[np.ndarray, int, int]  # `result.bins_of` it
     ended_ns: int
     last_token_ns: int  # of a completed request; 0: none
 
@@ -214,19 +213,19 @@ def keep(fleet: Fleet, k: int, rows: np.ndarray, run: EngineRun) -> None:
     """Keep what the results need of replica `k`: its requests are `rows` of the trace, as its events have them. The
     state can go then. May be called from several threads."""
     state, now = run.state, run.state.now[0]
+    table = metrics.Columns(state.requests)
     outcomes, causes = result.outcome_and_cause(run)
+    table |= {"outcome": outcomes, "cause": causes}
     for name, column in fleet.columns.items():
-        values = {"outcome": outcomes, "cause": causes}.get(name)
-        values = state.requests[name] if values is None else values
+        values = table[name]
         if name in _MOSTLY_ZERO:
             some = np.flatnonzero(values)
             column[rows[some]] = values[some]
         else:
             column[rows] = values
-    num_bins = -(-int(now.accounted) // int(now.bin_width))
     completed = metrics.is_one_of(outcomes, metrics.COMPLETED)
-    summary, last_token_ns = _entry(run, outcomes, completed)
-    num_good = metrics.met_objectives(state.requests, completed, fleet.objectives) if fleet.objectives else 0
+    summary, last_token_ns = _entry(run, table, outcomes, completed)
+    num_good = metrics.met_objectives(table, completed, fleet.objectives) if fleet.objectives else 0
     with fleet.lock:
         fleet.used_time += state.used_time
         fleet.gap_counts += state.gap_counts
@@ -236,17 +235,17 @@ def keep(fleet: Fleet, k: int, rows: np.ndarray, run: EngineRun) -> None:
     fleet.replicas[k] = Replica(
         summary=summary,
         events=run.events,
-        bins=np.array(state.timeline[:num_bins]),
-        bin_width=int(now.bin_width),
-        accounted=int(now.accounted),
+        bins=result.bins_of(state),
         ended_ns=int(now.t),
         last_token_ns=last_token_ns,
     )
 
 
-def _entry(run: EngineRun, outcomes: np.ndarray, completed: np.ndarray) -> tuple[dict, int]:
+def _entry(
+    run: EngineRun, table: metrics.Columns, outcomes: np.ndarray, completed: np.ndarray
+) -> tuple[dict, int]:
     """(what summary.json says of one replica, ns of its last token)."""
-    done = metrics.columns(run.state.requests, completed)
+    done = metrics.columns(table, completed)
     ttft = done("first_token_at") - done("arrival")
     last_token_ns = int(done("finished_at").max(initial=0))
     throughput = metrics.throughput(
@@ -255,7 +254,7 @@ def _entry(run: EngineRun, outcomes: np.ndarray, completed: np.ndarray) -> tuple
         int(done("generated").sum(dtype=np.int64)),
         last_token_ns,
     )
-    totals = result.totals(run, outcomes)
+    totals = result.totals(run, table, outcomes)
     del totals["num_gpu_blocks"]  # alike for all, and in the summary itself
     counts = {name: throughput[name] for name in ("completed", "total_input_tokens", "total_output_tokens")}
     return totals | counts | metrics.spread("ttft", ttft), last_token_ns
@@ -301,10 +300,10 @@ def fleet_result(
     return result.Result(
         requests=rows,
         events=result.event_table(*_merged_events(parts)) if fleet.record == "events" else None,
-        bins=_merged_bins(parts, budget),
-        deployment=result.plain(deployment, budget, options),
         notes=(*trace.notes, *deployment.notes, *budget.notes),
         _summary=summary,
+        _make_bins=functools.partial(_merged_bins, [part.bins for part in parts], budget),
+        _make_deployment=result.plain(deployment, budget, options),
     )
 
 
@@ -388,17 +387,15 @@ def _ranks(events: np.ndarray) -> np.ndarray:
     return np.maximum.accumulate(moment + _RANK[events["kind"]]) - moment
 
 
-def _merged_bins(parts: list[Replica], budget):
-    """The timelines one after the other, all with the widest bins of any."""
+def _merged_bins(lines: list[tuple[np.ndarray, int, int]], budget):
+    """The timelines one after the other, all with the widest bins of any; `lines`: `result.bins_of` each replica."""
     import pyarrow as pa
 
-    width = max(part.bin_width for part in parts)
+    widest = max(width for _, width, _ in lines)
     tables = []
-    for k, part in enumerate(parts):
-        bins = part.bins
-        for _ in range((width // part.bin_width).bit_length() - 1):  # widths are doubled as a run goes on
+    for k, (bins, width, end) in enumerate(lines):
+        for _ in range((widest // width).bit_length() - 1):  # widths are doubled as a run goes on
             odd = np.zeros(len(bins) % 2, st.BIN)
             bins = merged_pairs(np.concatenate([bins, odd]))
-        now = np.rec.array([(width, part.accounted)], [("bin_width", np.int64), ("accounted", np.int64)])[0]
-        tables.append(result.bin_table(now, bins, budget, k))
+        tables.append(result.bin_table(bins, widest, end, budget, k))
     return pa.concat_tables(tables).combine_chunks()

@@ -7,7 +7,9 @@ meaning without a new SCHEMA_VERSION.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,10 +63,19 @@ class Result:
 
     requests: pa.Table | None
     events: pa.Table | None
-    bins: pa.Table
-    deployment: dict
     notes: tuple[str, ...]
     _summary: dict
+    # Called when somebody asks: a sweep has thousands of runs, and reads only their summaries.
+    _make_bins: Callable[[], pa.Table]
+    _make_deployment: Callable[[], dict]
+
+    @functools.cached_property
+    def bins(self) -> pa.Table:
+        return self._make_bins()
+
+    @functools.cached_property
+    def deployment(self) -> dict:
+        return self._make_deployment()
 
     def summary(self) -> Summary:
         """Verdict, outcomes, preemptions, blocks, percentiles: the keys of `summary.json`."""
@@ -113,20 +124,19 @@ class Result:
         engine_s: float,
     ) -> Result:
         """Engine columns to result columns."""
+        table = metrics.Columns(run.state.requests)
         outcomes, causes = outcome_and_cause(run)
-        summary = head(trace, deployment, options, seed, command) | totals(run, outcomes)
+        summary = head(trace, deployment, options, seed, command) | totals(run, table, outcomes)
         summary["wall"] = {"load_s": load_s, "prepare_s": prepare_s, "engine_s": engine_s, "write_s": 0.0}
-        summary |= _latency_summary(run, outcomes, options["goodput"])
+        summary |= _latency_summary(run, table, outcomes, options["goodput"])
         record = options["record"]
         return cls(
-            requests=None
-            if record == "summary"
-            else request_table(run.state.requests, trace, outcomes, causes),
+            requests=None if record == "summary" else request_table(table, trace, outcomes, causes),
             events=event_table(run.events) if record == "events" else None,
-            bins=bin_table(run.state.now[0], run.state.timeline, budget),
-            deployment=plain(deployment, budget, options),
             notes=(*trace.notes, *deployment.notes, *budget.notes),
             _summary=summary,
+            _make_bins=functools.partial(bin_table, *bins_of(run.state), budget),
+            _make_deployment=plain(deployment, budget, options),
         )
 
     @classmethod
@@ -143,8 +153,6 @@ class Result:
         event = st.table(st.EVENT, 1)
         event.kind, event.cause = st.KINDS.index(failure.kind), cause
         event.request = event.for_request = -1
-        now = st.table(st.NOW, 1)[0]
-        now.bin_width = 1
         summary = head(trace, deployment, options, seed, command)
         summary |= {
             "verdict": "does_not_start",
@@ -176,10 +184,10 @@ class Result:
         return cls(
             requests=None if record == "summary" else request_table(table, trace, outcomes, causes),
             events=event_table(event),
-            bins=bin_table(now, st.table(st.BIN, 0), budget),
-            deployment=plain(deployment, budget, options),
             notes=(*trace.notes, *deployment.notes, *budget.notes),
             _summary=summary,
+            _make_bins=functools.partial(bin_table, np.zeros(0, st.BIN), 1, 0, budget),
+            _make_deployment=plain(deployment, budget, options),
         )
 
 
@@ -205,22 +213,23 @@ def outcome_and_cause(run: EngineRun) -> tuple[np.ndarray, np.ndarray]:
     table = run.state.requests
     outcomes, causes = table["outcome"].copy(), table["cause"].copy()
     left = outcomes == st.NO_OUTCOME
-    outcomes[left] = st.UNFINISHED
-    causes[left] = st.CAUSE_HORIZON if run.ended == "horizon" else st.CAUSE_STALLED
+    if left.any():
+        outcomes[left] = st.UNFINISHED
+        causes[left] = st.CAUSE_HORIZON if run.ended == "horizon" else st.CAUSE_STALLED
     return outcomes, causes
 
 
 def _counts(outcomes: np.ndarray) -> dict[str, int]:
-    counts = np.bincount(outcomes, minlength=len(st.OUTCOMES)).tolist()
-    return {name: count for name, count in zip(st.OUTCOMES, counts, strict=True) if name}
+    return {name: int(np.count_nonzero(outcomes == code)) for code, name in enumerate(st.OUTCOMES) if name}
 
 
-def totals(run: EngineRun, outcomes: np.ndarray) -> dict:
-    """Verdict, counts and pool of one replica's run, as `summary.json` has them."""
+def totals(run: EngineRun, table: metrics.Columns, outcomes: np.ndarray) -> dict:
+    """Verdict, counts and pool of one replica's run, as `summary.json` has them. `table`: the columns of its
+    requests."""
     now = run.state.now[0]
     preemptions, admissions = int(now.total_preemptions), int(now.total_admissions)
     return {
-        "verdict": metrics.verdict(run.state.requests, outcomes, preemptions, admissions),
+        "verdict": metrics.verdict(table, outcomes, preemptions, admissions),
         "ended": run.ended,
         "num_requests": len(outcomes),
         "outcomes": _counts(outcomes),
@@ -269,12 +278,13 @@ def _settings_of(deployment) -> dict:
     }
 
 
-def plain(deployment, budget, options) -> dict:
-    """The input as JSON holds it (lists, no tuples), so that it is the same when it is read back."""
+def plain(deployment, budget, options) -> Callable[[], dict]:
+    """What makes the input, as it is now, into what JSON holds (lists, no tuples), so that it is the same when it is
+    read back."""
     import msgspec
 
     text = msgspec.json.encode({"deployment": deployment, "budget": budget, "options": options})
-    return msgspec.json.decode(text)
+    return functools.partial(msgspec.json.decode, text)
 
 
 def prefix_cache(queries: int, hits: int) -> dict:
@@ -282,8 +292,8 @@ def prefix_cache(queries: int, hits: int) -> dict:
     return {"queries": queries, "hits": hits, "hit_rate": hits / queries if queries else 0.0}
 
 
-def _latency_summary(run, outcomes, objectives) -> dict:
-    table, now = run.state.requests, run.state.now[0]
+def _latency_summary(run, table, outcomes, objectives) -> dict:
+    now, n = run.state.now[0], len(outcomes)
     completed = metrics.is_one_of(outcomes, metrics.COMPLETED)
     count = int(np.count_nonzero(completed))
     done = metrics.columns(table, completed)
@@ -297,13 +307,14 @@ def _latency_summary(run, outcomes, objectives) -> dict:
     if objectives:
         good = metrics.met_objectives(table, completed, objectives)
         summary["request_goodput"] = good / summary["duration"] if duration else 0.0
-        summary["goodput"] = {"objectives_ms": objectives, "met": good, "fraction": good / max(1, len(table))}
-    by_name = metrics.latencies_ns(table, completed)
+        summary["goodput"] = {"objectives_ms": objectives, "met": good, "fraction": good / max(1, n)}
     for name in metrics.LATENCIES:
-        if name == "itl" and count:
+        if name != "itl":
+            summary |= metrics.spread(name, metrics.latency_ns(done, name))
+        elif count:
             summary |= metrics.spread_of_gaps(run.state.gap_counts, int(now.gap_sum), int(now.gap_count))
         else:
-            summary |= metrics.spread(name, by_name.get(name, np.zeros(0)))
+            summary |= metrics.spread(name, np.zeros(0))
     return summary
 
 
@@ -383,12 +394,17 @@ def words(codes: np.ndarray, names: tuple[str, ...]) -> pa.DictionaryArray:
     return pa.DictionaryArray.from_arrays(indices, pa.array(names))
 
 
-def bin_table(now, bins: np.ndarray, budget, replica: int = 0) -> pa.Table:
-    """The timeline of one replica. `now` needs `bin_width` and `accounted`, ns; `bins` rows of state.BIN."""
+def bins_of(state: st.State) -> tuple[np.ndarray, int, int]:
+    """A copy of the bins in use, their width and the end of the last one, ns."""
+    width, end = int(state.now[0].bin_width), int(state.now[0].accounted)
+    used = state.timeline[: -(-end // width)]
+    return np.frombuffer(used.tobytes(), st.BIN), width, end  # as bytes, or numpy copies field by field
+
+
+def bin_table(bins: np.ndarray, width: int, end: int, budget, replica: int = 0) -> pa.Table:
+    """The timeline of one replica, of its `bins_of`."""
     import pyarrow as pa
 
-    width, end = int(now.bin_width), int(now.accounted)
-    bins = bins[: -(-end // width)].view(np.ndarray)
     start = np.arange(len(bins), dtype=np.int64) * width
     widths = np.minimum(width, end - start)
     usable = budget.num_gpu_blocks - 1

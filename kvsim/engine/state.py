@@ -452,20 +452,19 @@ def pack(
     n = len(arrival_ns)
     settings = Settings(*(int(value) for value in settings))
     seqs, depth = settings.max_num_seqs, 2 if settings.async_scheduling else 1
-    kv_groups, num_lookups = _groups(groups, settings)
-    if has_windows(kv_groups) and settings.enable_prefix_caching:
+    groups = [_group(group, settings) for group in groups]
+    has_windows = any(group.kind != FULL for group in groups)  # blocks go back: it matters which is where
+    if has_windows and settings.enable_prefix_caching:
         settings = settings._replace(identities=1)
     keys = keys or Keys(table(SPAN, 0), np.zeros(0, np.int32), np.zeros(0, np.int32))
     if settings.enable_prefix_caching:
         num_keys = int(keys.spans.own_from[-1])
-        keys = keys._replace(oldest=np.zeros(num_keys * len(kv_groups), np.int32))
+        keys = keys._replace(oldest=np.zeros(num_keys * len(groups), np.int32))
 
     if requests is None:
-        requests = table(REQUEST, n)
-        requests.arrival = arrival_ns
-        requests.prompt = prompt_tokens
-        requests.output = output_tokens
-        requests.priority = 0 if priority is None else priority
+        requests = table(REQUEST, n, arrival=arrival_ns, prompt=prompt_tokens, output=output_tokens)
+        if priority is not None:
+            requests.priority = priority
         for name in ("scheduled_at", "first_token_at", "last_token_at", "finished_at", "slot", "phase"):
             requests[name] = -1
     usable = settings.num_gpu_blocks - 1
@@ -473,57 +472,63 @@ def pack(
     if settings.identities:
         longest = np.minimum(np.add(prompt_tokens, output_tokens, dtype=np.int64), settings.max_model_len)
         stride = -(-int(longest.max(initial=1)) // settings.block_size)
-        if not has_windows(kv_groups):
+        if not has_windows:
             stride = min(usable, stride)  # no null blocks, so no more entries than blocks
     pool = _all_free(
         settings.num_gpu_blocks if settings.identities else 0,
-        np.zeros((seqs + 1) * stride * len(kv_groups), np.int32),
+        np.zeros((seqs + 1) * stride * len(groups), np.int32),
     )
     seats = table(SEAT, seqs + 1)
     seats.free_slot[:seqs] = np.arange(seqs)[::-1]
-    window = _counted_window(kv_groups, settings)
-    phases, visits = _phases(kv_groups, settings, window)
+    window = _counted_window(groups, settings)
+    phases, visits = _phases(groups, settings, window)
     num_days = _num_days(output_tokens, settings)
     turns = _turns(parent, delay_ns)
-
-    now = table(NOW, 1)
-    now.next_row = n if settings.fed else 0
-    now.next_arrival = NEVER if settings.fed or n == 0 else arrival_ns[0]
-    # In an open loop without turns `next_arrival` is the next send.
-    now.is_open = len(turns) == 0 and settings.max_concurrency == 0
-    now.free_blocks = usable
-    now.free_end = usable if settings.identities else 0
-    now.num_free_slots = seqs
-    now.table_stride = stride
-    now.hits_at = seqs * stride * len(kv_groups)
-    now.num_keys = len(keys.oldest) // len(kv_groups)
-    now.num_lookups = num_lookups
-    now.num_token_groups = np.isin(kv_groups.kind, (FULL, SLIDING, CHUNKED)).sum()
-    now.has_windows = has_windows(kv_groups)
-    now.has_states = (kv_groups.kind == MAMBA).any()
-    now.bin_width = now.bin_end = bin_width_ns
-    now.last_prefill = -settings.prefill_schedule_interval
-    for name in (
-        "wait_request", "lonely_request", "first_running", "last_running", "first_received", "last_received", "oldest"
-    ):  # fmt: skip
-        now[name] = -1
-    now.next_change = NEVER
-    now.must_walk = settings.log_steps or len(cost.windows) > 2
-    now.attention_window = cost.windows[1] if len(cost.windows) == 2 else 0
-    now.is_scattered = 1
-    now.num_phases = len(phases)
-    now.growing_groups = (kv_groups.kind != STATE).sum()
-    now.is_visiting = settings.identities or now.growing_groups[0] == 0
-    now.is_plain = _is_plain(settings) and not now.must_walk[0] and not now.is_visiting[0]
-    if window:
-        now.window = window
-        now.window_groups = (kv_groups.kind == SLIDING).sum()
-        now.window_phase = (window - 1 + depth - 1) % len(phases)
-        now.outgrown_at = NEVER
-    else:
-        now.outgrown_at = min([_outgrown_at(group, settings.block_size) for group in kv_groups])
+    lookups = _lookups(groups)
+    growing_groups = sum(group.kind != STATE for group in groups)
+    must_walk = settings.log_steps or len(cost.windows) > 2
+    is_visiting = settings.identities or growing_groups == 0
+    now = _record(
+        NOW,
+        next_row=n if settings.fed else 0,
+        next_arrival=NEVER if settings.fed or n == 0 else arrival_ns[0],
+        # In an open loop without turns `next_arrival` is the next send.
+        is_open=len(turns) == 0 and settings.max_concurrency == 0,
+        free_blocks=usable,
+        free_end=usable if settings.identities else 0,
+        num_free_slots=seqs,
+        table_stride=stride,
+        hits_at=seqs * stride * len(groups),
+        num_keys=len(keys.oldest) // len(groups),
+        num_lookups=len(lookups),
+        num_token_groups=sum(group.kind in (FULL, SLIDING, CHUNKED) for group in groups),
+        has_windows=has_windows,
+        has_states=any(group.kind == MAMBA for group in groups),
+        bin_width=bin_width_ns,
+        bin_end=bin_width_ns,
+        last_prefill=-settings.prefill_schedule_interval,
+        wait_request=-1,
+        lonely_request=-1,
+        first_running=-1,
+        last_running=-1,
+        first_received=-1,
+        last_received=-1,
+        oldest=-1,
+        next_change=NEVER,
+        must_walk=must_walk,
+        attention_window=cost.windows[1] if len(cost.windows) == 2 else 0,
+        is_scattered=1,
+        num_phases=len(phases),
+        growing_groups=growing_groups,
+        is_visiting=is_visiting,
+        is_plain=_is_plain(settings) and not must_walk and not is_visiting,
+        outgrown_at=NEVER if window else min(_outgrown_at(group, settings.block_size) for group in groups),
+        window=window,
+        window_groups=sum(group.kind == SLIDING for group in groups) if window else 0,
+        window_phase=(window - 1 + depth - 1) % len(phases) if window else 0,
+    )
     return State(
-        settings=table(SETTINGS, 1, **settings._asdict(), block_shift=_shift_of(settings.block_size)),
+        settings=_record(SETTINGS, **settings._asdict(), block_shift=_shift_of(settings.block_size)),
         now=now,
         step_s=_side_by_side(STEP_S, cost.linear_s, cost.sampled_s),
         attention=_side_by_side(ATTENTION, cost.context_s, cost.pair_s, cost.windows),
@@ -538,7 +543,7 @@ def pack(
         marks=np.zeros(num_days >> 5, np.int64),
         step=table(STEP, depth * seqs),
         flights=table(FLIGHT, depth),
-        groups=kv_groups,
+        groups=_group_table(groups, lookups),
         pool=pool,
         keys=keys,
         events=table(EVENT, (event_capacity or _likely_events(n)) if settings.record_events else 0),
@@ -577,37 +582,51 @@ def _side_by_side(dtype: np.dtype, *columns: np.ndarray) -> np.recarray:
     return rows
 
 
-def _groups(groups, settings: Settings) -> tuple[np.recarray, int]:
-    """The KV groups, and how many are looked up: the first of each kind and window, full attention first (6.8)."""
-    out = table(GROUP, len(groups))
+class Group(NamedTuple):
+    """A KV group as `pack` computes with it: GROUP without `lookup`."""
+
+    kind: int
+    window: int
+    run_blocks: int
+    most_blocks: int
+
+
+def _group(group: dict, settings: Settings) -> Group:
     block, limit = settings.block_size, settings.max_model_len
     in_flight = settings.max_num_batched_tokens * (2 if settings.async_scheduling else 1)  # 4.6
-    for row, group in zip(out, groups, strict=True):
-        row.kind = GROUP_KINDS.index(group["kind"])
-        row.window = group.get("window") or 0
-        row.most_blocks = -(-limit // block)
-        if row.kind == SLIDING:
-            row.run_blocks = -(-(row.window - 1) // block)
-            row.most_blocks = -(-min(row.window - 1 + in_flight, limit) // block) + 1
-        elif row.kind == CHUNKED:
-            row.most_blocks = -(-min(row.window + in_flight, limit) // block)
-        elif row.kind == MAMBA:
-            row.kind = MAMBA if settings.enable_prefix_caching else STATE
-            row.run_blocks = 1
-    is_first = [not any((out[:g] == row).tolist()) for g, row in enumerate(out)]
-    lookups = sorted(np.flatnonzero(is_first), key=lambda g: out[g].kind != FULL)
-    out.lookup[: len(lookups)] = lookups
-    return out, len(lookups)
+    kind, window = GROUP_KINDS.index(group["kind"]), group.get("window") or 0
+    run_blocks, most_blocks = 0, -(-limit // block)
+    if kind == SLIDING:
+        run_blocks = -(-(window - 1) // block)
+        most_blocks = -(-min(window - 1 + in_flight, limit) // block) + 1
+    elif kind == CHUNKED:
+        most_blocks = -(-min(window + in_flight, limit) // block)
+    elif kind == MAMBA:
+        kind = MAMBA if settings.enable_prefix_caching else STATE
+        run_blocks = 1
+    return Group(kind, window, run_blocks, most_blocks)
 
 
-def _counted_window(groups: np.recarray, settings: Settings) -> int:
+def _counted_window(groups: list[Group], settings: Settings) -> int:
     """The window, where there is one for all groups that have any and only the number of blocks counts; else 0."""
-    windows = {int(group.window) for group in groups if group.kind in (SLIDING, CHUNKED)}
-    is_one = len(windows) == 1 and not (groups.kind == CHUNKED).any()
+    windows = {group.window for group in groups if group.kind in (SLIDING, CHUNKED)}
+    is_one = len(windows) == 1 and all(group.kind != CHUNKED for group in groups)
     return windows.pop() if is_one and not settings.identities else 0
 
 
-def _phases(groups: np.recarray, settings: Settings, window: int) -> tuple[np.recarray, np.recarray]:
+def _lookups(groups: list[Group]) -> list[int]:
+    """The groups that are looked up, in turn: the first of each kind and window, full attention first (6.8)."""
+    first = (groups.index(group) for group in dict.fromkeys(groups))
+    return sorted(first, key=lambda g: groups[g].kind != FULL)
+
+
+def _group_table(groups: list[Group], lookups: list[int]) -> np.recarray:
+    rows = np.array([(*group, 0) for group in groups], GROUP).view(np.recarray)
+    rows.lookup[: len(lookups)] = lookups
+    return rows
+
+
+def _phases(groups: list[Group], settings: Settings, window: int) -> tuple[np.recarray, np.recarray]:
     """A cohort without members, and when they will be visited: when they take a block; with prefix caching when they
     have filled one: when its last token is scheduled, and with asynchronous scheduling a step later, when it is
     known (2.6); and when a window leaves something behind (6.5), which is a step later with a step in flight, unless
@@ -627,7 +646,7 @@ def _phases(groups: np.recarray, settings: Settings, window: int) -> tuple[np.re
     # No request fills a block that is longer than any of them.
     phases = table(PHASE, min(block, settings.max_model_len + 1))
     phases.first = phases.last = -1
-    of_blocks, tokens = ({int(k) % len(phases) for k in some} for some in (of_blocks, tokens))
+    of_blocks, tokens = ({k % len(phases) for k in some} for some in (of_blocks, tokens))
     visits = [(k, VISIT_BLOCK) for k in sorted(of_blocks)]
     visits += [(k, VISIT_BOTH if k in of_blocks else VISIT_WINDOW) for k in sorted(tokens)]
     tokens, why = zip(*visits, strict=True)
@@ -640,16 +659,11 @@ def _num_days(output_tokens: np.ndarray, settings: Settings) -> int:
     return max(32, 2 << most_steps.bit_length())
 
 
-def _outgrown_at(group: np.record, block_size: int) -> int:
+def _outgrown_at(group: Group, block_size: int) -> int:
     """Computed tokens below which a request has left no block of a group behind (6.4)."""
     if group.kind == SLIDING:
         return group.window - 1 + block_size
-    return {CHUNKED: group.window, MAMBA: 0}.get(int(group.kind), NEVER)
-
-
-def has_windows(groups: np.recarray) -> bool:
-    """True when some group gives blocks back while a request runs: then it matters which block is where."""
-    return bool((groups.kind != FULL).any())
+    return {CHUNKED: group.window, MAMBA: 0}.get(group.kind, NEVER)
 
 
 def _all_free(num_gpu_blocks: int, block_tables: np.ndarray) -> Pool:
@@ -681,3 +695,8 @@ def table(dtype: np.dtype, size: int, **columns) -> np.recarray:
     for name, column in columns.items():
         rows[name] = column
     return rows
+
+
+def _record(dtype: np.dtype, **fields: int) -> np.recarray:
+    """One row, zeros but for the fields given: made at once, for to set a field of an array takes microseconds."""
+    return np.array([tuple(fields.get(name, 0) for name in dtype.names)], dtype).view(np.recarray)

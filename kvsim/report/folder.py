@@ -95,7 +95,14 @@ def load(folder: str | Path) -> Result:
         ) from None
     kept = {"requests": record != "summary", "events": record == "events", "bins": True}
     tables = {name: _read_table(folder / TABLES[name], name) if kept[name] else None for name in TABLES}
-    return Result(**tables, deployment=deployment, notes=notes, _summary=summary)
+    return Result(
+        requests=tables["requests"],
+        events=tables["events"],
+        notes=notes,
+        _summary=summary,
+        _make_bins=lambda: tables["bins"],
+        _make_deployment=lambda: deployment,
+    )
 
 
 def _remove(path: Path) -> None:

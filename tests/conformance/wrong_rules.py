@@ -386,8 +386,8 @@ MUTATIONS = (
     ),
     Mutation(
         "the gate allows a window one block less", "6.4", STATE,
-        "-(-min(row.window - 1 + in_flight, limit) // block) + 1",
-        "-(-min(row.window - 1 + in_flight, limit) // block)",
+        "-(-min(window - 1 + in_flight, limit) // block) + 1",
+        "-(-min(window - 1 + in_flight, limit) // block)",
     ),
     Mutation(
         "a running request keeps what its windows have left behind", "6.5", SCHEDULE,
@@ -441,7 +441,7 @@ MUTATIONS = (
     ),
     Mutation(
         "groups are looked up in the order in which they are listed", "6.8", STATE,
-        "key=lambda g: out[g].kind != FULL",
+        "key=lambda g: groups[g].kind != FULL",
         "key=lambda g: g",
     ),
     Mutation(
