@@ -146,7 +146,7 @@ def run_fleet(
                 run.events[name][is_row] = rows[run.events[name][is_row]]
         else:
             run = drive(states[k], fixed_bins=fixed_bins, progress=tell(k))
-            run.state = run.state._replace(requests=run.state.requests[rows])
+            run.state = run.state._replace(requests=st.copied_rows(run.state.requests, rows))
             states[k] = None
         keep(fleet, k, rows, run)
 

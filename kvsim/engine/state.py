@@ -78,6 +78,8 @@ GAP_SHIFT = 52 - GAP_BITS
 GAP_FIRST = (1023 << GAP_BITS) - 1
 GAP_BUCKETS = (64 << GAP_BITS) + 1
 
+ROWS_AT_A_TIME = 4096
+
 
 class Settings(NamedTuple):
     """Scheduler and run settings as plain int64; -1 or NEVER stands for "none". Names are vLLM's."""
@@ -462,11 +464,8 @@ def pack(
         keys = keys._replace(oldest=np.zeros(num_keys * len(groups), np.int32))
 
     if requests is None:
-        requests = table(REQUEST, n, arrival=arrival_ns, prompt=prompt_tokens, output=output_tokens)
-        if priority is not None:
-            requests.priority = priority
-        for name in ("scheduled_at", "first_token_at", "last_token_at", "finished_at", "slot", "phase"):
-            requests[name] = -1
+        given = {"arrival": arrival_ns, "prompt": prompt_tokens, "output": output_tokens}
+        requests = _requests(n, given if priority is None else {**given, "priority": priority})
     usable = settings.num_gpu_blocks - 1
     stride = 0
     if settings.identities:
@@ -551,6 +550,18 @@ def pack(
         used_time=np.zeros(settings.num_gpu_blocks, np.int64),
         gap_counts=np.zeros(GAP_BUCKETS, np.int64),
     )
+
+
+def _requests(n: int, given: dict[str, np.ndarray]) -> np.recarray:
+    """Requests to which nothing has happened yet, with the columns given; as many rows at a time as a cache holds."""
+    requests = np.zeros(n, REQUEST)
+    for start in range(0, n, ROWS_AT_A_TIME):
+        some = slice(start, start + ROWS_AT_A_TIME)
+        for name, column in given.items():
+            requests[name][some] = column[some]
+        for name in ("scheduled_at", "first_token_at", "last_token_at", "finished_at", "slot", "phase"):
+            requests[name][some] = -1
+    return requests.view(np.recarray)
 
 
 def _is_plain(settings: Settings) -> bool:
@@ -695,6 +706,12 @@ def table(dtype: np.dtype, size: int, **columns) -> np.recarray:
     for name, column in columns.items():
         rows[name] = column
     return rows
+
+
+def copied_rows(rows: np.recarray, numbers: np.ndarray) -> np.recarray:
+    """Some rows of a table of whole words. By itself numpy copies records field by field, ten times as slowly."""
+    words = rows.view(np.ndarray).view(np.int64).reshape(len(rows), rows.dtype.itemsize // 8)
+    return words.take(numbers, axis=0).view(rows.dtype)[:, 0].view(np.recarray)
 
 
 def _record(dtype: np.dtype, **fields: int) -> np.recarray:
