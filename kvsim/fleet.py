@@ -2,9 +2,9 @@
 
 A stateless router splits the trace beforehand (`kvsim.routing`), so each replica is a run by itself, on a thread by
 itself: the compiled loop releases the interpreter lock. Only as many replicas are packed at a time as there are
-threads. A router that looks at the replicas needs them all at the moment of each request: `engine.fleet` brings them
-there one after the other, on one core, and only what is left after the last request runs on threads. Of a replica
-that has run, `keep` keeps what the results need, and `fleet_result` makes one Result of it all.
+threads. A router that looks at the replicas needs them at the moment of each request: `engine.fleet` brings those
+there that may be chosen, one after the other, on one core, and only what is left after the last request runs on
+threads. Of a replica that has run, `keep` keeps what the results need, and `fleet_result` makes one Result of it all.
 """
 
 from __future__ import annotations
@@ -180,6 +180,7 @@ def route_with_looks(
         engine.put_state(buffer, k, state)
     router = st.table(engine.ROUTER, 1, looked_at=-1, by_blocks=options["router"] == "least-kv")
     router.interval = round(options["router_delay_s"] * 1e9)
+    router.shortest_step = _shortest_step(first)
     loads, assigned = st.table(engine.LOAD, len(states)), np.full(len(trace), -1, np.int16)
     while (status := engine.route(buffer, first, router, loads, assigned)) != st.DONE:
         k = int(router[0].replica)
@@ -189,6 +190,14 @@ def route_with_looks(
             ended = sum(int(state.now[0].num_ended) for state in states)
             progress(Progress(ended, len(trace), int(states[k].now[0].t)))
     return states, assigned
+
+
+def _shortest_step(state: st.State) -> int:
+    """ns that a step of a token or more takes at least."""
+    linear_s = state.step_s.linear[1 : int(state.settings[0].max_num_batched_tokens) + 1]
+    if min(column.min() for column in (linear_s, state.step_s.sampled, state.attention.context_s)) < 0:
+        return 1
+    return max(1, round(1e9 * float(linear_s.min())))
 
 
 def empty_fleet(

@@ -438,6 +438,59 @@ def test_a_router_that_looks_sends_to_who_has_least(router, delay):
     assert min(len(mine) for mine in rows) > 20
 
 
+def look_at_every_replica(monkeypatch):
+    """Have the router forget before each request what it knows of the replicas, so that it brings them all there."""
+    from kvsim.engine import fleet as engine
+
+    route = engine.route
+
+    def eagerly(buffer, state, router, loads, assigned):
+        while router[0].next_row < len(assigned):
+            loads.changes_at[loads.is_over == 0] = loads.falls_at[loads.is_over == 0] = 0
+            status = route(buffer, state, router, loads, assigned[: router[0].next_row + 1])
+            if status != engine.DONE:
+                return status
+        return engine.DONE
+
+    monkeypatch.setattr(engine, "route", eagerly)
+
+
+def chats():
+    """Prompts that begin alike, with ranks, at a rate that leaves the replicas idle now and then."""
+    some = kvsim.load_trace("chat-small").limit(400)
+    return dataclasses.replace(
+        some, arrival_ns=np.arange(400, dtype=np.int64) ** 2 * 150_000, parent=None, delay_ns=None,
+        output_tokens=np.minimum(some.output_tokens, 90).astype(np.int32),
+        priority=(np.arange(400) % 3).astype(np.int32),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.3])
+@pytest.mark.parametrize("router", WITH_LOOKS)
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize(
+    ("made", "settings", "options"),
+    [
+        (crowd, {"num_gpu_blocks_override": 121, "enable_prefix_caching": False}, {}),
+        (crowd, {"num_gpu_blocks_override": 4000, "enable_prefix_caching": False}, {}),
+        (crowd, {"num_gpu_blocks_override": 400}, {"deadline_s": 2.0, "until_s": 5.0}),
+        (chats, {"num_gpu_blocks_override": 700}, {}),
+        (chats, {"num_gpu_blocks_override": 300, "scheduling_policy": "priority"}, {"step_time": None}),
+        (crowd, {"model": "gpt-oss-20b", "num_gpu_blocks_override": 400}, {}),
+    ],
+)
+def test_a_look_at_those_that_matter_is_one_at_all(
+    made, settings, options, is_async, router, delay, monkeypatch
+):
+    settings = {"model": "llama-3.1-8b", "max_model_len": 1024, "async_scheduling": is_async, **settings}
+    options = {"step_time": STEP, "replicas": 5, "router": router, "router_delay_s": delay, **options}
+    got = simulate(made(), deployment(gpu="a100-80gb", **settings), **options)
+    look_at_every_replica(monkeypatch)
+    ref = simulate(made(), deployment(gpu="a100-80gb", **settings), **options)
+    assert got.requests.equals(ref.requests) and got.events.equals(ref.events) and got.bins.equals(ref.bins)
+    assert {**got.summary(), "wall": None} == {**ref.summary(), "wall": None}
+
+
 def test_routers_that_look_refuse_turns_and_odd_delays():
     with pytest.raises(UserError, match="has follow-up turns"):
         simulate(conversations(), llama(), step_time=STEP, replicas=2, router="least-kv")

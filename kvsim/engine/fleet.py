@@ -1,4 +1,4 @@
-"""Replicas behind a router that looks at them: each is brought to the moment at which a request is sent.
+"""Replicas behind a router that looks at them: who may be chosen is brought to the moment at which a request is sent.
 
 The states of all replicas lie in one buffer, by reference, and share the rows of the requests; each has its own queues
 and pool. A request is a row number that its replica is fed with.
@@ -8,15 +8,25 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvsim._jit import inline_njit, njit
+from kvsim._jit import inline_njit, inner_njit, njit
 from kvsim._ref import at, by_reference, put, size_of
 from kvsim.engine.blocks import account, used_blocks
-from kvsim.engine.loop import go_on, has_bins, has_room, oldest_flight, receive_one
+from kvsim.engine.cohort import next_end
+from kvsim.engine.loop import go_on, has_bins, has_room, next_expiry, oldest_flight, receive_one
 from kvsim.engine.queues import num_waiting
-from kvsim.engine.state import DONE, EVENTS_FULL, HORIZON, REACHED, STALLED, TIMELINE_FULL
+from kvsim.engine.state import DONE, EVENTS_FULL, HORIZON, NEVER, REACHED, STALLED, TIMELINE_FULL
 
-# What the router knows of each replica, and whether its horizon has come.
-LOAD = np.dtype([("used_blocks", np.int64), ("requests", np.int64), ("is_over", np.int64)])
+# What the router knows of each replica. The load is that of the latest moment to which it was brought, true before
+# `changes_at` and no less before `falls_at`.
+LOAD = np.dtype(
+    [
+        ("used_blocks", np.int64),
+        ("requests", np.int64),
+        ("changes_at", np.int64),
+        ("falls_at", np.int64),
+        ("is_over", np.int64),  # its horizon has come
+    ]
+)
 
 ROUTER = np.dtype(
     [
@@ -24,6 +34,7 @@ ROUTER = np.dtype(
         ("by_blocks", np.int64),  # 1: to the fewest used blocks, 0: to the fewest requests
         ("interval", np.int64),  # ns between two looks, 0: at every request
         ("looked_at", np.int64),  # ns, -1: not yet
+        ("shortest_step", np.int64),  # ns that a step takes at least
         ("replica", np.int64),  # the one that needs something, when `route` returns
     ]
 )
@@ -54,10 +65,11 @@ def route(buffer, some_state, router, loads, assigned):
             if status != REACHED:
                 return status
             now.looked_at = look
-        now.replica = least_loaded(loads, now.by_blocks)
-        status = send(at(buffer, now.replica, like), now.next_row, time)
+        s = at(buffer, now.replica, like)
+        status = send(s, now.next_row, time)
         if status != REACHED and status != HORIZON:
             return status
+        note_load(s, now, loads[now.replica], time)
         assigned[now.next_row] = now.replica
         now.next_row += 1
     return DONE
@@ -65,21 +77,61 @@ def route(buffer, some_state, router, loads, assigned):
 
 @inline_njit
 def look_at_all(buffer, like, now, loads, time):
-    """Bring every replica to `time` and note its load."""
+    """Find the replica with the smallest load at `time`. Only those are brought there that might be it: a load that
+    was noted before and cannot have fallen since is a lower bound."""
     for k in range(len(loads)):
-        s = at(buffer, k, like)
-        here = s.now[0]
-        is_in_step = here.awaiting and oldest_flight(s).end > time
-        if not is_in_step and not loads[k].is_over:
-            status = go_on(s, time, -1)
-            if status == HORIZON:
-                loads[k].is_over = 1
-            elif status != REACHED and status != DONE and status != STALLED:
-                now.replica = k
+        if loads[k].falls_at <= time:
+            status = bring(at(buffer, k, like), now, loads, k, time)
+            if status != REACHED:
                 return status
-        loads[k].used_blocks = used_blocks(s)
-        loads[k].requests = here.num_running + num_waiting(here)
+    while True:
+        k = least_loaded(loads, now.by_blocks)
+        if time < loads[k].changes_at:
+            now.replica = k
+            return REACHED
+        status = bring(at(buffer, k, like), now, loads, k, time)
+        if status != REACHED:
+            return status
+
+
+@inner_njit
+def bring(s, now, loads, k, time):
+    """Bring replica `k`, `s`, to `time` and note its load."""
+    status = go_on(s, time, -1)
+    if status == HORIZON:
+        loads[k].is_over = 1
+    elif status != REACHED and status != DONE and status != STALLED:
+        now.replica = k
+        return status
+    note_load(s, now, loads[k], time)
     return REACHED
+
+
+@inline_njit
+def note_load(s, now, load, time):
+    """Note the load of a replica that was brought to `time`, and how long it will do."""
+    here = s.now[0]
+    load.used_blocks = used_blocks(s)
+    load.requests = here.num_running + num_waiting(here)
+    load.changes_at = load.falls_at = NEVER
+    if load.requests > 0 and not load.is_over:
+        load.changes_at = oldest_flight(s).end if here.awaiting else time + 1
+        load.falls_at = max(load.changes_at, earliest_fall(s, now.shortest_step))
+
+
+@inline_njit
+def earliest_fall(s, shortest_step):
+    """A time before which a replica has no fewer blocks in use and no fewer requests, as long as nothing is sent to it:
+    nobody ends, runs out of time or is preempted before. 0: not known."""
+    now, cfg = s.now[0], s.settings[0]
+    if now.num_members != now.num_running or num_waiting(now) > 0 or now.has_windows:
+        return 0
+    steps = next_end(s) - now.decodes  # that are launched before the first one ends
+    most_blocks = ((steps + 1) // cfg.block_size + 1) * now.num_members * now.growing_groups
+    if most_blocks > now.free_blocks:
+        return 0
+    launched = now.step_end if now.steps_in_flight > 0 else now.t
+    return min(launched + steps * shortest_step, next_expiry(s))
 
 
 @inline_njit
