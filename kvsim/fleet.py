@@ -193,11 +193,11 @@ def route_with_looks(
 
 
 def _shortest_step(state: st.State) -> int:
-    """ns that a step of a token or more takes at least."""
+    """ns that a step of a token or more takes at least, up to a second, which times any number of steps is an int64."""
     linear_s = state.step_s.linear[1 : int(state.settings[0].max_num_batched_tokens) + 1]
     if min(column.min() for column in (linear_s, state.step_s.sampled, state.attention.context_s)) < 0:
         return 1
-    return max(1, round(1e9 * float(linear_s.min())))
+    return min(max(1, round(1e9 * float(linear_s.min()))), 10**9)
 
 
 def empty_fleet(

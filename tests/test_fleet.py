@@ -446,7 +446,7 @@ def look_at_every_replica(monkeypatch):
 
     def eagerly(buffer, state, router, loads, assigned):
         while router[0].next_row < len(assigned):
-            loads.changes_at[loads.is_over == 0] = loads.falls_at[loads.is_over == 0] = 0
+            loads.changes_at = loads.falls_at = 0
             status = route(buffer, state, router, loads, assigned[: router[0].next_row + 1])
             if status != engine.DONE:
                 return status

@@ -18,15 +18,7 @@ from kvsim.engine.state import DONE, EVENTS_FULL, HORIZON, NEVER, REACHED, STALL
 
 # What the router knows of each replica. The load is that of the latest moment to which it was brought, true before
 # `changes_at` and no less before `falls_at`.
-LOAD = np.dtype(
-    [
-        ("used_blocks", np.int64),
-        ("requests", np.int64),
-        ("changes_at", np.int64),
-        ("falls_at", np.int64),
-        ("is_over", np.int64),  # its horizon has come
-    ]
-)
+LOAD = np.dtype([(name, np.int64) for name in ("used_blocks", "requests", "changes_at", "falls_at")])
 
 ROUTER = np.dtype(
     [
@@ -67,9 +59,10 @@ def route(buffer, some_state, router, loads, assigned):
             now.looked_at = look
         s = at(buffer, now.replica, like)
         status = send(s, now.next_row, time)
-        if status != REACHED and status != HORIZON:
+        if status == REACHED:
+            note_load(s, now, loads[now.replica], time)
+        elif status != HORIZON:
             return status
-        note_load(s, now, loads[now.replica], time)
         assigned[now.next_row] = now.replica
         now.next_row += 1
     return DONE
@@ -98,12 +91,12 @@ def look_at_all(buffer, like, now, loads, time):
 def bring(s, now, loads, k, time):
     """Bring replica `k`, `s`, to `time` and note its load."""
     status = go_on(s, time, -1)
-    if status == HORIZON:
-        loads[k].is_over = 1
-    elif status != REACHED and status != DONE and status != STALLED:
+    if status != REACHED and status != DONE and status != STALLED and status != HORIZON:
         now.replica = k
         return status
     note_load(s, now, loads[k], time)
+    if status == HORIZON:
+        loads[k].changes_at = loads[k].falls_at = NEVER
     return REACHED
 
 
@@ -114,7 +107,7 @@ def note_load(s, now, load, time):
     load.used_blocks = used_blocks(s)
     load.requests = here.num_running + num_waiting(here)
     load.changes_at = load.falls_at = NEVER
-    if load.requests > 0 and not load.is_over:
+    if load.requests > 0:
         load.changes_at = oldest_flight(s).end if here.awaiting else time + 1
         load.falls_at = max(load.changes_at, earliest_fall(s, now.shortest_step))
 
@@ -122,7 +115,8 @@ def note_load(s, now, load, time):
 @inline_njit
 def earliest_fall(s, shortest_step):
     """A time before which a replica has no fewer blocks in use and no fewer requests, as long as nothing is sent to it:
-    nobody ends, runs out of time or is preempted before. 0: not known."""
+    nobody ends, runs out of time or is preempted before. 0: not known, unless each step is a token for everybody, no
+    window leaves blocks behind, and the pool has enough for them all until then."""
     now, cfg = s.now[0], s.settings[0]
     if now.num_members != now.num_running or num_waiting(now) > 0 or now.has_windows:
         return 0
