@@ -11,7 +11,6 @@ import numpy as np
 from kvsim._jit import inline_njit, inner_njit, njit
 from kvsim._ref import at, by_reference, put, size_of
 from kvsim.engine.blocks import account, used_blocks
-from kvsim.engine.cohort import next_end
 from kvsim.engine.loop import go_on, has_bins, has_room, next_expiry, oldest_flight, receive_one
 from kvsim.engine.queues import num_waiting
 from kvsim.engine.state import DONE, EVENTS_FULL, HORIZON, NEVER, REACHED, STALLED, TIMELINE_FULL
@@ -120,7 +119,7 @@ def earliest_fall(s, shortest_step):
     now, cfg = s.now[0], s.settings[0]
     if now.num_members != now.num_running or num_waiting(now) > 0 or now.has_windows:
         return 0
-    steps = next_end(s) - now.decodes  # that are launched before the first one ends
+    steps = (now.next_change >> 1) - now.decodes  # that are launched before the first one ends, or sooner
     most_blocks = ((steps + 1) // cfg.block_size + 1) * now.num_members * now.growing_groups
     if most_blocks > now.free_blocks:
         return 0

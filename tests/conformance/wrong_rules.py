@@ -537,8 +537,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a member makes one token more", "3.19", COHORT,
-        "    return 2 * last\n",
-        "    return 2 * last + 2\n",
+        "if crossing < last else 2 * last\n",
+        "if crossing < last else 2 * last + 2\n",
     ),
     Mutation(
         "of two members that end in one step one is forgotten", "3.19", COHORT,
