@@ -95,7 +95,7 @@ def settle(s, row):
             leave_behind(s, row, row.computed - 1 - lag)
 
 
-@inline_njit
+@inner_njit
 def leave_behind(s, row, tokens):
     """The windows of a member move to where `tokens` tokens are computed: it holds fewer blocks. Returns how many."""
     now, cfg = s.now[0], s.settings[0]
@@ -264,7 +264,7 @@ def next_change_of(s, row):
     return 2 * crossing + 1 if crossing < last else 2 * last
 
 
-@inline_njit
+@inner_njit
 def steps_to_window(s, row):
     """Calls of schedule() before the one in which a member outgrows its window, if it makes so many tokens."""
     now, lag = s.now[0], s.settings[0].async_scheduling
@@ -359,6 +359,13 @@ def lowest_bit(marks):
 def pop_ending(s):
     """Members whose last step was the latest one leave the cohort and wait among the ending, in running order, for
     its output."""
+    if s.now[0].next_change == 2 * s.now[0].decodes:
+        pop_all_ending(s)
+
+
+@inner_njit
+def pop_all_ending(s):
+    """The part of `pop_ending` for when there is one."""
     now, req, seats = s.now[0], s.requests, s.seats
     while now.next_change == 2 * now.decodes:
         r = s.days[now.next_change & (len(s.days) - 1)]

@@ -293,6 +293,12 @@ def next_send(s):
 @inline_njit
 def receive(s, until):
     """Take in every request sent up to `until`, each at its own time. False: no room for the next events."""
+    return next_send(s) > until or receive_sent(s, until)
+
+
+@inner_njit
+def receive_sent(s, until):
+    """The part of `receive` for when there is one."""
     now = s.now[0]
     send = next_send(s)
     while send <= until:
@@ -1037,7 +1043,7 @@ def settle_output(row, tokens):
     return True
 
 
-@inline_njit
+@inner_njit
 def end_in_step(s, r, index):
     """Request `r` has made its last token in step `index`; wherever it is, it leaves."""
     now, row = s.now[0], s.requests[r]
