@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--family", metavar="F", help="list one family only")
     parser.add_argument(
-        "--context", type=_counts, metavar="N,...", help="lengths of a sequence (default: 2K to 128K)"
+        "--context", type=counts, metavar="N,...", help="lengths of a sequence (default: 2K to 128K)"
     )
     parser.add_argument(
         "--tp",
@@ -51,9 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", metavar="F,...", help="of the weights (--params) or the KV cache (--layers)"
     )
     shapes.add_argument("--layers", type=_count, metavar="N", help="layers that keep K and V")
-    shapes.add_argument("--kv-heads", type=_counts, metavar="N,...", help="KV heads of a layer")
+    shapes.add_argument("--kv-heads", type=counts, metavar="N,...", help="KV heads of a layer")
     shapes.add_argument("--head-dim", type=_count, metavar="N", help="numbers in a head")
-    shapes.add_argument("--tokens", type=_counts, metavar="N,...", help="tokens of a sequence")
+    shapes.add_argument("--tokens", type=counts, metavar="N,...", help="tokens of a sequence")
     shapes.add_argument("--window", type=_count, metavar="N", help="sliding window, if there is one")
     shapes.add_argument("--seqs", type=_count, default=1, metavar="N", help="sequences at once (default: 1)")
 
@@ -172,5 +172,6 @@ def _count(text: str) -> int:
     return value
 
 
-def _counts(text: str) -> tuple[int, ...]:
+def counts(text: str) -> tuple[int, ...]:
+    """`"8K,128K"` to (8192, 131072), for a parser."""
     return tuple(_count(word) for word in text.split(","))

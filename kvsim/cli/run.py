@@ -139,7 +139,7 @@ def main(args: argparse.Namespace) -> int:
     goodput = goodput_of(args.goodput)
     step_time = step_time_of(args.step_time)
     _check_out(args.out)
-    deployment = _deployment(args)
+    deployment = deployment_of(args, DEFAULT_MODEL, DEFAULT_GPU)
     load_started = time.perf_counter()
     trace = _trace(args)
     load_s = time.perf_counter() - load_started
@@ -248,8 +248,12 @@ def _exit_code(args, summary: dict, required: float | None) -> int:
     return 0
 
 
-def _deployment(args):
+def deployment_of(args: argparse.Namespace, model: str | None, gpu: str | None):
+    """The deployment that the flags and a pasted command line ask for, its warnings printed. `model` and `gpu`: what
+    it is without --model and --gpu; None: that is a mistake."""
     from kvsim import specs
+
+    default_model, default_gpu = model, gpu
 
     model, settings, warnings = args.model, specs.settings_from_args(args), specs.warnings_from_args(args)
     if args.pasted is not None:
@@ -265,7 +269,10 @@ def _deployment(args):
         print(f"kvsim: warning: {warning}", file=sys.stderr)
     if args.pasted is not None and args.gpu is None:
         raise UserError("a pasted command line does not say which GPU; give --gpu NAME before the --")
-    return specs.deployment(model or DEFAULT_MODEL, gpu=args.gpu or DEFAULT_GPU, **settings)
+    for flag, value in (("MODEL", model or default_model), ("--gpu", args.gpu or default_gpu)):
+        if value is None:
+            raise UserError(f"{flag} is missing; `kvsim {flag.strip('-').lower()}s` lists what there is")
+    return specs.deployment(model or default_model, gpu=args.gpu or default_gpu, **settings)
 
 
 def _trace(args):

@@ -40,6 +40,13 @@ def rank_weight_bytes(dep: Deployment, stage: int) -> dict[str, int]:
     return out
 
 
+def replica_weight_bytes(dep: Deployment) -> dict[str, int]:
+    """Bytes of each component of the whole model, every weight once: those of the checkpoint where they are known and
+    loaded as they are, else those that the formats give."""
+    stored = stored_bytes(dep)
+    return _whole_formula_bytes(dep) if stored is None else stored
+
+
 def stored_bytes(dep: Deployment) -> dict[str, int] | None:
     """Bytes by component that an engine loads from the checkpoint's files, None where only the formula is
     known: no files were there, or another format was asked for.

@@ -368,7 +368,7 @@ def gpu_facts(gpu: GpuSpec) -> dict:
 # ---------------------------------------------------------------- text
 
 
-def _table(
+def table_lines(
     header: list[str], rows: list[list[str]], left: tuple[int, ...] = (0,), indent: str = "", gap: str = "  "
 ) -> list[str]:
     """Columns as wide as their widest cell; numbers to the right."""
@@ -418,7 +418,7 @@ def model_list_text(rows: list[dict]) -> str:
             ]
         )
     header = ["model", "params", "layers", "KV/token", "context", "attention"]
-    lines = _table(header, [["", "1e9", "", "KiB", "tokens", ""], *table], left=(0, 5))
+    lines = table_lines(header, [["", "1e9", "", "KiB", "tokens", ""], *table], left=(0, 5))
     lines += ["", *_wrapped("", f"{len(rows)} models. K: 1,024 tokens. KiB: 1,024 bytes. KV/token: what"
               " one token adds at 16 bit while no window is full; swa and chunked layers keep a window, mamba,"
               " deltanet, lightning and kda layers a state of fixed size instead. *: some facts are"
@@ -480,7 +480,7 @@ def _params_text(params: dict, experts: dict | None) -> list[str]:
                 f"in {experts['moe_layers']} layers, {experts['num_experts_per_tok']} a token",
             ]
         )
-    return _table(["", "", ""], rows, left=(0, 2), indent="  ")[1:]
+    return table_lines(["", "", ""], rows, left=(0, 2), indent="  ")[1:]
 
 
 def _weights_text(facts: dict) -> list[str]:
@@ -491,7 +491,7 @@ def _weights_text(facts: dict) -> list[str]:
     if "checkpoint" in facts:
         named.append(("stored in the files", facts["checkpoint"]))
     rows = [[label, f"{size['gb']:,.3f} GB", f"{size['gib']:,.3f} GiB"] for label, size in named]
-    lines = _table(["", "", ""], rows, indent="  ")[1:]
+    lines = table_lines(["", "", ""], rows, indent="  ")[1:]
     return [*lines, "  below 16 bit, embedding and head stay at 16"]
 
 
@@ -529,7 +529,7 @@ def _kv_text(facts: dict) -> list[str]:
     header = ["tokens", "16 bit", "", "fp8", "no windows"]
     if not windows:
         header, rows = header[:-1], [row[:-1] for row in rows]
-    lines += _table(header, rows, left=(), indent="  ")
+    lines += table_lines(header, rows, left=(), indent="  ")
     if any(row["beyond_context"] for row in kv["per_sequence"]):
         lines.append("  *: longer than the model's own context")
     return lines
@@ -564,7 +564,7 @@ def _tensor_parallel_text(facts: dict) -> list[str]:
             ]
             for name, label in TABLE_FORMATS
         ]
-        lines += _table(["", "", ""], rows, indent="  ")[1:]
+        lines += table_lines(["", "", ""], rows, indent="  ")[1:]
     size = facts["kv_bytes_per_token_per_gpu"]["16bit"]
     copies = facts["kv_copies"]
     lines.append(
@@ -572,7 +572,7 @@ def _tensor_parallel_text(facts: dict) -> list[str]:
         + (f", each kept on {copies:g} GPUs" if copies and copies > 1 else "")
     )
     rows = [[f"{row['tokens']:,}", f"{row['gib']:,.3f} GiB"] for row in facts["per_sequence_per_gpu"]]
-    return lines + _table(["tokens", "16 bit"], rows, left=(), indent="  ")
+    return lines + table_lines(["tokens", "16 bit"], rows, left=(), indent="  ")
 
 
 def nominal_text(rows: list[dict]) -> str:
@@ -583,7 +583,7 @@ def nominal_text(rows: list[dict]) -> str:
     for row in rows:
         table.append([row["params"], *(f"{row['weights'][name]['gb']:,.2f} GB" for name in names)])
         table.append(["", *(f"{row['weights'][name]['gib']:,.2f} GiB" for name in names)])
-    lines = _table(header, table)
+    lines = table_lines(header, table)
     return "\n".join(
         [
             *lines,
@@ -607,7 +607,7 @@ def shape_text(rows: list[dict]) -> str:
         ]
         for row in rows
     ]
-    lines = _table(["shape", "KV in", "a token", "tokens", "", ""], table, left=(0, 1))
+    lines = table_lines(["shape", "KV in", "a token", "tokens", "", ""], table, left=(0, 1))
     return "\n".join(
         [
             *lines,
@@ -639,7 +639,7 @@ def gpu_list_text(rows: list[dict]) -> str:
         )
     header = ["GPU", "sold", "smi", "CUDA", "memory", "16 bit", "fp8", "link", "has no"]
     units = ["", "GB", "MiB", "GiB", "GB/s", "TFLOPS", "TFLOPS", "GB/s", ""]
-    lines = _table(header, [units, *table], left=(0, 8), gap=" ")
+    lines = table_lines(header, [units, *table], left=(0, 8), gap=" ")
     lines += ["", *_wrapped("", f"{len(rows)} accelerators. sold: marketed GB. smi: the total that nvidia-smi"
               " prints. CUDA: what the runtime reports and an engine divides up (~: smi less 0.45 GiB). TFLOPS"
               " dense. link: one direction, NVLink or the like, else PCIe. *: some facts are unverified."

@@ -1,0 +1,211 @@
+"""The memory of a deployment in the steps in which one plans it: facts as a plain dictionary, and as text.
+
+Every number of the text is one of the dictionary. GB is 1e9 bytes, GiB is 2**30, and both are named.
+"""
+
+from __future__ import annotations
+
+import math
+
+from kvsim.formats import weight_format
+from kvsim.memory import Budget
+from kvsim.memory.budget import max_in_flight_tokens
+from kvsim.memory.planner import pages_per_request
+from kvsim.memory.weights import replica_weight_bytes
+from kvsim.report.catalogue import CONTEXTS, table_lines
+from kvsim.specs import Deployment
+from kvsim.units import GB, GIB
+
+VERDICTS = {"fits": "FITS", "tight": "TIGHT", "does_not_fit": "DOES NOT FIT"}
+
+
+def fit_facts(dep: Deployment, budget: Budget, contexts: tuple[int, ...] | None = None) -> dict:
+    """What `kvsim fit` says: weights, what each GPU keeps free of KV cache and why, the KV cache, and how many requests
+    of each length in `contexts` it holds at once (default: from 2,048 tokens up to the model's context).
+
+    Bytes are of the GPU that binds, but for `weights.replica_bytes`. A capacity is of requests that have grown to that
+    length; `whole` counts those that fit beside the null block, `concurrency` is the engine's own quotient of blocks.
+    """
+    s = dep.settings
+    contexts = contexts or tuple(n for n in CONTEXTS if n <= dep.model.max_position_embeddings)
+    return {
+        "verdict": budget.verdict,
+        "sentence": _sentence(dep, budget),
+        "model": dep.model.name,
+        "gpu": dep.gpu.name,
+        "num_gpus": dep.num_gpus,
+        "engine": f"{s.engine} {s.engine_version}",
+        "parallel": {
+            "tensor": s.tensor_parallel_size,
+            "pipeline": s.pipeline_parallel_size,
+            "data": s.data_parallel_size,
+        },
+        "weights": {
+            "num_params": dep.model.num_params,
+            "format": dep.weight_format.name,
+            "dtype": weight_format(dep.dtype).name,
+            "replica_bytes": sum(replica_weight_bytes(dep).values()),
+            "gpu_bytes": budget.weights_bytes,
+            "by_component": budget.weights_by_component,
+            "binding_rank": budget.binding_rank,
+        },
+        "memory": {
+            "gpu_bytes": budget.total_bytes,
+            "gpu_memory_utilization": s.gpu_memory_utilization,
+            "requested_bytes": budget.requested_bytes,
+            "activation_bytes": budget.activation_bytes,
+            "non_torch_bytes": budget.non_torch_bytes,
+            "cuda_graph_bytes": budget.cuda_graph_bytes,
+            "cuda_graphs_are_in_the_budget": s.version >= (0, 21),
+            "context_bytes": budget.context_bytes,
+        },
+        "kv_cache": {
+            "dtype": dep.kv_format.name,
+            "bytes": budget.kv_bytes,
+            "bytes_per_token": budget.bytes_per_token,
+            "bytes_per_block": budget.bytes_per_block,
+            "block_size": budget.block_size,
+            "num_gpu_blocks": budget.num_gpu_blocks,
+            "kv_cache_tokens": budget.kv_cache_tokens,
+            "groups": [
+                {"kind": g.kind, "layers": g.layers, "window": g.window, "block_size": g.block_size}
+                for g in budget.groups
+            ],
+        },
+        "max_model_len": budget.max_model_len,
+        "longest_max_model_len": budget.longest_max_model_len,
+        "max_concurrency": budget.max_concurrency,
+        "contexts": [_capacity(dep, budget, tokens) for tokens in contexts],
+        "short_bytes": budget.failure.short_bytes if budget.failure else 0,
+        "log_lines": list(budget.log_lines),
+        "notes": [*dep.notes, *budget.notes],
+    }
+
+
+def _sentence(dep: Deployment, budget: Budget) -> str:
+    if budget.failure is not None:
+        return budget.failure.sentence
+    return (
+        f"{dep.model.name} on {_gpus(dep.num_gpus, dep.gpu.name)} has room for"
+        f" {budget.max_concurrency:,.2f} requests of {budget.max_model_len:,} tokens at once"
+    )
+
+
+def _gpus(count: int, name: str) -> str:
+    return f"{count} x {name}" if count > 1 else name
+
+
+def _capacity(dep: Deployment, budget: Budget, tokens: int) -> dict:
+    """One request of so many tokens: blocks, bytes, and how many of them there is room for."""
+    blocks = pages_per_request(budget.groups, tokens, max_in_flight_tokens(dep))
+    starts = budget.failure is None or budget.failure.cause == "one_max_length_request"
+    num_blocks = budget.num_gpu_blocks if starts else 0
+    return {
+        "tokens": tokens,
+        "blocks": blocks,
+        "bytes": blocks * budget.bytes_per_block,
+        "concurrency": num_blocks / blocks,
+        "whole": max(0, num_blocks - 1) // blocks,
+        "is_allowed": tokens <= budget.max_model_len,
+    }
+
+
+def capacity_exponent(contexts: list[dict]) -> float | None:
+    """The power of the context that capacity goes with, a line through logarithms; None below two lengths. It is -1
+    where each token takes its place for good, and nearer to 0 where windows or states do not grow."""
+    points = [(math.log(c["tokens"]), math.log(c["blocks"])) for c in contexts]
+    if len({x for x, _ in points}) < 2:
+        return None
+    mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
+    return -slope
+
+
+def fit_text(facts: dict) -> str:
+    """The page of `kvsim fit`."""
+    weights, memory, kv = facts["weights"], facts["memory"], facts["kv_cache"]
+    lines = [f"{VERDICTS[facts['verdict']]}: {facts['sentence']}", ""]
+    params = weights["num_params"]
+    of = f"{params:,} parameters, {weights['format']}" if params else weights["format"]
+    below = "" if weights["format"] == weights["dtype"] else f", embedding and head {weights['dtype']}"
+    lines += ["1. Weights of a replica", *_sizes([(f"{of}{below}", weights["replica_bytes"])])]
+    ways = [f"{kind} parallel {n}" for kind, n in facts["parallel"].items() if n > 1]
+    lines += ["", f"2. Weights on {weights['binding_rank']}{_in_brackets(ways)}"]
+    parts = sorted(weights["by_component"].items(), key=lambda part: -part[1])
+    lines += _sizes([*((name, size) for name, size in parts if size), ("together", weights["gpu_bytes"])])
+    lines += ["", "3. What the KV cache does not get"]
+    share = f"{memory['gpu_memory_utilization']:g} of {memory['gpu_bytes'] / GIB:,.2f} GiB, for the engine"
+    graphs = "CUDA graphs" + (
+        "" if memory["cuda_graphs_are_in_the_budget"] else ", beyond the engine's share"
+    )
+    lines += _sizes(
+        [
+            (share, memory["requested_bytes"]),
+            ("weights", weights["gpu_bytes"]),
+            ("activation peak", memory["activation_bytes"]),
+            ("outside torch", memory["non_torch_bytes"]),
+            (graphs, memory["cuda_graph_bytes"]),
+        ]
+    )
+    lines += [f"  the CUDA context, {memory['context_bytes'] / GIB:,.2f} GiB, is outside the engine's share"]
+    left = ("left for it", kv["bytes"]) if kv["bytes"] >= 0 else ("missing", -kv["bytes"])
+    lines += ["", f"4. KV cache in {kv['dtype']}", *_sizes([left])]
+    lines += [f"  {_group_text(group, count)}" for group, count in _alike(kv["groups"])]
+    lines += [
+        f"  {kv['bytes_per_token']:,.10g} bytes a token, {kv['bytes_per_block']:,} bytes a block of {kv['block_size']}:"
+        f" {kv['num_gpu_blocks']:,} blocks, {kv['kv_cache_tokens']:,} tokens"
+    ]
+    lines += ["", "5. Requests at once, each grown to its full length", *_capacities(facts)]
+    lines += (
+        ["", "vLLM will say:", *(f"  {line}" for line in facts["log_lines"])] if facts["log_lines"] else []
+    )
+    lines += [f"note: {note}" for note in facts["notes"]]
+    return "\n".join(lines)
+
+
+def _in_brackets(words: list[str]) -> str:
+    return f" ({', '.join(words)})" if words else ""
+
+
+def _sizes(rows: list[tuple[str, int]]) -> list[str]:
+    cells = [[name, f"{size / GB:,.3f} GB", f"{size / GIB:,.3f} GiB"] for name, size in rows]
+    return table_lines(["", "", ""], cells, indent="  ")[1:]
+
+
+def _alike(groups: list[dict]) -> list[tuple[dict, int]]:
+    """Groups that differ in nothing but their number of layers, summed up, and how many they are."""
+    out: dict[tuple, list] = {}
+    for group in groups:
+        key = (group["kind"], group["window"], group["block_size"])
+        first = out.setdefault(key, [{**group, "layers": 0}, 0])
+        first[0]["layers"] += group["layers"]
+        first[1] += 1
+    return [(group, count) for group, count in out.values()]
+
+
+def _group_text(group: dict, count: int) -> str:
+    window = f", window {group['window']:,}" if group["window"] else ""
+    groups = f" in {count} groups" if count > 1 else ""
+    return (
+        f"{group['layers']} {group['kind']} layers{groups}{window}, blocks of {group['block_size']:,} tokens"
+    )
+
+
+def _capacities(facts: dict) -> list[str]:
+    rows = [
+        [
+            f"{c['tokens']:,}",
+            f"{c['blocks']:,}",
+            f"{c['bytes'] / GIB:,.3f} GiB",
+            f"{c['concurrency']:,.2f}",
+            f"{c['whole']:,}",
+            "" if c["is_allowed"] else "over max_model_len",
+        ]
+        for c in facts["contexts"]
+    ]
+    header = ["tokens", "blocks", "each", "at once", "whole", ""]
+    lines = table_lines(header, rows, left=(5,), indent="  ")
+    exponent = capacity_exponent(facts["contexts"])
+    if exponent is not None:
+        lines.append(f"  capacity goes with the context to the power of {exponent:.2f}")
+    return lines
