@@ -4,10 +4,15 @@
     budget.num_gpu_blocks, budget.failure, print(budget)
 
 `weights.py` knows what a rank holds of the weights, `planner.py` how layers become groups and bytes blocks,
-`budget.py` the other terms and the verdict. Answers in milliseconds; loads neither numba nor pyarrow.
+`budget.py` the other terms and the verdict, `hardware.py` how few GPUs do. Answers in milliseconds; loads neither
+numba nor pyarrow.
 """
 
 from kvsim.memory.budget import Budget, Failure, fit, with_fitted_length
+from kvsim.memory.hardware import Choice, smallest_group
 from kvsim.memory.planner import KvGroup, LayerSpec, Plan, plan
 
-__all__ = ["Budget", "Failure", "KvGroup", "LayerSpec", "Plan", "fit", "plan", "with_fitted_length"]
+__all__ = [
+    "Budget", "Choice", "Failure", "KvGroup", "LayerSpec", "Plan", "fit", "plan", "smallest_group",
+    "with_fitted_length",
+]  # fmt: skip

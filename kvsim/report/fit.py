@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from kvsim.formats import weight_format
-from kvsim.memory import Budget
+from kvsim.memory import Budget, Choice
 from kvsim.memory.budget import max_in_flight_tokens
 from kvsim.memory.planner import pages_per_request
 from kvsim.memory.weights import replica_weight_bytes
@@ -209,3 +209,55 @@ def _capacities(facts: dict) -> list[str]:
     if exponent is not None:
         lines.append(f"  capacity goes with the context to the power of {exponent:.2f}")
     return lines
+
+
+# ---------------------------------------------------------------- which GPU
+
+
+def choice_facts(choice: Choice) -> dict:
+    """One row of `kvsim gpus --fits`. Bytes are of each GPU; where nothing fits they are those of the largest group
+    that was tried, where nothing could be tried they are missing."""
+    facts = {"gpu": choice.gpu.name, "fits": choice.fits, "reason": choice.reason}
+    if choice.budget is None:
+        return facts
+    dep, budget = choice.deployment, choice.budget
+    return facts | {
+        "num_gpus": dep.num_gpus,
+        "tensor_parallel_size": dep.settings.tensor_parallel_size,
+        "gpu_bytes": budget.total_bytes,
+        "weights_bytes": budget.weights_bytes,
+        "kv_bytes": budget.kv_bytes,
+        "num_gpu_blocks": budget.num_gpu_blocks,
+        "kv_cache_tokens": budget.kv_cache_tokens,
+        "max_model_len": budget.max_model_len,
+        "max_concurrency": budget.max_concurrency,
+    }
+
+
+def fits_text(rows: list[dict]) -> str:
+    """The table of `kvsim gpus --fits`: the fewest GPUs first, then the most requests at once; then who does not do."""
+    fitting = sorted(
+        (row for row in rows if row["fits"]), key=lambda row: (row["num_gpus"], -row["max_concurrency"])
+    )
+    table = [
+        [
+            row["gpu"],
+            f"{row['num_gpus']}",
+            f"{row['gpu_bytes'] / GIB:,.2f} GiB",
+            f"{row['weights_bytes'] / GIB:,.2f} GiB",
+            f"{row['kv_bytes'] / GIB:,.2f} GiB",
+            f"{row['kv_cache_tokens']:,}",
+            f"{row['max_concurrency']:,.2f}",
+        ]
+        for row in fitting
+    ]
+    header = ["GPU", "GPUs", "each has", "weights", "KV cache", "tokens", "at once"]
+    lines = table_lines(header, table) if table else ["no GPU does"]
+    if fitting:
+        lengths = sorted({row["max_model_len"] for row in fitting})
+        of = " or ".join(f"{length:,}" for length in lengths) if len(lengths) < 3 else "the longest that fit"
+        lines += ["", f"at once: requests of {of} tokens. Weights and KV cache are those of each GPU."]
+    for row in rows:
+        if not row["fits"]:
+            lines.append(f"{row['gpu']}: {row['reason']}")
+    return "\n".join(lines)

@@ -122,3 +122,87 @@ def test_claims_E03_E04_E13_capacity_is_inverse_to_the_context(capsys):
 def test_claim_E05_bytes_of_a_sequence(capsys):
     contexts = facts_of(capsys, "llama-3-70b", "--gpu", "b200", "--context", "8K,32K,128K")["contexts"]
     assert [c["bytes"] / GIB for c in contexts] == [2.5, 10.0, 40.0]
+
+
+# ---------------------------------------------------------------- kvsim gpus --fits
+
+
+def choices(capsys, *words):
+    assert main(["gpus", *map(str, words), "--json"]) == 0
+    return {row["gpu"]: row for row in json.loads(capsys.readouterr().out)}
+
+
+def test_the_smallest_group_of_each_gpu(capsys):
+    rows = choices(capsys, "--fits", "llama-3.1-70b", "--max-model-len", "8K")
+    assert set(rows) == set(catalog.ids("gpus"))
+    for row in rows.values():
+        if not row["fits"]:
+            assert row["reason"]
+            continue
+        size = row["tensor_parallel_size"]
+        settings = {"tensor_parallel_size": size, "max_model_len": 8192}
+        assert (
+            fit(deployment("llama-3.1-70b", gpu=row["gpu"], **settings)).num_gpu_blocks
+            == row["num_gpu_blocks"]
+        )
+        if size > 1:
+            settings["tensor_parallel_size"] = size // 2
+            assert fit(deployment("llama-3.1-70b", gpu=row["gpu"], **settings)).failure is not None
+
+
+def test_a_group_size_that_is_given_is_the_only_one(capsys):
+    row = choices(capsys, "h100", "--fits", "llama-3.1-70b", "-tp", 4)["h100-80gb-sxm"]
+    assert row["fits"] and row["num_gpus"] == 4
+    assert not choices(capsys, "h100", "--fits", "llama-3.1-70b", "-tp", 1)["h100-80gb-sxm"]["fits"]
+    assert (
+        "does not divide"
+        in choices(capsys, "h100", "--fits", "llama-3.1-70b", "-tp", 3)["h100-80gb-sxm"]["reason"]
+    )
+
+
+def test_the_table_has_the_fewest_first(capsys):
+    assert main(["gpus", "--fits", "llama-3.1-70b", "-q", "fp8", "--max-model-len", "32K"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    counts = [int(line.split()[1]) for line in lines[1 : lines.index("")]]
+    assert counts == sorted(counts) and counts[0] == 1
+    assert "v100-sxm2-32gb cannot run fp8" in lines[-1] or any("v100" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--max-model-len", "4K"], "--max-model-len goes with --fits MODEL"),
+        (["--fits", "llama-3.1-8x"], "did you mean"),
+        (["nogpu", "--fits", "llama-3.1-8b"], "nogpu"),
+    ],
+)
+def test_a_mistake_of_gpus_is_one_sentence(words, told, capsys):
+    assert main(["gpus", *words]) == 2
+    captured = capsys.readouterr()
+    assert told in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+
+
+# With the settings of the claims: a sequence of 4,096 tokens at least, weights in the format named.
+@pytest.mark.parametrize(
+    ("claim", "model", "quantization", "gpus"),
+    [
+        ("B11", "llama-3-8b", None, ("rtx-4090", "a10", "l4")),
+        ("B12", "llama-2-13b", None, ("a100-40gb-sxm", "a6000")),
+        ("B23", "llama-2-7b", "int4", ("rtx-3090", "rtx-4080")),
+        ("B24", "llama-2-13b", "int4", ("rtx-4090",)),
+    ],
+)
+def test_claims_B11_B12_B23_B24_one_gpu_does(claim, model, quantization, gpus, capsys):
+    more = ["-q", quantization] if quantization else []
+    rows = choices(capsys, "--fits", model, "--max-model-len", 4096, *more)
+    assert all(rows[gpu]["fits"] and rows[gpu]["num_gpus"] == 1 for gpu in gpus), claim
+
+
+def test_claim_A10_dbrx_takes_four_h100(capsys):
+    row = choices(capsys, "h100", "--fits", "dbrx-132b")["h100-80gb-sxm"]
+    assert row["num_gpus"] == 4 and row["weights_bytes"] / GIB == pytest.approx(61.3, abs=0.05)
+
+
+def test_claim_B14_70b_in_int4_is_too_much_for_40_gb(capsys):
+    row = choices(capsys, "a100-40gb-sxm", "--fits", "llama-3-70b", "-q", "int4", "-tp", 1)["a100-40gb-sxm"]
+    assert not row["fits"] and row["weights_bytes"] / GIB == pytest.approx(37.03, abs=0.02)
