@@ -6,7 +6,7 @@ import argparse
 
 _EPILOG = """examples:
   kvsim fit llama-3.1-8b --gpu l4
-  kvsim fit llama-3.1-70b --gpu h100 -tp 2 --max-model-len 32K
+  kvsim fit llama-3.1-70b --gpu h100 -tp 2 --max-model-len 32K --budget
   kvsim fit gpt-oss-120b --gpu h100 --context 8K,128K --json
   kvsim fit --gpu a100-80gb -- vllm serve Qwen/Qwen2.5-72B-Instruct --quantization fp8
 
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N,...",
         help="lengths of a request to give capacities for (default: 2K up)",
     )
+    parser.add_argument("--budget", action="store_true", help="draw the GPU's memory as a bar of its parts")
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_engine_arguments(parser)
 
@@ -53,4 +54,6 @@ def main(args: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=1))
     else:
         print(report.fit_text(facts))
+        if args.budget:
+            print("", *report.bar_lines(facts), sep="\n")
     return 1 if facts["verdict"] == "does_not_fit" else 0

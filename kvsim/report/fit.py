@@ -163,6 +163,40 @@ def fit_text(facts: dict) -> str:
     return "\n".join(lines)
 
 
+def budget_parts(facts: dict) -> list[tuple[str, int]]:
+    """Name and bytes of everything on the GPU that binds, in order; they add up to its memory. Where it does not fit,
+    the KV cache is nothing, and what is beyond the GPU's memory is the last part, with less than no bytes."""
+    memory, kv = facts["memory"], facts["kv_cache"]
+    graphs = memory["cuda_graph_bytes"] if memory["cuda_graphs_are_in_the_budget"] else 0
+    parts = [
+        ("weights", facts["weights"]["gpu_bytes"]),
+        ("activation peak", memory["activation_bytes"]),
+        ("outside torch", memory["non_torch_bytes"]),
+        ("CUDA graphs", graphs),
+        ("KV cache", max(0, kv["bytes"])),
+    ]
+    return [*parts, ("not the engine's", memory["gpu_bytes"] - sum(size for _, size in parts))]
+
+
+def bar_lines(facts: dict, width: int = 72) -> list[str]:
+    """The parts of the GPU's memory as a bar of letters, and what they mean; where more is asked for than there is, `|`
+    is the end of the GPU."""
+    *parts, (rest_name, rest) = budget_parts(facts)
+    parts = [(letter, name, size) for letter, (name, size) in zip("WATGK", parts, strict=True) if size > 0]
+    parts += [(".", rest_name, rest)] if rest > 0 else []
+    total = facts["memory"]["gpu_bytes"]
+    scale = max(total, sum(size for *_, size in parts))
+    ends = [round(width * sum(size for *_, size in parts[: k + 1]) / scale) for k in range(len(parts))]
+    bar = "".join(
+        letter * (end - start) for (letter, *_), start, end in zip(parts, [0, *ends[:-1]], ends, strict=True)
+    )
+    if rest < 0:
+        at = round(width * total / scale)
+        bar = bar[:at] + "|" + bar[at:]
+    rows = [[letter, name, f"{size / GIB:,.2f} GiB"] for letter, name, size in parts]
+    return [bar, *table_lines(["", "", ""], rows, left=(0, 1), indent="  ")[1:]]
+
+
 def _in_brackets(words: list[str]) -> str:
     return f" ({', '.join(words)})" if words else ""
 

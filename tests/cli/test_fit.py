@@ -8,6 +8,7 @@ import pytest
 
 from kvsim import catalog, deployment, fit
 from kvsim.cli import main
+from kvsim.report import fit as report
 from kvsim.units import GIB
 
 
@@ -206,3 +207,33 @@ def test_claim_A10_dbrx_takes_four_h100(capsys):
 def test_claim_B14_70b_in_int4_is_too_much_for_40_gb(capsys):
     row = choices(capsys, "a100-40gb-sxm", "--fits", "llama-3-70b", "-q", "int4", "-tp", 1)["a100-40gb-sxm"]
     assert not row["fits"] and row["weights_bytes"] / GIB == pytest.approx(37.03, abs=0.02)
+
+
+# ---------------------------------------------------------------- --budget
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["llama-3.1-8b", "--gpu", "h100"], 0),
+        (["llama-3.1-70b", "--gpu", "h100"], 1),
+        (["llama-3.1-70b", "--gpu", "h100", "-tp", "4", "--engine-version", "0.19"], 0),
+    ],
+)
+def test_claim_A05_the_parts_add_up_to_the_card(words, code, capsys):
+    facts = facts_of(capsys, *words, code=code)
+    parts = dict(report.budget_parts(facts))
+    assert sum(parts.values()) == facts["memory"]["gpu_bytes"]
+    assert (parts["not the engine's"] >= 0) == (code == 0)
+    bar, *legend = report.bar_lines(facts)
+    assert len(bar) == 72 + (code == 1) and ("|" in bar) == (code == 1)
+    assert {line.split()[0] for line in legend} >= set(bar) - {"|"}
+    share = facts["weights"]["gpu_bytes"] / max(
+        facts["memory"]["gpu_bytes"], sum(parts.values()) - min(0, *parts.values())
+    )
+    assert bar.count("W") == pytest.approx(72 * share, abs=1)
+
+
+def test_the_bar_is_drawn_below_the_page(capsys):
+    assert main(["fit", "llama-3.1-8b", "--gpu", "h100", "--budget"]) == 0
+    assert "W  weights " in capsys.readouterr().out
