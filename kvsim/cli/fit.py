@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 
+from kvsim.errors import UserError
+from kvsim.units import GB, parse_bytes
+
 _EPILOG = """examples:
   kvsim fit llama-3.1-8b --gpu l4
   kvsim fit llama-3.1-70b --gpu h100 -tp 2 --max-model-len 32K --budget
   kvsim fit gpt-oss-120b --gpu h100 --context 8K,128K --json
+  kvsim fit --params 8B,34B,72B --dtype fp16,int4 --gpu-gb 24,48,80     weights alone, by nominal size
+  kvsim fit --params 70B --dtype fp16 --gpu h100 --kv-reserve 12GB
   kvsim fit --gpu a100-80gb -- vllm serve Qwen/Qwen2.5-72B-Instruct --quantization fp8
 
 The GPU's memory is what the CUDA runtime reports (`kvsim gpus NAME`). Capitals are binary (8K is 8,192 tokens), small
@@ -36,6 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="lengths of a request to give capacities for (default: 2K up)",
     )
     parser.add_argument("--budget", action="store_true", help="draw the GPU's memory as a bar of its parts")
+    nominal = parser.add_argument_group("sizes without a name, weights alone")
+    nominal.add_argument(
+        "--params", metavar="N,...", help="nominal sizes, such as 7B,70B; --dtype takes a list then"
+    )
+    nominal.add_argument(
+        "--gpu-gb", metavar="N,...", help="cards of so many GB (1e9 bytes), instead of --gpu"
+    )
+    nominal.add_argument(
+        "--kv-reserve", type=_bytes, metavar="BYTES", help="memory to keep for the KV cache, such as 12GB"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_engine_arguments(parser)
 
@@ -46,6 +61,11 @@ def main(args: argparse.Namespace) -> int:
     from kvsim.cli.run import deployment_of
     from kvsim.report import fit as report
 
+    if args.params is not None:
+        return _nominal(args)
+    for flag, value in (("--gpu-gb", args.gpu_gb), ("--kv-reserve", args.kv_reserve)):
+        if value is not None:
+            raise UserError(f"{flag} goes with --params; see --help")
     deployment = deployment_of(args, None, None)
     facts = report.fit_facts(deployment, memory.fit(deployment), args.context)
     if args.json:
@@ -57,3 +77,50 @@ def main(args: argparse.Namespace) -> int:
         if args.budget:
             print("", *report.bar_lines(facts), sep="\n")
     return 1 if facts["verdict"] == "does_not_fit" else 0
+
+
+def _nominal(args: argparse.Namespace) -> int:
+    from kvsim.cli.models import formats, sizes
+    from kvsim.report import fit as report
+    from kvsim.specs import load_gpu, settings_from_args
+
+    settings = settings_from_args(args)
+    dtype = settings.pop("dtype", None)
+    stray = {"MODEL": args.model, "--context": args.context, "--budget": args.budget or None}
+    stray |= {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
+    for name, value in stray.items():
+        if value is not None:
+            raise UserError(
+                f"{name} goes with a model, and --params is a size without one; leave one of them out"
+            )
+    if (args.gpu is None) == (args.gpu_gb is None):
+        raise UserError("--params needs --gpu NAME or --gpu-gb N,..., one of them")
+    if args.gpu is not None:
+        cards = report.cards_of(load_gpu(args.gpu))
+    else:
+        cards = [(f"{text.strip()} GB", _gigabytes(text)) for text in args.gpu_gb.split(",")]
+    facts = report.nominal_facts(sizes(args.params), formats(dtype), cards, args.kv_reserve or 0)
+    if args.json:
+        import json
+
+        print(json.dumps(facts, indent=1))
+    else:
+        print(report.nominal_fit_text(facts))
+    return 0 if all(card["fits"] for row in facts for card in row["cards"][-1:]) else 1
+
+
+def _gigabytes(text: str) -> int:
+    try:
+        size = parse_bytes(f"{text.strip()}GB")
+    except UserError:
+        size = 0
+    if not 0 < size <= 10**6 * GB:
+        raise UserError(f"--gpu-gb {text!r} is no number of GB from 0 to 1,000,000; write 24,48,80")
+    return size
+
+
+def _bytes(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

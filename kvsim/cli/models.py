@@ -69,7 +69,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"{asked[0]} and {asked[1]} are two questions; ask them one by one")
     _refuse_stray(args, asked[0] if asked else "list")
     if args.params is not None:
-        rows = catalogue.nominal_weights(_sizes(args.params), _formats(args.dtype))
+        rows = catalogue.nominal_weights(sizes(args.params), formats(args.dtype))
         return _print(args, rows, catalogue.nominal_text)
     if any(shape.values()):
         missing = [flag for flag, value in (*shape.items(), ("--tokens", args.tokens)) if not value]
@@ -137,15 +137,16 @@ def _shapes(args: argparse.Namespace) -> list[dict]:
     ]
 
 
-def _formats(text: str | None) -> tuple[str, ...]:
+def formats(text: str | None) -> tuple[str, ...]:
+    """`"fp16,int4"` to the names of weight formats; None: those that tables show."""
     from kvsim.formats import weight_format
     from kvsim.report.catalogue import NOMINAL_FORMATS
 
     return NOMINAL_FORMATS if text is None else tuple(weight_format(name).name for name in text.split(","))
 
 
-def _sizes(text: str) -> dict[str, int]:
-    """`"7B,1.5B,135M"` to parameters by label."""
+def sizes(text: str) -> dict[str, int]:
+    """`"7B,1.5B,135M"` to parameters by label. Raises UserError."""
     units = {"": 1, "M": 10**6, "B": 10**9, "T": 10**12}
     out = {}
     for label in text.split(","):

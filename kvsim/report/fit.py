@@ -13,7 +13,7 @@ from kvsim.memory.budget import max_in_flight_tokens
 from kvsim.memory.planner import pages_per_request
 from kvsim.memory.weights import replica_weight_bytes
 from kvsim.report.catalogue import CONTEXTS, table_lines
-from kvsim.specs import Deployment
+from kvsim.specs import Deployment, GpuSpec
 from kvsim.units import GB, GIB
 
 VERDICTS = {"fits": "FITS", "tight": "TIGHT", "does_not_fit": "DOES NOT FIT"}
@@ -295,3 +295,67 @@ def fits_text(rows: list[dict]) -> str:
         if not row["fits"]:
             lines.append(f"{row['gpu']}: {row['reason']}")
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- sizes without a name
+
+
+def cards_of(gpu: GpuSpec) -> list[tuple[str, int]]:
+    """The memory of a GPU by whom it is told, in bytes: as sold (1e9 to a GB), by nvidia-smi, by the CUDA runtime."""
+    return [
+        (f"{gpu.name} as sold", round(gpu.memory_marketed_gb * GB)),
+        ("by nvidia-smi", gpu.memory_total_bytes),
+        ("by the CUDA runtime", gpu.total_bytes),
+    ]
+
+
+def nominal_facts(
+    sizes: dict[str, int], formats: tuple[str, ...], cards: list[tuple[str, int]], kv_reserve_bytes: int = 0
+) -> list[dict]:
+    """A row for each size in each format: bytes of the weights, parameters times bits, and what they and the reserve
+    leave of each card (name, bytes); `left_bytes` below 0 are missing. Nothing else is counted."""
+    rows = []
+    for label, params in sizes.items():
+        for name in formats:
+            weights = -(-params * weight_format(name).bits // 8)
+            left = [(card, size, size - weights - kv_reserve_bytes) for card, size in cards]
+            rows.append(
+                {
+                    "params": params,
+                    "label": label,
+                    "format": name,
+                    "weights_bytes": weights,
+                    "kv_reserve_bytes": kv_reserve_bytes,
+                    "cards": [
+                        {"card": card, "bytes": size, "left_bytes": rest, "fits": rest >= 0}
+                        for card, size, rest in left
+                    ],
+                }
+            )
+    return rows
+
+
+def nominal_fit_text(rows: list[dict]) -> str:
+    """The page of `kvsim fit --params`: what each card has left (+) or is short of (-)."""
+    header = ["", "", "weights", ""]
+    cards = [card["card"] for card in rows[0]["cards"]]
+    table = [["", "", "", "", *(f"{card['bytes'] / GB:,.3f} GB" for card in rows[0]["cards"])]]
+    table += [
+        [
+            row["label"],
+            row["format"],
+            f"{row['weights_bytes'] / GB:,.3f} GB",
+            f"{row['weights_bytes'] / GIB:,.3f} GiB",
+            *(f"{card['left_bytes'] / GB:+,.3f} GB" for card in row["cards"]),
+        ]
+        for row in rows
+    ]
+    last = [row["cards"][-1]["fits"] for row in rows]
+    verdict = VERDICTS["fits"] if all(last) else VERDICTS["does_not_fit"]
+    if len(rows) > 1 and any(last) and not all(last):
+        verdict = f"{sum(last)} of {len(rows)} FIT"
+    reserve = rows[0]["kv_reserve_bytes"]
+    beside = f" and {reserve / GB:,.3f} GB for the KV cache" if reserve else ""
+    lines = [f"{verdict} ({cards[-1]}): weights{beside} alone; an engine needs more", ""]
+    lines += table_lines([*header, *cards], table, left=(0, 1))
+    return "\n".join([*lines, "", "+ is left, - is short. GB is 1e9 bytes, GiB 2**30; sizes are nominal."])

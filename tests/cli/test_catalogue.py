@@ -9,7 +9,7 @@ import pytest
 
 from kvsim import catalog
 from kvsim.cli import main
-from kvsim.cli.models import _sizes
+from kvsim.cli.models import sizes
 from tests.checkpoints import gguf_bytes, write_checkpoint
 
 
@@ -164,8 +164,8 @@ def test_mistakes(words, sentence, capsys):
     ("text", "params"),
     [("7B", 7e9), ("1.5b", 1.5e9), ("135M", 135e6), ("1T", 1e12), ("70553706496", 70553706496)],
 )
-def test_nominal_sizes(text, params):
-    assert _sizes(text) == {text: params}
+def test_nominalsizes(text, params):
+    assert sizes(text) == {text: params}
 
 
 @pytest.mark.parametrize(

@@ -237,3 +237,55 @@ def test_claim_A05_the_parts_add_up_to_the_card(words, code, capsys):
 def test_the_bar_is_drawn_below_the_page(capsys):
     assert main(["fit", "llama-3.1-8b", "--gpu", "h100", "--budget"]) == 0
     assert "W  weights " in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- --params
+
+
+def test_claims_A01_A03_a_70b_in_fp16_on_one_card(capsys):
+    for gpu, short in (("h100", 54.48), ("a100-80gb", 54.10)):
+        (row,) = facts_of(capsys, "--params", "70B", "--dtype", "fp16", "--gpu", gpu, code=1)
+        assert row["weights_bytes"] == 140 * 10**9
+        sold, smi, cuda = (card["left_bytes"] / 1e9 for card in row["cards"])
+        assert sold == -60 and smi == pytest.approx(-short, abs=0.005) and smi > cuda > sold
+
+
+def test_claim_A04_with_12_gb_of_kv_cache(capsys):
+    words = ["--params", "70B", "--dtype", "fp16", "--gpu", "h100", "--kv-reserve", "12GB"]
+    (row,) = facts_of(capsys, *words, code=1)
+    assert row["cards"][1]["left_bytes"] / 1e9 == pytest.approx(-66.48, abs=0.005)
+
+
+def test_claim_A07_three_sizes_two_formats_three_cards(capsys):
+    words = ["--params", "8B,34B,72B", "--dtype", "fp16,int4", "--gpu-gb", "24,48,80"]
+    rows = facts_of(capsys, *words, code=1)
+    fits = {(row["label"], row["format"]): [card["fits"] for card in row["cards"]] for row in rows}
+    assert fits == {
+        ("8B", "fp16"): [True, True, True],
+        ("34B", "fp16"): [False, False, True],
+        ("72B", "fp16"): [False, False, False],
+        ("8B", "int4"): [True, True, True],
+        ("34B", "int4"): [True, True, True],
+        ("72B", "int4"): [False, True, True],
+    }
+    assert [row["weights_bytes"] // 10**9 for row in rows] == [16, 4, 68, 17, 144, 36]
+    assert main(["fit", *words]) == 1
+    assert capsys.readouterr().out.startswith("5 of 6 FIT (80 GB): weights alone; an engine needs more\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--params", "70B"], "--params needs --gpu NAME or --gpu-gb"),
+        (["--params", "70B", "--gpu", "h100", "--gpu-gb", "80"], "one of them"),
+        (["--params", "seventy", "--gpu", "h100"], "is no number of parameters"),
+        (["--params", "70B", "--gpu-gb", "24,x"], "--gpu-gb 'x' is no number of GB"),
+        (["--params", "70B", "--gpu", "h100", "-tp", "2"], "--tensor-parallel-size goes with a model"),
+        (["llama-3.1-8b", "--params", "70B", "--gpu", "h100"], "MODEL goes with a model"),
+        (["llama-3.1-8b", "--gpu", "h100", "--kv-reserve", "12GB"], "--kv-reserve goes with --params"),
+        (["--params", "70B", "--gpu", "h100", "--kv-reserve", "12G"], "is not an amount of memory"),
+        (["--params", "70B", "--gpu", "h100", "--dtype", "fp17"], "fp17"),
+    ],
+)
+def test_a_mistake_with_sizes_is_one_sentence(words, told, capsys):
+    assert told in mistake(capsys, *words)
