@@ -25,6 +25,7 @@ VERBS = {
     "trace": "what is in this trace? make, describe, convert",
     "models": "what is known about a model?",
     "gpus": "what is known about a GPU?",
+    "validate": "how right is the model on measured data?",
     "warm": "compile the engine now",
     "doctor": "what works here?",
 }

@@ -4,8 +4,8 @@
     budget.num_gpu_blocks, budget.failure, print(budget)
 
 `weights.py` knows what a rank holds of the weights, `planner.py` how layers become groups and bytes blocks,
-`budget.py` the other terms and the verdict, `hardware.py` how few GPUs do. Answers in milliseconds; loads neither
-numba nor pyarrow.
+`budget.py` the other terms and the verdict, `hardware.py` how few GPUs do, and `records.py` compares it all with what
+engines logged. Answers in milliseconds; loads neither numba nor pyarrow.
 """
 
 from kvsim.memory.budget import Budget, Failure, fit, with_fitted_length

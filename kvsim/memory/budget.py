@@ -186,14 +186,14 @@ def with_fitted_length(dep: Deployment, budget: Budget) -> Deployment:
 
 
 def _binding_budget(dep: Deployment) -> Budget:
-    groups = kv_groups(dep)
-    budgets = [_stage_budget(dep, groups, stage) for stage in range(dep.settings.pipeline_parallel_size)]
+    budgets = [stage_budget(dep, stage) for stage in range(dep.settings.pipeline_parallel_size)]
     # a stage that cannot start binds before one that can; then the one with the fewest blocks
     return min(budgets, key=lambda b: (b.failure is None, b.num_gpu_blocks))
 
 
-def _stage_budget(dep: Deployment, groups: tuple[KvGroup, ...], stage: int) -> Budget:
-    s = dep.settings
+def stage_budget(dep: Deployment, stage: int) -> Budget:
+    """The budget of a GPU of pipeline stage `stage` (from 0), whichever binds. Raises UserError as `fit` does."""
+    s, groups = dep.settings, kv_groups(dep)
     weights = rank_weight_bytes(dep, stage)
     weights_bytes = sum(weights.values())
     activation = activation_peak_bytes(dep, stage)
@@ -264,7 +264,7 @@ def _stage_budget(dep: Deployment, groups: tuple[KvGroup, ...], stage: int) -> B
         block_size=s.block_size,
         max_model_len=s.max_model_len,
         longest_max_model_len=s.max_model_len if planned.longest_len is None else planned.longest_len,
-        kv_cache_tokens=_logged_tokens(dep, planned),
+        kv_cache_tokens=logged_tokens(dep, planned),
         max_concurrency=planned.max_concurrency,
         blocks_for_max_model_len=planned.pages_per_request,
         binding_rank=_rank_name(dep, stage),
@@ -425,7 +425,7 @@ def _one_request_failure(dep: Deployment, planned: Plan, kv_bytes: int) -> Failu
     )
 
 
-def _logged_tokens(dep: Deployment, planned: Plan) -> int:
+def logged_tokens(dep: Deployment, planned: Plan) -> int:
     """vLLM's "KV cache size": a capacity for requests of full length (5.7); up to 0.20 blocks by groups."""
     if dep.settings.version >= (0, 21):
         return planned.kv_cache_tokens
