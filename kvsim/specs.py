@@ -812,7 +812,7 @@ ENGINE_FLAGS = (
     Flag("allocator", "str", "how KV memory is handed out; paged"),
     Flag("prefix_unit", "count", "tokens that one prefix id of the trace stands for"),
 )
-_NOT_VLLM = ("engine", "engine_version", "allocator", "prefix_unit")
+NOT_VLLM = ("engine", "engine_version", "allocator", "prefix_unit")
 
 _ALIASES = {"device-memory-utilization": "gpu-memory-utilization"}
 
@@ -832,7 +832,7 @@ def add_engine_arguments(
     group = parser if pasted else parser.add_argument_group("engine settings", "spelled as vLLM spells them")
     defaults = {f.name: f.default for f in msgspec.structs.fields(EngineSettings)}
     for flag in ENGINE_FLAGS:
-        if pasted and flag.name in _NOT_VLLM:
+        if pasted and flag.name in NOT_VLLM:
             continue
         names = ["--" + flag.name.replace("_", "-")]
         names += [f"--{a}" for a, target in _ALIASES.items() if f"--{target}" in names and pasted]
@@ -956,7 +956,7 @@ def parse_vllm_serve(argv: list[str]) -> tuple[str | None, dict[str, object], li
 
 def flag_names() -> list[str]:
     """Every engine flag that is known, modelled or not, with its dashes."""
-    modelled = ["--" + f.name.replace("_", "-") for f in ENGINE_FLAGS if f.name not in _NOT_VLLM]
+    modelled = ["--" + f.name.replace("_", "-") for f in ENGINE_FLAGS if f.name not in NOT_VLLM]
     return [*modelled, *(f"--{name}" for name in _known_flags().kinds())]
 
 

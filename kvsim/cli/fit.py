@@ -11,6 +11,7 @@ _EPILOG = """examples:
   kvsim fit llama-3.1-8b --gpu l4
   kvsim fit llama-3.1-70b --gpu h100 -tp 2 --max-model-len 32K --budget
   kvsim fit gpt-oss-120b --gpu h100 --context 8K,128K --json
+  kvsim fit llama-3.1-8b --gpu l4 --max-model-len -1 --emit vllm
   kvsim fit --params 8B,34B,72B --dtype fp16,int4 --gpu-gb 24,48,80     weights alone, by nominal size
   kvsim fit --params 70B --dtype fp16 --gpu h100 --kv-reserve 12GB
   kvsim fit --gpu a100-80gb -- vllm serve Qwen/Qwen2.5-72B-Instruct --quantization fp8
@@ -41,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="lengths of a request to give capacities for (default: 2K up)",
     )
     parser.add_argument("--budget", action="store_true", help="draw the GPU's memory as a bar of its parts")
+    parser.add_argument(
+        "--emit",
+        choices=("vllm",),
+        help="print the vllm serve and vllm bench serve commands of this deployment alone",
+    )
     nominal = parser.add_argument_group("sizes without a name, weights alone")
     nominal.add_argument(
         "--params", metavar="N,...", help="nominal sizes, such as 7B,70B; --dtype takes a list then"
@@ -67,8 +73,15 @@ def main(args: argparse.Namespace) -> int:
         if value is not None:
             raise UserError(f"{flag} goes with --params; see --help")
     deployment = deployment_of(args, None, None)
-    facts = report.fit_facts(deployment, memory.fit(deployment), args.context)
-    if args.json:
+    budget = memory.fit(deployment)
+    deployment = memory.with_fitted_length(deployment, budget)
+    facts = report.fit_facts(deployment, budget, args.context)
+    if args.emit:
+        import shlex
+
+        for command in (report.serve_command(deployment), report.bench_command(deployment, budget)):
+            print(shlex.join(command))
+    elif args.json:
         import json
 
         print(json.dumps(facts, indent=1))
@@ -86,7 +99,9 @@ def _nominal(args: argparse.Namespace) -> int:
 
     settings = settings_from_args(args)
     dtype = settings.pop("dtype", None)
-    stray = {"MODEL": args.model, "--context": args.context, "--budget": args.budget or None}
+    stray = {
+        "MODEL": args.model, "--context": args.context, "--budget": args.budget or None, "--emit": args.emit,
+    }  # fmt: skip
     stray |= {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
     for name, value in stray.items():
         if value is not None:

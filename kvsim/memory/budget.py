@@ -293,7 +293,7 @@ def activation_peak_bytes(dep: Deployment, stage: int = 0) -> int:
     matrices = 3 if model.gated_mlp else 2
     forward = tokens * b * (matrices * max(widths, default=0) / tp + 4 * hidden)
     work = 0.0
-    if model.num_experts:
+    if model.num_experts and dep.weight_format.name != "mxfp4":  # whose kernels need none (memory.md)
         width = model.moe_intermediate_size / (1 if s.enable_expert_parallel else tp)
         rows = tokens * model.num_experts_per_tok
         work = rows * (max(2 * width, hidden) + max(width, hidden)) * b

@@ -13,7 +13,7 @@ from kvsim.memory.budget import max_in_flight_tokens
 from kvsim.memory.planner import pages_per_request
 from kvsim.memory.weights import replica_weight_bytes
 from kvsim.report.catalogue import CONTEXTS, table_lines
-from kvsim.specs import Deployment, GpuSpec
+from kvsim.specs import ENGINE_FLAGS, NOT_VLLM, Deployment, GpuSpec
 from kvsim.units import GB, GIB
 
 VERDICTS = {"fits": "FITS", "tight": "TIGHT", "does_not_fit": "DOES NOT FIT"}
@@ -243,6 +243,40 @@ def _capacities(facts: dict) -> list[str]:
     if exponent is not None:
         lines.append(f"  capacity goes with the context to the power of {exponent:.2f}")
     return lines
+
+
+# ---------------------------------------------------------------- the same in vLLM
+
+
+def serve_command(dep: Deployment) -> list[str]:
+    """The words of the `vllm serve` that starts this deployment: what was asked for, and the sizes that GPU memory
+    would decide."""
+    sizes = ("max_model_len", "max_num_seqs", "max_num_batched_tokens")
+    settings = dep.asked | {name: getattr(dep.settings, name) for name in sizes}
+    words = ["vllm", "serve", dep.model.hf_id or dep.model.name]
+    for flag in ENGINE_FLAGS:
+        value = settings.get(flag.name)
+        if value is None or flag.name in NOT_VLLM:
+            continue
+        name = flag.name.replace("_", "-")
+        if flag.kind == "bool":
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", str(value)]
+    return words
+
+
+def bench_command(dep: Deployment, budget: Budget) -> list[str]:
+    """The words of a `vllm bench serve` against it: as many requests at once as fit, each of half of max_model_len, a
+    quarter of it output."""
+    tokens = max(2, dep.settings.max_model_len // 2)
+    output = max(1, tokens // 4)
+    at_once = max(1, min(_capacity(dep, budget, tokens)["whole"], dep.settings.max_num_seqs))
+    return [
+        "vllm", "bench", "serve", "--model", dep.model.hf_id or dep.model.name, "--dataset-name", "random",
+        "--random-input-len", str(tokens - output), "--random-output-len", str(output),
+        "--max-concurrency", str(at_once), "--num-prompts", str(4 * at_once),
+    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------- which GPU

@@ -1,6 +1,7 @@
 """`kvsim fit` as a user meets it."""
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 from kvsim import catalog, deployment, fit
 from kvsim.cli import main
 from kvsim.report import fit as report
+from kvsim.specs import parse_vllm_serve
 from kvsim.units import GIB
 
 
@@ -289,3 +291,32 @@ def test_claim_A07_three_sizes_two_formats_three_cards(capsys):
 )
 def test_a_mistake_with_sizes_is_one_sentence(words, told, capsys):
     assert told in mistake(capsys, *words)
+
+
+# ---------------------------------------------------------------- --emit
+
+
+def test_claim_D14_the_commands_of_a_plan_read_back_as_the_same_deployment(capsys):
+    words = [
+        "llama-3.1-70b",
+        "--gpu",
+        "h100",
+        "-tp",
+        "4",
+        "--kv-cache-dtype",
+        "fp8",
+        "--no-enable-prefix-caching",
+    ]
+    assert main(["fit", *words, "--emit", "vllm"]) == 0
+    serve, bench = (shlex.split(line) for line in capsys.readouterr().out.splitlines())
+    model, settings, warnings = parse_vllm_serve(serve)
+    asked = {"tensor_parallel_size": 4, "kv_cache_dtype": "fp8", "enable_prefix_caching": False}
+    assert (
+        deployment(model, gpu="h100", **settings).settings
+        == deployment("llama-3.1-70b", gpu="h100", **asked).settings
+    )
+    assert warnings == [] and bench[:3] == ["vllm", "bench", "serve"]
+    options = dict(zip(bench[3::2], bench[4::2], strict=True))
+    tokens = int(options["--random-input-len"]) + int(options["--random-output-len"])
+    at_once = next(c for c in facts_of(capsys, *words, "--context", tokens)["contexts"])["whole"]
+    assert int(options["--max-concurrency"]) == at_once > 1

@@ -316,6 +316,14 @@ def test_state_bytes(model, tp, size):
     assert model.rank_state_bytes(group, tp, 2) == size
 
 
+def test_mxfp4_experts_need_no_work_space():
+    dep = deployment("gpt-oss-20b", gpu="h100", max_num_seqs=1024, max_num_batched_tokens=8192)
+    assert fit(dep).activation_bytes == round(
+        14.7 * 1024 * 201_088 + 1.5 * 8192 * 2880 * 2
+    )  # the sampler's alone
+    assert fit(dep.replace(quantization="fp8")).activation_bytes > fit(dep).activation_bytes
+
+
 def test_windows_hold_what_is_in_flight():
     """Rule 5.6: with asynchronous scheduling two steps' tokens, up to 0.20 always one step's."""
     dep = deployment("gpt-oss-20b", gpu="h100", max_num_batched_tokens=2048)
