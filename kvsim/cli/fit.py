@@ -47,6 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("vllm",),
         help="print the vllm serve and vllm bench serve commands of this deployment alone",
     )
+    rough = parser.add_argument_group("rougher, as worksheets have it")
+    rough.add_argument("--total", choices=("cuda", "smi", "sold"), default="cuda", help="whose word for the GPU's "
+                       "memory: the CUDA runtime's (default), nvidia-smi's or the seller's")  # fmt: skip
+    rough.add_argument("--overhead", type=_bytes, metavar="BYTES", help="on each GPU, such as 2GiB, instead of what is "
+                       "reckoned for activations, outside torch and CUDA graphs")  # fmt: skip
     nominal = parser.add_argument_group("sizes without a name, weights alone")
     nominal.add_argument(
         "--params", metavar="N,...", help="nominal sizes, such as 7B,70B; --dtype takes a list then"
@@ -72,8 +77,8 @@ def main(args: argparse.Namespace) -> int:
     for flag, value in (("--gpu-gb", args.gpu_gb), ("--kv-reserve", args.kv_reserve)):
         if value is not None:
             raise UserError(f"{flag} goes with --params; see --help")
-    deployment = deployment_of(args, None, None)
-    budget = memory.fit(deployment)
+    deployment = _with_total(deployment_of(args, None, None), args.total)
+    budget = memory.fit(deployment, args.overhead)
     deployment = memory.with_fitted_length(deployment, budget)
     facts = report.fit_facts(deployment, budget, args.context)
     if args.emit:
@@ -92,6 +97,21 @@ def main(args: argparse.Namespace) -> int:
     return 1 if facts["verdict"] == "does_not_fit" else 0
 
 
+def _with_total(deployment, total: str):
+    """The deployment on its GPU with the memory that nvidia-smi or the seller tells."""
+    import msgspec
+
+    gpu = deployment.gpu
+    sizes = {
+        "cuda": gpu.total_bytes,
+        "smi": gpu.memory_total_bytes,
+        "sold": round(gpu.memory_marketed_gb * GB),
+    }
+    if not sizes[total]:
+        raise UserError(f"--total {total}: the catalogue does not know it of {gpu.name}; leave it out")
+    return msgspec.structs.replace(deployment, gpu=msgspec.structs.replace(gpu, total_bytes=sizes[total]))
+
+
 def _nominal(args: argparse.Namespace) -> int:
     from kvsim.cli.models import formats, sizes
     from kvsim.report import fit as report
@@ -101,6 +121,7 @@ def _nominal(args: argparse.Namespace) -> int:
     dtype = settings.pop("dtype", None)
     stray = {
         "MODEL": args.model, "--context": args.context, "--budget": args.budget or None, "--emit": args.emit,
+        "--overhead": args.overhead, "--total": None if args.total == "cuda" else args.total,
     }  # fmt: skip
     stray |= {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
     for name, value in stray.items():

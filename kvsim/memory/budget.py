@@ -63,8 +63,9 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
     `kv_bytes` is what is available for KV blocks; `num_gpu_blocks` counts the null block, as vLLM does.
     `longest_max_model_len` is the most, up to `max_model_len`, of which one request fits.
     `requested_bytes` = weights + activation + non_torch + cuda_graph (from 0.21 on) + kv, unless
-    kv_cache_memory_bytes sets the pool: then it is all that is free. `context_bytes` is information: it is
-    outside `requested_bytes`. `failure` is None if the engine starts.
+    kv_cache_memory_bytes sets the pool: then it is all that is free. `overhead_bytes`, where it was given, stands in
+    `activation_bytes`. `context_bytes` is information: it is outside `requested_bytes`. `failure` is None if the
+    engine starts.
     """
 
     total_bytes: int
@@ -89,6 +90,7 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
     verdict: str
     failure: Failure | None = None
     notes: tuple[str, ...] = ()
+    overhead_bytes: int | None = None
 
     @property
     def bytes_per_token(self) -> float:
@@ -159,19 +161,20 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
         return ", ".join(texts)
 
 
-def fit(dep: Deployment) -> Budget:
+def fit(dep: Deployment, overhead_bytes: int | None = None) -> Budget:
     """The memory budget of a deployment as vLLM would find it on start-up, for every pipeline stage, and
-    the stage that binds. With max_model_len -1, under the longest of which one request fits.
+    the stage that binds. With max_model_len -1, under the longest of which one request fits. `overhead_bytes` on each
+    GPU take the place of what kvsim reckons for activations, outside torch and CUDA graphs.
 
     Never raises because something does not fit: that is `Budget.failure`. Raises UserError for a model
     whose layers cannot be sized yet, and for flags that ask for memory which the GPU does not have.
     """
     check_supported(dep.model)
-    budget = _binding_budget(dep)
+    budget = _binding_budget(dep, overhead_bytes)
     if not dep.is_max_model_len_auto or not budget.longest_max_model_len:
         return budget
     if budget.longest_max_model_len < budget.max_model_len:
-        budget = _binding_budget(with_fitted_length(dep, budget))
+        budget = _binding_budget(with_fitted_length(dep, budget), overhead_bytes)
     note = f"max_model_len {budget.max_model_len:,} is the longest that fits, of {dep.model.max_position_embeddings:,}"
     return msgspec.structs.replace(budget, notes=(note, *budget.notes))
 
@@ -185,20 +188,23 @@ def with_fitted_length(dep: Deployment, budget: Budget) -> Deployment:
     return msgspec.structs.replace(dep, settings=settings)
 
 
-def _binding_budget(dep: Deployment) -> Budget:
-    budgets = [stage_budget(dep, stage) for stage in range(dep.settings.pipeline_parallel_size)]
+def _binding_budget(dep: Deployment, overhead_bytes: int | None) -> Budget:
+    stages = range(dep.settings.pipeline_parallel_size)
+    budgets = [stage_budget(dep, stage, overhead_bytes) for stage in stages]
     # a stage that cannot start binds before one that can; then the one with the fewest blocks
     return min(budgets, key=lambda b: (b.failure is None, b.num_gpu_blocks))
 
 
-def stage_budget(dep: Deployment, stage: int) -> Budget:
-    """The budget of a GPU of pipeline stage `stage` (from 0), whichever binds. Raises UserError as `fit` does."""
+def stage_budget(dep: Deployment, stage: int, overhead_bytes: int | None = None) -> Budget:
+    """`fit` for a GPU of pipeline stage `stage` (from 0), whichever binds."""
     s, groups = dep.settings, kv_groups(dep)
     weights = rank_weight_bytes(dep, stage)
     weights_bytes = sum(weights.values())
     activation = activation_peak_bytes(dep, stage)
     non_torch = non_torch_bytes(dep)
     graphs = cuda_graph_bytes(dep, stage)
+    if overhead_bytes is not None:
+        activation, non_torch, graphs = overhead_bytes, 0, 0
     many = s.tensor_parallel_size > 1 or s.pipeline_parallel_size > 1
     context = CONTEXT_BYTES["many_gpus" if many else "one_gpu"]
     # Fraction: 0.92 means 92/100, and a ceiling must not see float noise
@@ -233,7 +239,9 @@ def stage_budget(dep: Deployment, stage: int) -> Budget:
             " cache; lower pipeline_parallel_size"
         )
     planned = plan_groups(on_stage, **options)
-    failure = _start_failure(dep, requested, weights_bytes, non_torch, activation, budgeted_graphs)
+    failure = _start_failure(
+        dep, requested, weights_bytes, non_torch, activation, budgeted_graphs, overhead_bytes
+    )
     if failure is None and s.kv_cache_memory_bytes and kv_bytes > requested - fixed:
         raise UserError(
             f"kv_cache_memory_bytes asks for {format_gib(kv_bytes)}, but only {format_gib(requested - fixed)}"
@@ -271,6 +279,7 @@ def stage_budget(dep: Deployment, stage: int) -> Budget:
         verdict="does_not_fit" if failure else "tight" if tight else "fits",
         failure=failure,
         notes=tuple(notes),
+        overhead_bytes=overhead_bytes,
     )
 
 
@@ -370,7 +379,13 @@ def max_in_flight_tokens(dep: Deployment) -> int:
 
 
 def _start_failure(
-    dep: Deployment, requested: int, weights: int, non_torch: int, activation: int, graphs: int
+    dep: Deployment,
+    requested: int,
+    weights: int,
+    non_torch: int,
+    activation: int,
+    graphs: int,
+    overhead: int | None,
 ) -> Failure | None:
     """The first term, in the order of starting, that goes beyond what the engine may use."""
     who = f"{dep.model.name} on {dep.gpu.name}"
@@ -388,13 +403,15 @@ def _start_failure(
         )
     short = weights + non_torch + activation - requested
     if short >= 0:
+        beside = f"an activation peak of {format_gib(activation)} and {format_gib(non_torch)} outside torch"
+        if overhead is not None:
+            beside = f"an overhead of {format_gib(overhead)}"
         return Failure(
             kind="start_oom",
             cause="activations",
             short_bytes=short,
-            sentence=f"{who} does not start: weights of {format_gib(weights)}{per}, an activation peak of"
-            f" {format_gib(activation)} and {format_gib(non_torch)} outside torch are {format_gib(short)}"
-            f" more than {allowed}",
+            sentence=f"{who} does not start: weights of {format_gib(weights)}{per}"
+            f"{' and' if overhead is not None else ','} {beside} are {format_gib(short)} more than {allowed}",
         )
     if short + graphs >= 0:
         return Failure(

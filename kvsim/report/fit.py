@@ -53,7 +53,8 @@ def fit_facts(dep: Deployment, budget: Budget, contexts: tuple[int, ...] | None 
             "gpu_bytes": budget.total_bytes,
             "gpu_memory_utilization": s.gpu_memory_utilization,
             "requested_bytes": budget.requested_bytes,
-            "activation_bytes": budget.activation_bytes,
+            "overhead_bytes": budget.overhead_bytes,
+            "activation_bytes": budget.activation_bytes if budget.overhead_bytes is None else 0,
             "non_torch_bytes": budget.non_torch_bytes,
             "cuda_graph_bytes": budget.cuda_graph_bytes,
             "cuda_graphs_are_in_the_budget": s.version >= (0, 21),
@@ -138,15 +139,14 @@ def fit_text(facts: dict) -> str:
     graphs = "CUDA graphs" + (
         "" if memory["cuda_graphs_are_in_the_budget"] else ", beyond the engine's share"
     )
-    lines += _sizes(
-        [
-            (share, memory["requested_bytes"]),
-            ("weights", weights["gpu_bytes"]),
-            ("activation peak", memory["activation_bytes"]),
-            ("outside torch", memory["non_torch_bytes"]),
-            (graphs, memory["cuda_graph_bytes"]),
-        ]
-    )
+    beside = [
+        ("activation peak", memory["activation_bytes"]),
+        ("outside torch", memory["non_torch_bytes"]),
+        (graphs, memory["cuda_graph_bytes"]),
+    ]
+    if memory["overhead_bytes"] is not None:
+        beside = [("overhead, as given", memory["overhead_bytes"])]
+    lines += _sizes([(share, memory["requested_bytes"]), ("weights", weights["gpu_bytes"]), *beside])
     lines += [f"  the CUDA context, {memory['context_bytes'] / GIB:,.2f} GiB, is outside the engine's share"]
     left = ("left for it", kv["bytes"]) if kv["bytes"] >= 0 else ("missing", -kv["bytes"])
     lines += ["", f"4. KV cache in {kv['dtype']}", *_sizes([left])]
@@ -173,6 +173,7 @@ def budget_parts(facts: dict) -> list[tuple[str, int]]:
         ("activation peak", memory["activation_bytes"]),
         ("outside torch", memory["non_torch_bytes"]),
         ("CUDA graphs", graphs),
+        ("overhead", memory["overhead_bytes"] or 0),
         ("KV cache", max(0, kv["bytes"])),
     ]
     return [*parts, ("not the engine's", memory["gpu_bytes"] - sum(size for _, size in parts))]
@@ -182,7 +183,7 @@ def bar_lines(facts: dict, width: int = 72) -> list[str]:
     """The parts of the GPU's memory as a bar of letters, and what they mean; where more is asked for than there is, `|`
     is the end of the GPU."""
     *parts, (rest_name, rest) = budget_parts(facts)
-    parts = [(letter, name, size) for letter, (name, size) in zip("WATGK", parts, strict=True) if size > 0]
+    parts = [(letter, name, size) for letter, (name, size) in zip("WATGOK", parts, strict=True) if size > 0]
     parts += [(".", rest_name, rest)] if rest > 0 else []
     total = facts["memory"]["gpu_bytes"]
     scale = max(total, sum(size for *_, size in parts))

@@ -320,3 +320,66 @@ def test_claim_D14_the_commands_of_a_plan_read_back_as_the_same_deployment(capsy
     tokens = int(options["--random-input-len"]) + int(options["--random-output-len"])
     at_once = next(c for c in facts_of(capsys, *words, "--context", tokens)["contexts"])["whole"]
     assert int(options["--max-concurrency"]) == at_once > 1
+
+
+# ---------------------------------------------------------------- --total and --overhead
+
+
+def rough(capsys, *words, overhead="2GiB", code=0):
+    return facts_of(
+        capsys, *words, "--total", "smi", "--overhead", overhead, "--max-model-len", 2048, code=code
+    )
+
+
+def test_an_overhead_takes_the_place_of_three_terms(capsys):
+    facts = rough(capsys, "llama-3.1-8b", "--gpu", "h100", overhead="3GiB")
+    memory = facts["memory"]
+    assert memory["overhead_bytes"] == 3 * GIB and memory["gpu_bytes"] == 81559 * 2**20
+    assert [memory[name] for name in ("activation_bytes", "non_torch_bytes", "cuda_graph_bytes")] == [0, 0, 0]
+    left = memory["requested_bytes"] - facts["weights"]["gpu_bytes"] - 3 * GIB
+    assert facts["kv_cache"]["bytes"] == left
+    assert sum(size for _, size in report.budget_parts(facts)) == memory["gpu_bytes"]
+    assert main(["fit", "llama-3.1-8b", "--gpu", "h100", "--overhead", "3GiB"]) == 0
+    assert "overhead, as given" in capsys.readouterr().out
+    sentence = rough(capsys, "llama-3.1-8b", "--gpu", "l4", overhead="9GiB", code=1)["sentence"]
+    assert "weights of 14.99 GiB and an overhead of 9.00 GiB are 3.29 GiB more than" in sentence
+
+
+def test_claim_B13_70b_on_two_a100(capsys):
+    facts = rough(capsys, "llama-3-70b", "--gpu", "a100-80gb", "-tp", 2)
+    assert facts["weights"]["gpu_bytes"] / GIB == pytest.approx(65.71, abs=0.005)
+    assert facts["kv_cache"]["bytes"] / GIB == pytest.approx(5.89, abs=0.01)
+    assert facts["kv_cache"]["kv_cache_tokens"] == pytest.approx(38_600, rel=0.003)
+
+
+def test_claim_B14_int4_on_40_gb_is_too_much(capsys):
+    facts = rough(capsys, "llama-3-70b", "--gpu", "a100-40gb", "-q", "int4", overhead="0GiB", code=1)
+    assert facts["weights"]["gpu_bytes"] > facts["memory"]["requested_bytes"]
+    assert facts["memory"]["requested_bytes"] / GIB == pytest.approx(36.8, abs=0.01)
+
+
+def test_claim_B15_int4_on_two_rtx_4090(capsys):
+    facts = rough(capsys, "llama-3-70b", "--gpu", "rtx-4090", "-q", "int4", "-tp", 2, overhead="1.5GiB")
+    assert facts["kv_cache"]["kv_cache_tokens"] == pytest.approx(13_400, rel=0.01)
+
+
+def test_claims_E01_E02_the_fp8_70b_box(capsys):
+    words = ["llama-3-70b", "--gpu", "h100", "-q", "fp8", "--context", "2K,8K,32K,128K"]
+    facts = rough(capsys, *words)
+    assert facts["weights"]["gpu_bytes"] / GIB == pytest.approx(67.67, abs=0.01)
+    assert facts["kv_cache"]["bytes"] / GIB == pytest.approx(3.61, abs=0.01)
+    assert [c["whole"] for c in facts["contexts"]] == [5, 1, 0, 0]
+    assert [c["bytes"] / GIB for c in facts["contexts"]] == [0.625, 2.5, 10, 40]
+
+
+def test_claim_E09_fp8_kv_doubles_the_tokens(capsys):
+    words = ["llama-3-70b", "--gpu", "h100", "-q", "fp8"]
+    wide, narrow = (rough(capsys, *words, *more)["kv_cache"] for more in ([], ["--kv-cache-dtype", "fp8"]))
+    assert narrow["bytes"] == wide["bytes"] and narrow["num_gpu_blocks"] // 2 == wide["num_gpu_blocks"]
+
+
+def test_claim_D13_opt_175b_on_eight_h100(capsys):
+    facts = rough(capsys, "opt-175b", "--gpu", "h100", "-tp", 8, "--context", 2048, overhead="3GiB")
+    assert facts["weights"]["replica_bytes"] / 1e9 == pytest.approx(349.2, abs=0.1)
+    assert facts["kv_cache"]["kv_cache_tokens"] == pytest.approx(53_900, rel=0.003)
+    assert facts["contexts"][0]["whole"] == 26
