@@ -383,3 +383,29 @@ def test_claim_D13_opt_175b_on_eight_h100(capsys):
     assert facts["weights"]["replica_bytes"] / 1e9 == pytest.approx(349.2, abs=0.1)
     assert facts["kv_cache"]["kv_cache_tokens"] == pytest.approx(53_900, rel=0.003)
     assert facts["contexts"][0]["whole"] == 26
+
+
+def test_claim_D07_405b_in_int4_on_eight_cards_of_80_gb_has_room(capsys):
+    words = ["llama-3.1-405b", "--gpu", "h100", "-q", "int4", "-tp", 8, "--context", "4K,128K"]
+    facts = rough(capsys, *words, overhead="3GiB")
+    rotary = facts["weights"]["by_component"]["rotary"]  # the claim leaves the table of angles out
+    assert (facts["weights"]["gpu_bytes"] - rotary) / GIB == pytest.approx(25.27, abs=0.01)
+    assert facts["kv_cache"]["bytes"] / GIB == pytest.approx(45.0, abs=0.05)
+    assert facts["kv_cache"]["kv_cache_tokens"] == pytest.approx(749_000, rel=0.001)
+    assert [c["whole"] for c in facts["contexts"]] == [182, 5]
+
+
+def test_claim_D08_sixteen_way_tensor_parallelism_copies_the_kv_heads(capsys):
+    words = ["llama-3.1-405b", "--gpu", "h100", "-q", "int8"]
+    tp16 = rough(capsys, *words, "-tp", 16, overhead="3GiB")
+    tp8pp2 = rough(capsys, *words, "-tp", 8, "-pp", 2, overhead="3GiB")
+    # A sixteenth of the weights, and what makes the keys and values of a head twice.
+    assert tp16["weights"]["replica_bytes"] / 16 / GIB == pytest.approx(23.87, abs=0.005)
+    assert 1 < 16 * tp16["weights"]["gpu_bytes"] / tp16["weights"]["replica_bytes"] < 1.015
+    assert tp16["kv_cache"]["kv_cache_tokens"] == pytest.approx(772_000, rel=0.01)
+    assert tp8pp2["kv_cache"]["kv_cache_tokens"] == pytest.approx(1_540_000, rel=0.02)
+
+
+def test_claim_E16_an_agent_of_64k_takes_the_place_of_sixteen_chats_of_4k(capsys):
+    chat, agent = facts_of(capsys, "llama-3-70b", "--gpu", "b200", "--context", "4K,64K")["contexts"]
+    assert agent["bytes"] == 16 * chat["bytes"]
