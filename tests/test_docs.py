@@ -111,3 +111,18 @@ def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#\s]*)(?:#[^)]*)?\)", text):
         if target and "://" not in target:
             assert (path.parent / target).exists(), f"{path.name} links to {target}, which is not there"
+
+
+def test_every_claim_on_the_page_has_a_test():
+    """docs/claims.md says that each of its rows is a test by its id."""
+    rows = re.findall(
+        r"^\| ((?:[A-E]\d\d(?:, )?)+) \|", (ROOT / "docs" / "claims.md").read_text(), re.MULTILINE
+    )
+    ids = {name for row in rows for name in row.split(", ")}
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    tested = {
+        name
+        for names in re.findall(r"def test_(?:claims?_)?((?:[A-E]\d\d_)+)", tests)
+        for name in names.split("_")
+    }
+    assert len(ids) > 20 and ids <= tested
