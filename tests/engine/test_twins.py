@@ -52,6 +52,9 @@ MS = 1_000_000
     ([(0, 5, 10), *((k * MS, 3, 5) for k in range(30, 42))], naive.Settings(**DECODING | {"max_num_seqs": 1}))
 )
 @example(([(0, 5, 40), (0, 7, 30)], naive.Settings(**DECODING, groups=HYBRID)))
+@example(
+    ([(0, 5, 40), (0, 7, 30), (50 * MS, 19, 5)], naive.Settings(**DECODING | {"max_num_batched_tokens": 20}))
+)
 @example(([(0, 5, 6), (0, 5, 6), (0, 5, 20), (0, 5, 20)], naive.Settings(**DECODING | TWO_END_IN_A_SHORTAGE)))
 def test_equals_the_naive_engine(workload):
     compare(*workload)
