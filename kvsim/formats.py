@@ -54,6 +54,8 @@ WEIGHT_FORMATS = {
                source="w8a8, one scale a channel, not counted"),
         Format("int4", 4, group=128, group_bits=20, min_capability=7.5,
                source="GPTQ/AWQ, group 128: fp16 scale and packed zero, 2.5 bytes a group"),
+        Format("nf4", 4, group=64, group_bits=32, min_capability=7.0,
+               source="bitsandbytes NF4, blocks of 64 with one fp32 absmax; no double quantisation"),
         Format("mxfp4", 4, group=32, group_bits=8, min_capability=8.0,
                source="OCP MX: one shared exponent byte for 32 numbers; gpt-oss stores its experts so"),
     )
@@ -101,6 +103,7 @@ QUANTIZATIONS = {
     "awq_marlin": "int4",
     "gptq": "int4",
     "gptq_marlin": "int4",
+    "bitsandbytes": "nf4",
 }
 
 KV_FORMATS = {

@@ -14,6 +14,7 @@ _EPILOG = """examples:
   kvsim fit llama-3.1-8b --gpu l4 --max-model-len -1 --emit vllm
   kvsim fit --params 8B,34B,72B --dtype fp16,int4 --gpu-gb 24,48,80     weights alone, by nominal size
   kvsim fit --params 70B --dtype fp16 --gpu h100 --kv-reserve 12GB
+  kvsim fit llama-2-7b --gpu rtx-4090 --train lora --activations 6GB
   kvsim fit --gpu a100-80gb -- vllm serve Qwen/Qwen2.5-72B-Instruct --quantization fp8
 
 The GPU's memory is what the CUDA runtime reports (`kvsim gpus NAME`). Capitals are binary (8K is 8,192 tokens), small
@@ -62,6 +63,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     nominal.add_argument(
         "--kv-reserve", type=_bytes, metavar="BYTES", help="memory to keep for the KV cache, such as 12GB"
     )
+    training = parser.add_argument_group("training instead of serving")
+    training.add_argument("--train", choices=("full", "lora", "qlora"), help="what training keeps: of all parameters, "
+                          "or of adapters beside frozen weights in 16 or in 4 bits")  # fmt: skip
+    training.add_argument("--optimizer", choices=("adam-fp32", "adam-bf16"), default="adam-fp32", help="moments in "
+                          "float32, 16 bytes a parameter (default), or in bfloat16, 12")  # fmt: skip
+    training.add_argument(
+        "--lora-rank", type=int, default=16, metavar="R", help="of the adapters (default: 16)"
+    )
+    training.add_argument("--activations", type=_bytes, default=0, metavar="BYTES", help="on top, such as 20GB; they "
+                          "follow batch and length, and are not reckoned")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_engine_arguments(parser)
 
@@ -72,6 +83,8 @@ def main(args: argparse.Namespace) -> int:
     from kvsim.cli.run import deployment_of
     from kvsim.report import fit as report
 
+    if args.train is not None:
+        return _training(args)
     if args.params is not None:
         return _nominal(args)
     for flag, value in (("--gpu-gb", args.gpu_gb), ("--kv-reserve", args.kv_reserve)):
@@ -95,6 +108,43 @@ def main(args: argparse.Namespace) -> int:
         if args.budget:
             print("", *report.bar_lines(facts), sep="\n")
     return 1 if facts["verdict"] == "does_not_fit" else 0
+
+
+def _training(args: argparse.Namespace) -> int:
+    from kvsim.cli.models import sizes
+    from kvsim.memory import training
+    from kvsim.report import fit as report
+    from kvsim.specs import load_gpu, load_model, settings_from_args
+
+    settings = settings_from_args(args)
+    if settings:
+        raise UserError(
+            f"--{next(iter(settings)).replace('_', '-')} is for serving; leave it out beside --train"
+        )
+    if (args.model is None) == (args.params is None):
+        raise UserError("--train needs MODEL or --params N, one of them")
+    if args.gpu is None:
+        raise UserError("--gpu is missing; `kvsim gpus` lists what there is")
+    if not 1 <= args.lora_rank <= 4096:
+        raise UserError(f"--lora-rank is {args.lora_rank}; give a whole number from 1 to 4,096")
+    if args.model is not None:
+        model = load_model(args.model)
+        name, terms = model.name, training.training_bytes(model, args.train, args.optimizer, args.lora_rank)
+    elif args.train == "full" and "," not in args.params:
+        ((name, params),) = sizes(args.params).items()
+        terms = training.training_terms(params, args.optimizer)
+    else:
+        raise UserError("--params is one size, and goes with --train full; adapters need a model's shape")
+    if args.activations:
+        terms["activations, as given"] = args.activations
+    facts = report.training_facts(name, load_gpu(args.gpu), args.train, args.optimizer, terms)
+    if args.json:
+        import json
+
+        print(json.dumps(facts, indent=1))
+    else:
+        print(report.training_text(facts))
+    return 0 if facts["fits"] else 1
 
 
 def _with_total(deployment, total: str):

@@ -394,3 +394,52 @@ def nominal_fit_text(rows: list[dict]) -> str:
     lines = [f"{verdict} ({cards[-1]}): weights{beside} alone; an engine needs more", ""]
     lines += table_lines([*header, *cards], table, left=(0, 1))
     return "\n".join([*lines, "", "+ is left, - is short. GB is 1e9 bytes, GiB 2**30; sizes are nominal."])
+
+
+# ---------------------------------------------------------------- training
+
+# What to do when it does not fit, and what each does to the terms.
+TRAINING_LEVERS = (
+    ("smaller batch, shorter sequences", "activations, in proportion"),
+    ("gradient accumulation", "activations of the same batch; not the 12 or 16 bytes a parameter"),
+    ("activation checkpointing", "activations, which are computed again in the backward pass"),
+    ("moments in bfloat16 (--optimizer adam-bf16)", "12 bytes a parameter instead of 16"),
+    ("adapters (--train lora)", "gradients, master copy and moments of the adapters alone"),
+    ("adapters on 4-bit weights (--train qlora)", "the frozen weights too, to about 4.5 bits"),
+    ("more GPUs, sharded (ZeRO, FSDP)", "every term but the activations, divided by them"),
+)
+
+
+def training_facts(name: str, gpu: GpuSpec, method: str, optimizer: str, terms: dict[str, int]) -> dict:
+    """What `kvsim fit --train` says: bytes by name, their sum, and what is left of one GPU's memory as the CUDA runtime
+    reports it; below 0 it is missing."""
+    total = sum(terms.values())
+    left = gpu.total_bytes - total
+    return {
+        "verdict": "fits" if left >= 0 else "does_not_fit",
+        "fits": left >= 0,
+        "model": name,
+        "gpu": gpu.name,
+        "train": method,
+        "optimizer": optimizer,
+        "terms": terms,
+        "total_bytes": total,
+        "gpu_bytes": gpu.total_bytes,
+        "left_bytes": left,
+    }
+
+
+def training_text(facts: dict) -> str:
+    """The page of `kvsim fit --train`."""
+    size = f"{abs(facts['left_bytes']) / GIB:,.2f} GiB"
+    given = any("activations" in name for name in facts["terms"])
+    what = f"{facts['model']} on {facts['gpu']}, {facts['train']} training with {facts['optimizer']}"
+    lines = [f"{VERDICTS[facts['verdict']]}: {what}, {size} {'left' if facts['fits'] else 'missing'}"]
+    lines[0] += "" if given else ", before activations"
+    lines += ["", *_sizes([*facts["terms"].items(), ("together", facts["total_bytes"])])]
+    if not facts["fits"] or not given:
+        lines += ["", "what changes it"]
+        lines += table_lines(["", ""], [list(lever) for lever in TRAINING_LEVERS], left=(0, 1), indent="  ")[
+            1:
+        ]
+    return "\n".join(lines)

@@ -409,3 +409,66 @@ def test_claim_D08_sixteen_way_tensor_parallelism_copies_the_kv_heads(capsys):
 def test_claim_E16_an_agent_of_64k_takes_the_place_of_sixteen_chats_of_4k(capsys):
     chat, agent = facts_of(capsys, "llama-3-70b", "--gpu", "b200", "--context", "4K,64K")["contexts"]
     assert agent["bytes"] == 16 * chat["bytes"]
+
+
+# ---------------------------------------------------------------- --train
+
+
+def test_claims_B03_B05_twelve_or_sixteen_bytes_a_parameter(capsys):
+    words = ["--params", "7B", "--gpu", "h200", "--train", "full"]
+    bf16 = facts_of(capsys, *words, "--optimizer", "adam-bf16")
+    assert bf16["terms"] == {"weights": 14e9, "gradients": 14e9, "master copy": 28e9, "optimizer": 28e9}
+    assert bf16["total_bytes"] == 84 * 10**9 == 6 * bf16["terms"]["weights"]
+    fp32 = facts_of(capsys, *words)
+    assert fp32["total_bytes"] == 112 * 10**9 == 8 * fp32["terms"]["weights"]
+
+
+def test_claim_B04_and_an_a100_has_no_room_for_its_activations(capsys):
+    words = ["--params", "7B", "--gpu", "a100-80gb", "--train", "full", "--optimizer", "adam-bf16"]
+    assert 0 <= facts_of(capsys, *words)["left_bytes"] / GIB < 2
+    assert facts_of(capsys, *words, "--activations", "10GB", code=1)["left_bytes"] < 0
+
+
+@pytest.mark.parametrize(
+    ("claim", "model", "frozen", "adapters", "gpus"),
+    [
+        ("B21", "llama-2-7b", 13.477, 39_976_960, ("rtx-4090", "a10")),
+        ("B22", "llama-2-13b", 26.03, 62_586_880, ("a100-40gb", "a6000")),
+    ],
+)
+def test_claims_B21_B22_lora(claim, model, frozen, adapters, gpus, capsys):
+    for gpu in gpus:
+        facts = facts_of(capsys, model, "--gpu", gpu, "--train", "lora", "--activations", "8GB")
+        assert facts["terms"]["frozen weights"] / 1e9 == pytest.approx(frozen, abs=0.005)
+        assert facts["terms"]["adapters"] == 16 * adapters and facts["fits"], claim
+
+
+def test_claim_B25_what_changes_it_is_named_with_its_effect(capsys):
+    assert main(["fit", "llama-2-7b", "--gpu", "rtx-4090", "--train", "full"]) == 1
+    text = capsys.readouterr().out
+    for lever in ("gradient accumulation", "checkpointing", "batch", "lora", "more GPUs"):
+        assert lever in text
+    assert "not the 12 or 16 bytes a parameter" in text
+
+
+def test_qlora_freezes_four_bits_and_the_scales(capsys):
+    terms = facts_of(capsys, "llama-2-7b", "--gpu", "l4", "--train", "qlora")["terms"]
+    linear = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert terms["frozen weights"] == linear * 9 // 16 + 2 * (6_738_415_616 - linear)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ["llama-2-7b", "--gpu", "l4", "--train", "lora", "-tp", "2"],
+            "--tensor-parallel-size is for serving",
+        ),
+        (["--gpu", "l4", "--train", "full"], "--train needs MODEL or --params"),
+        (["--params", "7B", "--gpu", "l4", "--train", "lora"], "adapters need a model's shape"),
+        (["llama-2-7b", "--train", "lora"], "--gpu is missing"),
+        (["llama-2-7b", "--gpu", "l4", "--train", "lora", "--lora-rank", "0"], "--lora-rank is 0"),
+    ],
+)
+def test_a_mistake_with_training_is_one_sentence(words, told, capsys):
+    assert told in mistake(capsys, *words)
