@@ -632,8 +632,8 @@ MUTATIONS = (
     ),
     Mutation(
         "the watermark is forgotten in a quiet admission", "2.3", LOOP,
-        "needed + cfg.watermark_blocks > free",
-        "needed > free",
+        "free < cfg.watermark_blocks or not joins_at_once",
+        "free < 0 or not joins_at_once",
     ),
     Mutation(
         "the cohort takes no budget from a quiet admission", "3.13", LOOP,

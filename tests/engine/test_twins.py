@@ -55,6 +55,12 @@ MS = 1_000_000
 @example(
     ([(0, 5, 40), (0, 7, 30), (50 * MS, 19, 5)], naive.Settings(**DECODING | {"max_num_batched_tokens": 20}))
 )
+@example(
+    (
+        [(0, 5, 40), (50 * MS, 50, 10), (50 * MS, 50, 10)],
+        naive.Settings(**DECODING, watermark=0.5, scheduler_reserve_full_isl=False),
+    )
+)
 @example(([(0, 5, 6), (0, 5, 6), (0, 5, 20), (0, 5, 20)], naive.Settings(**DECODING | TWO_END_IN_A_SHORTAGE)))
 def test_equals_the_naive_engine(workload):
     compare(*workload)
