@@ -99,11 +99,12 @@ def entry() -> None:
     sys.stderr = sys.stderr or _nowhere()
     _end_soon_after_interrupt()
     _jit.is_own_process = True
-    code = main()
+    code = 130
     try:
+        code = main()
         sys.stdout.flush()
-    except BrokenPipeError:
-        pass
+    except (BrokenPipeError, KeyboardInterrupt):
+        pass  # the reader has gone; or an interrupt came when the verb had ended already
     except OSError as error:
         print(f"kvsim: error: cannot write to standard output: {error.strerror}", file=sys.stderr)
         code = 2
