@@ -877,7 +877,7 @@ def _known_flags() -> _KnownFlags:
     return msgspec.json.decode((files("kvsim.catalog") / "vllm_flags.json").read_bytes(), type=_KnownFlags)
 
 
-def _argument(parse):
+def argument_type(parse):
     """A parser of kvsim.units for argparse, which shows only the messages of its own exception."""
 
     def convert(text: str):
@@ -898,7 +898,7 @@ def _bytes(text: str) -> int:
     return parse_count(text) if re.fullmatch(r"[0-9.]+[kKmMgG]?", text) else parse_bytes(text)
 
 
-_VALUE = {"count": _argument(_count), "bytes": _argument(_bytes), "float": float, "str": str}
+_VALUE = {"count": argument_type(_count), "bytes": argument_type(_bytes), "float": float, "str": str}
 
 
 def settings_from_args(args: argparse.Namespace) -> dict[str, object]:

@@ -25,7 +25,7 @@ letters decimal. Exit codes: 0 it fits; 1 it does not; 2 a mistake in the call.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `kvsim fit`."""
     from kvsim.cli.models import counts
-    from kvsim.specs import add_engine_arguments
+    from kvsim.specs import add_engine_arguments, argument_type
 
     parser.epilog = _EPILOG
     parser.usage = "kvsim fit MODEL --gpu G [options] [-- vllm serve M ...]"
@@ -42,17 +42,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N,...",
         help="lengths of a request to give capacities for (default: 2K up)",
     )
-    parser.add_argument("--budget", action="store_true", help="draw the GPU's memory as a bar of its parts")
+    parser.add_argument(
+        "--budget", action="store_true", default=None, help="draw the GPU's memory as a bar of its parts"
+    )
     parser.add_argument(
         "--emit",
         choices=("vllm",),
         help="print the vllm serve and vllm bench serve commands of this deployment alone",
     )
+    size = {"type": argument_type(parse_bytes), "metavar": "BYTES"}
     rough = parser.add_argument_group("rougher, as worksheets have it")
-    rough.add_argument("--total", choices=("cuda", "smi", "sold"), default="cuda", help="whose word for the GPU's "
+    rough.add_argument("--total", choices=("cuda", "smi", "sold"), help="whose word for the GPU's "
                        "memory: the CUDA runtime's (default), nvidia-smi's or the seller's")  # fmt: skip
-    rough.add_argument("--overhead", type=_bytes, metavar="BYTES", help="on each GPU, such as 2GiB, instead of what is "
-                       "reckoned for activations, outside torch and CUDA graphs")  # fmt: skip
+    rough.add_argument("--overhead", **size, help="on each GPU, such as 2GiB, instead of what is reckoned for "
+                       "activations, outside torch and CUDA graphs")  # fmt: skip
     nominal = parser.add_argument_group("sizes without a name, weights alone")
     nominal.add_argument(
         "--params", metavar="N,...", help="nominal sizes, such as 7B,70B; --dtype takes a list then"
@@ -60,19 +63,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     nominal.add_argument(
         "--gpu-gb", metavar="N,...", help="cards of so many GB (1e9 bytes), instead of --gpu"
     )
-    nominal.add_argument(
-        "--kv-reserve", type=_bytes, metavar="BYTES", help="memory to keep for the KV cache, such as 12GB"
-    )
+    nominal.add_argument("--kv-reserve", **size, help="memory to keep for the KV cache, such as 12GB")
     training = parser.add_argument_group("training instead of serving")
     training.add_argument("--train", choices=("full", "lora", "qlora"), help="what training keeps: of all parameters, "
                           "or of adapters beside frozen weights in 16 or in 4 bits")  # fmt: skip
-    training.add_argument("--optimizer", choices=("adam-fp32", "adam-bf16"), default="adam-fp32", help="moments in "
+    training.add_argument("--optimizer", choices=("adam-fp32", "adam-bf16"), help="moments in "
                           "float32, 16 bytes a parameter (default), or in bfloat16, 12")  # fmt: skip
-    training.add_argument(
-        "--lora-rank", type=int, default=16, metavar="R", help="of the adapters (default: 16)"
-    )
-    training.add_argument("--activations", type=_bytes, default=0, metavar="BYTES", help="on top, such as 20GB; they "
-                          "follow batch and length, and are not reckoned")  # fmt: skip
+    training.add_argument("--lora-rank", type=int, metavar="R", help="of the adapters (default: 16)")
+    training.add_argument("--activations", **size, help="on top, such as 20GB; they follow batch and length, and are "
+                          "not reckoned")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_engine_arguments(parser)
 
@@ -87,10 +86,9 @@ def main(args: argparse.Namespace) -> int:
         return _training(args)
     if args.params is not None:
         return _nominal(args)
-    for flag, value in (("--gpu-gb", args.gpu_gb), ("--kv-reserve", args.kv_reserve)):
-        if value is not None:
-            raise UserError(f"{flag} goes with --params; see --help")
-    deployment = _with_total(deployment_of(args, None, None), args.total)
+    _refuse(args, ("gpu_gb", "kv_reserve"), "goes with --params; see --help")
+    _refuse(args, _OF_TRAINING, "goes with --train; see --help")
+    deployment = _with_total(deployment_of(args, None, None), args.total or "cuda")
     budget = memory.fit(deployment, args.overhead)
     deployment = memory.with_fitted_length(deployment, budget)
     facts = report.fit_facts(deployment, budget, args.context)
@@ -110,34 +108,44 @@ def main(args: argparse.Namespace) -> int:
     return 1 if facts["verdict"] == "does_not_fit" else 0
 
 
+# Flags of one question only, None where they are not given.
+_OF_SERVING = ("model", "context", "budget", "emit", "overhead", "total")
+_OF_TRAINING = ("optimizer", "lora_rank", "activations")
+
+
+def _refuse(args: argparse.Namespace, names: tuple[str, ...], why: str) -> None:
+    """A flag that would change nothing is a misunderstanding."""
+    for name in names:
+        if getattr(args, name) is not None:
+            raise UserError(f"{'MODEL' if name == 'model' else '--' + name.replace('_', '-')} {why}")
+
+
 def _training(args: argparse.Namespace) -> int:
     from kvsim.cli.models import sizes
     from kvsim.memory import training
     from kvsim.report import fit as report
     from kvsim.specs import load_gpu, load_model, settings_from_args
 
-    settings = settings_from_args(args)
-    if settings:
-        raise UserError(
-            f"--{next(iter(settings)).replace('_', '-')} is for serving; leave it out beside --train"
-        )
+    of_serving = (*_OF_SERVING[1:], "gpu_gb", "kv_reserve", *settings_from_args(args))
+    _refuse(args, of_serving, "is for serving; leave it out beside --train")
     if (args.model is None) == (args.params is None):
         raise UserError("--train needs MODEL or --params N, one of them")
     if args.gpu is None:
         raise UserError("--gpu is missing; `kvsim gpus` lists what there is")
-    if not 1 <= args.lora_rank <= 4096:
-        raise UserError(f"--lora-rank is {args.lora_rank}; give a whole number from 1 to 4,096")
+    optimizer, rank = args.optimizer or "adam-fp32", 16 if args.lora_rank is None else args.lora_rank
+    if not 1 <= rank <= 4096:
+        raise UserError(f"--lora-rank is {rank}; give a whole number from 1 to 4,096")
     if args.model is not None:
         model = load_model(args.model)
-        name, terms = model.name, training.training_bytes(model, args.train, args.optimizer, args.lora_rank)
+        name, terms = model.name, training.training_bytes(model, args.train, optimizer, rank)
     elif args.train == "full" and "," not in args.params:
         ((name, params),) = sizes(args.params).items()
-        terms = training.training_terms(params, args.optimizer)
+        terms = training.training_terms(params, optimizer)
     else:
         raise UserError("--params is one size, and goes with --train full; adapters need a model's shape")
     if args.activations:
         terms["activations, as given"] = args.activations
-    facts = report.training_facts(name, load_gpu(args.gpu), args.train, args.optimizer, terms)
+    facts = report.training_facts(name, load_gpu(args.gpu), args.train, optimizer, terms)
     if args.json:
         import json
 
@@ -169,16 +177,12 @@ def _nominal(args: argparse.Namespace) -> int:
 
     settings = settings_from_args(args)
     dtype = settings.pop("dtype", None)
-    stray = {
-        "MODEL": args.model, "--context": args.context, "--budget": args.budget or None, "--emit": args.emit,
-        "--overhead": args.overhead, "--total": None if args.total == "cuda" else args.total,
-    }  # fmt: skip
-    stray |= {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
-    for name, value in stray.items():
-        if value is not None:
-            raise UserError(
-                f"{name} goes with a model, and --params is a size without one; leave one of them out"
-            )
+    _refuse(
+        args,
+        (*_OF_SERVING, *settings),
+        "goes with a model, and --params is a size without one; leave one of them out",
+    )
+    _refuse(args, _OF_TRAINING, "goes with --train; see --help")
     if (args.gpu is None) == (args.gpu_gb is None):
         raise UserError("--params needs --gpu NAME or --gpu-gb N,..., one of them")
     if args.gpu is not None:
@@ -203,10 +207,3 @@ def _gigabytes(text: str) -> int:
     if not 0 < size <= 10**6 * GB:
         raise UserError(f"--gpu-gb {text!r} is no number of GB from 0 to 1,000,000; write 24,48,80")
     return size
-
-
-def _bytes(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None

@@ -35,11 +35,12 @@ def main(args: argparse.Namespace) -> int:
     """Print; the exit code."""
     from kvsim import catalog
     from kvsim.report import catalogue
-    from kvsim.report.fit import fits_text
     from kvsim.specs import gpu_of_entry, load_gpu, settings_from_args
 
     settings = settings_from_args(args)
     if args.fits is not None:
+        from kvsim.report.fit import fits_text
+
         facts, as_text = _fits(args, settings), fits_text
     elif settings:
         raise UserError(f"--{next(iter(settings)).replace('_', '-')} goes with --fits MODEL; see --help")

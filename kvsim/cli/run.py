@@ -248,12 +248,10 @@ def _exit_code(args, summary: dict, required: float | None) -> int:
     return 0
 
 
-def deployment_of(args: argparse.Namespace, model: str | None, gpu: str | None):
-    """The deployment that the flags and a pasted command line ask for, its warnings printed. `model` and `gpu`: what
-    it is without --model and --gpu; None: that is a mistake."""
+def deployment_of(args: argparse.Namespace, default_model: str | None, default_gpu: str | None):
+    """The deployment that the flags and a pasted command line ask for, its warnings printed. The defaults are what it
+    is without --model and --gpu; None: that is a mistake."""
     from kvsim import specs
-
-    default_model, default_gpu = model, gpu
 
     model, settings, warnings = args.model, specs.settings_from_args(args), specs.warnings_from_args(args)
     if args.pasted is not None:

@@ -7,7 +7,7 @@ import msgspec
 from kvsim.catalog.model import ModelSpec
 from kvsim.errors import UserError
 from kvsim.memory.budget import Budget, fit
-from kvsim.specs import Deployment, EngineSettings, GpuSpec, check_parallel, deployment
+from kvsim.specs import Deployment, GpuSpec, deployment
 
 GROUP_SIZES = (1, 2, 4, 8, 16)
 
@@ -31,12 +31,13 @@ def smallest_group(model: ModelSpec, gpu: GpuSpec, **settings) -> Choice:
     reason = ""
     for tensor_parallel_size in GROUP_SIZES if size is None else (size,):
         try:
-            check_parallel(model, EngineSettings(tensor_parallel_size=tensor_parallel_size))
-        except UserError as error:
+            tried = deployment(model, gpu=gpu, tensor_parallel_size=tensor_parallel_size, **settings)
+        except (
+            UserError
+        ) as error:  # a size that does not divide the model says less than what was tried before
             reason = reason or str(error)
             continue
         try:
-            tried = deployment(model, gpu=gpu, tensor_parallel_size=tensor_parallel_size, **settings)
             found = fit(tried)
         except UserError as error:
             reason = str(error)

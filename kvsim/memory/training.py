@@ -8,7 +8,8 @@ Source: the ZeRO paper (Rajbhandari et al. 2020, section 3.1) for the sixteen.
 from __future__ import annotations
 
 from kvsim.catalog.model import ModelSpec
-from kvsim.formats import Format, weight_format
+from kvsim.formats import weight_format
+from kvsim.memory.weights import model_weight_bytes
 
 METHODS = ("full", "lora", "qlora")
 MOMENT_BYTES = {"adam-bf16": 4, "adam-fp32": 8}
@@ -20,7 +21,7 @@ def adapter_params(model: ModelSpec, rank: int) -> int:
     return sum(
         model.layers_where(part.where) * part.copies * rank * (part.rows + part.cols)
         for part in model.parts
-        if part.linear and part.where not in ("first", "last")
+        if part.linear
     )
 
 
@@ -34,16 +35,6 @@ def training_terms(num_params: int, optimizer: str) -> dict[str, int]:
     }
 
 
-def frozen_bytes(model: ModelSpec, format: Format) -> int:
-    """Weights that are not trained, linear layers in `format`, the rest in 16 bits."""
-    linear = sum(
-        model.layers_where(part.where) * part.elements
-        for part in model.parts
-        if part.linear and part.where not in ("first", "last")
-    )
-    return format.bytes(linear) + 2 * (model.num_params - linear)
-
-
 def training_bytes(model: ModelSpec, method: str, optimizer: str, rank: int) -> dict[str, int]:
     """Bytes by name for one of `METHODS`, activations apart: everything trained, or adapters of `rank` beside weights
     that are frozen in 16 bits ("lora") or in 4 ("qlora")."""
@@ -51,4 +42,5 @@ def training_bytes(model: ModelSpec, method: str, optimizer: str, rank: int) -> 
         return training_terms(model.num_params, optimizer)
     frozen = weight_format(QLORA_FORMAT if method == "qlora" else "bf16")
     adapters = training_terms(adapter_params(model, rank), optimizer)
-    return {"frozen weights": frozen_bytes(model, frozen), "adapters": sum(adapters.values())}
+    weights = model_weight_bytes(model, frozen, weight_format("bf16"))
+    return {"frozen weights": sum(weights.values()), "adapters": sum(adapters.values())}

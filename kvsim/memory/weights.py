@@ -33,7 +33,7 @@ def rank_weight_bytes(dep: Deployment, stage: int) -> dict[str, int]:
     out = _formula_bytes(dep, stage)
     stored = stored_bytes(dep)
     if stored is not None:
-        out = _share_of(stored, out, _whole_formula_bytes(dep), stage)
+        out = _share_of(stored, out, _formula_bytes_of_all(dep), stage)
     # one cos/sin table for all layers, as long as the model's context: 32 MiB for Llama-3.1
     model, wide = dep.model, weight_format(dep.dtype)
     out["rotary"] = wide.bytes(model.max_position_embeddings * model.rotary_dim)
@@ -44,7 +44,7 @@ def replica_weight_bytes(dep: Deployment) -> dict[str, int]:
     """Bytes of each component of the whole model, every weight once: those of the checkpoint where they are known and
     loaded as they are, else those that the formats give."""
     stored = stored_bytes(dep)
-    return _whole_formula_bytes(dep) if stored is None else stored
+    return _formula_bytes_of_all(dep) if stored is None else stored
 
 
 def stored_bytes(dep: Deployment) -> dict[str, int] | None:
@@ -95,12 +95,15 @@ def _share_of(
     return out
 
 
-def _whole_formula_bytes(dep: Deployment) -> dict[str, int]:
-    """Bytes of each component of the whole model, in the deployment's formats and without padding."""
-    linear, wide = dep.weight_format, weight_format(dep.dtype)
+def _formula_bytes_of_all(dep: Deployment) -> dict[str, int]:
+    return model_weight_bytes(dep.model, dep.weight_format, weight_format(dep.dtype))
+
+
+def model_weight_bytes(model: ModelSpec, linear: Format, wide: Format) -> dict[str, int]:
+    """Bytes of each component of the whole model, without padding: linear layers in one format, the rest in another."""
     out: dict[str, int] = {}
-    for part in dep.model.parts:
-        times = 1 if part.where in ("first", "last") else dep.model.layers_where(part.where)
+    for part in model.parts:
+        times = 1 if part.where in ("first", "last") else model.layers_where(part.where)
         size = times * (linear if part.linear else wide).bytes(part.elements)
         out[part.component] = out.get(part.component, 0) + size
     return out

@@ -12,7 +12,7 @@ from kvsim.memory import Budget, Choice
 from kvsim.memory.budget import max_in_flight_tokens
 from kvsim.memory.planner import pages_per_request
 from kvsim.memory.weights import replica_weight_bytes
-from kvsim.report.catalogue import CONTEXTS, table_lines
+from kvsim.report.catalogue import CONTEXTS, nominal_weights, table_lines
 from kvsim.specs import ENGINE_FLAGS, NOT_VLLM, Deployment, GpuSpec
 from kvsim.units import GB, GIB
 
@@ -350,20 +350,19 @@ def nominal_facts(
     """A row for each size in each format: bytes of the weights, parameters times bits, and what they and the reserve
     leave of each card (name, bytes); `left_bytes` below 0 are missing. Nothing else is counted."""
     rows = []
-    for label, params in sizes.items():
-        for name in formats:
-            weights = -(-params * weight_format(name).bits // 8)
-            left = [(card, size, size - weights - kv_reserve_bytes) for card, size in cards]
+    for size in nominal_weights(sizes, formats):
+        for name, weights in size["weights"].items():
+            left = [(card, total, total - weights["bytes"] - kv_reserve_bytes) for card, total in cards]
             rows.append(
                 {
-                    "params": params,
-                    "label": label,
+                    "params": size["num_params"],
+                    "label": size["params"],
                     "format": name,
-                    "weights_bytes": weights,
+                    "weights_bytes": weights["bytes"],
                     "kv_reserve_bytes": kv_reserve_bytes,
                     "cards": [
-                        {"card": card, "bytes": size, "left_bytes": rest, "fits": rest >= 0}
-                        for card, size, rest in left
+                        {"card": card, "bytes": total, "left_bytes": rest, "fits": rest >= 0}
+                        for card, total, rest in left
                     ],
                 }
             )

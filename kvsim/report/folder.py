@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import time
 from pathlib import Path
@@ -100,8 +101,8 @@ def load(folder: str | Path) -> Result:
         events=tables["events"],
         notes=notes,
         _summary=summary,
-        _make_bins=lambda: tables["bins"],
-        _make_deployment=lambda: deployment,
+        _make_bins=functools.partial(tables.get, "bins"),
+        _make_deployment=functools.partial(dict, deployment),
     )
 
 

@@ -468,6 +468,9 @@ def test_qlora_freezes_four_bits_and_the_scales(capsys):
         (["--params", "7B", "--gpu", "l4", "--train", "lora"], "adapters need a model's shape"),
         (["llama-2-7b", "--train", "lora"], "--gpu is missing"),
         (["llama-2-7b", "--gpu", "l4", "--train", "lora", "--lora-rank", "0"], "--lora-rank is 0"),
+        (["llama-2-7b", "--gpu", "l4", "--train", "full", "--overhead", "2GiB"], "--overhead is for serving"),
+        (["llama-2-7b", "--gpu", "l4", "--activations", "2GiB"], "--activations goes with --train"),
+        (["--params", "7B", "--gpu", "l4", "--lora-rank", "8"], "--lora-rank goes with --train"),
     ],
 )
 def test_a_mistake_with_training_is_one_sentence(words, told, capsys):

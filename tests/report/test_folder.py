@@ -1,11 +1,13 @@
 """Saved and read back: the same; the schema of the contract; whole or not at all."""
 
 import json
+import pickle
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import kvsim
 from kvsim.errors import UserError
 from kvsim.report import folder as folder_module
 from kvsim.result import Result
@@ -207,3 +209,15 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot make the folder"):
         run("ends").save(tmp_path / "file" / "out")
+
+
+def test_a_result_goes_to_another_process_as_it_is(tmp_path):
+    """Made or read back: its tables are made when asked for, also there."""
+    made = kvsim.simulate(
+        kvsim.load_trace("chat-small").limit(20), kvsim.deployment("llama-3.1-8b", gpu="h100")
+    )
+    made.save(tmp_path / "run")
+    for result in (made, folder_module.load(tmp_path / "run")):
+        there = pickle.loads(pickle.dumps(result))
+        assert there.bins.equals(result.bins) and there.requests.equals(result.requests)
+        assert (there.deployment, there.summary()) == (result.deployment, result.summary())
