@@ -562,7 +562,7 @@ def account(s, until):
     if duration <= 0:
         return
     used, unfilled = used_blocks(s), unfilled_places(s)
-    s.used_time[used] += duration
+    s.free_time[now.free_blocks] += duration
     if until < now.bin_end:
         add_to_bin(s, duration, used * duration, used, unfilled * duration)
     else:

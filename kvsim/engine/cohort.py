@@ -160,7 +160,7 @@ def enter_cohort(s, r):
     now.member_base += row.computed - now.decodes
     if now.has_phase_lists:
         enter_phase(req, phase, r)
-    phase.count += 1
+    s.in_phase[row.phase] += 1
     if now.has_windows:
         is_outgrowing = outgrows(s, row)
         phase.num_leaving += is_outgrowing
@@ -234,7 +234,7 @@ def leave(s, r):
     settle(s, row)
     now.num_members -= 1
     now.member_base -= row.computed - now.decodes
-    s.phases[row.phase].count -= 1
+    s.in_phase[row.phase] -= 1
     if now.has_windows:
         is_outgrowing = outgrows(s, row)
         s.phases[row.phase].num_leaving -= is_outgrowing + row.is_past
@@ -415,7 +415,7 @@ def scatter(s):
         if row.phase >= 0:
             settle(s, row)
             phase = s.phases[row.phase]
-            phase.count = phase.num_leaving = 0
+            s.in_phase[row.phase] = phase.num_leaving = 0
             phase.first = phase.last = NOBODY
             row.phase = NOBODY
             row.is_past = row.is_beyond = 0

@@ -83,6 +83,7 @@ from kvsim.engine.state import (
     FINISHED,
     FRONTEND_OPENAI,
     FRONTEND_STRICT,
+    GAP_LANE,
     HORIZON,
     MAX_STEPS,
     MAX_TOKENS_GT_MAX_MODEL_LEN,
@@ -106,6 +107,9 @@ from kvsim.engine.state import (
 
 # Entries of steps, arrivals and eights of quiet steps before `advance` returns: 50 ms at most.
 WORK_PER_CALL = 200_000
+
+# Quiet steps that are made in one go, so that the last of them cannot take much longer than the first.
+MOST_QUIET_STEPS = 256
 
 
 def _advance(s, until_ns, max_steps):
@@ -430,7 +434,7 @@ def is_quiet(s):
 def coast(s, until_ns, most_steps):
     """Make quiet steps (see `is_quiet`), as if each were scheduled, launched and finished; returns how many. They go on
     through the ends of members, and in a plain run (`now.is_plain`) through admissions of whole prompts. One more is
-    only launched, and `awaiting` set, where its output is not in the present bin of the timeline or not there by
+    only launched, and `awaiting` set, where its output may not be in the present bin of the timeline or not there by
     `until_ns`. They end where more happens than that, in a run that is not plain also where a request is sent or a
     member is scheduled for its last token with a step in flight, and where the pool has too little."""
     now, cfg = s.now[0], s.settings[0]
@@ -443,16 +447,15 @@ def coast(s, until_ns, most_steps):
         if (num_waiting(now) > 0 and not is_blocked) or is_first_token_due(s):  # nothing for `glide`
             stop = now.t
         if is_crossing_due(s) and now.t < stop:
-            if s.phases[now.due].count * now.growing_groups > now.free_blocks:
+            if s.in_phase[now.due] * now.growing_groups > now.free_blocks:
                 return steps
             cross_windows(s)
         most_outputs = min(most_steps, steps + (now.next_change >> 1) - now.decodes)
-        is_last = 0
         while now.t < stop and steps < most_outputs:
-            growing = s.phases[now.due].count * now.growing_groups
+            growing = s.in_phase[now.due] * now.growing_groups
             if growing > now.free_blocks:
                 break
-            growing_groups, room = now.growing_groups, most_outputs - steps
+            growing_groups, room = now.growing_groups, min(most_outputs - steps, MOST_QUIET_STEPS)
             if now.num_past > 0 and is_head_waiting_for_blocks(s):
                 if now.wait_least <= now.free_blocks + blocks_left_behind(s) - growing:
                     break
@@ -465,17 +468,11 @@ def coast(s, until_ns, most_steps):
                     visit_quietly(s)
                     if now.is_visiting:
                         growing_groups = 0
-            if is_last:
-                made = 0
-            elif now.num_past > 0 or now.attention_window > 0:
-                made = glide_with_windows(s, growing_groups, room, stop, latest)
-            else:
-                made = glide(s, growing_groups, room, stop, latest, False)
+            made = glide(s, growing_groups, room, stop, latest)
             if made == 0:
                 launch_quietly(s, growing_groups)
                 break
             steps += made
-            is_last = made < room
         if steps == most_steps:
             return steps
         if is_crossing_due(s) and now.t < stop and not now.awaiting:
@@ -542,7 +539,7 @@ def num_to_admit(s):
     if now.num_outgrowing > 0 and is_visit_due(s):
         return -1
     budget = cfg.max_num_batched_tokens - now.num_members
-    growing = s.phases[now.due].count * now.growing_groups
+    growing = s.in_phase[now.due] * now.growing_groups
     if budget < 0 or growing > now.free_blocks:
         return -1
     if is_crossing_due(s):
@@ -727,81 +724,124 @@ def quiet_cost(s):
 
 
 @inline_njit
-def glide(s, growing_groups, most_steps, stop, latest, has_windows):
-    """Make quiet steps in which nobody is visited; members that grow take a block in each of `growing_groups`. With
-    `has_windows`, a constant, so that there are two loops, those that are past one leave some behind, and the step time
-    may have one. Everything that a step changes is in local variables, and what can be had from sums afterwards is not
-    kept."""
-    now, cfg, phases, used_time, gap_counts = s.now[0], s.settings[0], s.phases, s.used_time, s.gap_counts
-    n, is_async = now.num_members, cfg.async_scheduling
-    seconds, context_s, window_s = quiet_cost(s)
-    if 1e9 * seconds <= 0.5:  # else no step is shorter than 1 ns
+def glide(s, growing_groups, most_steps, stop, latest):
+    """Make up to `most_steps` quiet steps in which nobody is visited: none that is scheduled at `stop` or later, may
+    end after `latest`, or needs more blocks than there are. Members that grow take one in each of `growing_groups`.
+    Returns how many steps were made."""
+    now = s.now[0]
+    if 1e9 * quiet_cost(s)[0] <= 0.5:  # else no step is shorter than 1 ns
         return 0
-    ctx, more_ctx = float(member_tokens(now)), float(n)  # whole numbers, in the type that the duration needs
-    window_ctx, more_window_ctx = float(tokens_in_window(now)), float(n - now.num_beyond)
-    stop, latest = stop - now.t, latest - now.t  # in ns from now
-    usable = cfg.num_gpu_blocks - 1
-    used = used_before = used_blocks(s)
-    at, last_phase = now.due, now.num_phases - 1
-    t = used_area = ends = steps = 0
-    at_past = list_of(now, now.window_phase)
-    is_growing = growing_groups > 0
-    most_used = grown = grown_area = 0  # members that took a block, and for how long they have had it
-    # `whole` and `width`: the time until the next output, with a step in flight that of the step before.
-    if is_async:
-        whole = float(oldest_flight(s).end - now.t)
-    else:
-        ctx += more_ctx
-        whole = seconds + context_s * ctx
-        if has_windows:
-            window_ctx += more_window_ctx
-            whole += window_s * window_ctx
-        whole = rounded_ns(whole)
+    has_windows = now.num_past > 0 or now.attention_window > 0
+    if has_windows or growing_groups != 1 or now.num_phases & (now.num_phases - 1) > 0:
+        return glide_in_general(s, growing_groups, most_steps, stop, latest)
+    return glide_plainly(s, most_steps, stop, latest)
+
+
+@inline_njit
+def glide_plainly(s, most_steps, stop, latest):
+    """`glide` where members take blocks in one group, phases are a power of two, and no window matters. Whatever a
+    step changes is in a local variable, few enough for the registers, and what sums tell afterwards is not kept."""
+    now, in_phase, free_time, gap_lanes = s.now[0], s.in_phase, s.free_time, s.gap_lanes
+    ns_per_s = s.ns_per_s[0]
+    seconds, context_s, _ = quiet_cost(s)
+    n = now.num_members
+    ctx, more_ctx = first_context(s), float(n)
+    whole = next_output_in(s, seconds + context_s * ctx)
+    longest = max(whole, rounded_ns(seconds + context_s * (ctx + more_ctx * float(most_steps))))
     width = int(whole)
+    stop = min(stop, latest + 1 - int(longest)) - now.t
+    at, last_phase = now.due, now.num_phases - 1
+    free = now.free_blocks
+    t = free_area = ends = steps = lane = 0
     while steps < most_steps and t < stop:
-        used += phases[at].count * growing_groups
-        t += width
-        if used > usable or t > latest:
-            used -= phases[at].count * growing_groups
-            t -= width
+        free -= in_phase[at]
+        if free < 0:
+            free += in_phase[at]
             break
-        if has_windows:
-            grown += phases[at].count * is_growing
-            grown_area += grown * width
-            used -= phases[at_past].num_leaving * now.window_groups
-            most_used = max(most_used, used)
-            at_past = at_past - 1 if at_past > 0 else last_phase
-        gap_counts[bucket_of(whole)] += n
-        used_time[used] += width
-        used_area += used * width
+        t += width
+        gap_lanes[bucket_of(whole) + lane] += n
+        lane ^= GAP_LANE
+        free_time[free] += width
+        free_area += free * width
         ends += t
         steps += 1
-        at = at - 1 if at > 0 else last_phase
+        at = (at - 1) & last_phase
         ctx += more_ctx
-        whole = seconds + context_s * ctx
-        if has_windows:
-            window_ctx += more_window_ctx
-            whole += window_s * window_ctx
-        whole = rounded_ns(whole)
+        whole = np.rint(ns_per_s * (seconds + context_s * ctx))
         width = int(whole)
     if steps == 0:
         return 0
-    now.due = at
-    if not has_windows:
-        most_used, grown, grown_area = used, used - used_before, used_area - used_before * t
-        if growing_groups > 1:
-            grown //= growing_groups
-            grown_area //= growing_groups
-    now.free_blocks = usable - used
-    account_for(s, now.t + t, used_area, most_used, grown, grown_area, (steps + 1) * t - ends)
-    count_quiet_steps(s, steps, now.t + t, now.t + t + width if is_async else now.t + t)
+    grown, grown_area = now.free_blocks - free, now.free_blocks * t - free_area
+    now.due, now.free_blocks = at, free
+    used_area = (s.settings[0].num_gpu_blocks - 1) * t - free_area
+    account_for(s, now.t + t, used_area, used_blocks(s), grown, grown_area, (steps + 1) * t - ends)
+    count_quiet_steps(s, steps, t, width)
     return steps
 
 
 @inner_njit
-def glide_with_windows(s, growing_groups, most_steps, stop, latest):
-    """`glide` where members are past a window, or the step time has one."""
-    return glide(s, growing_groups, most_steps, stop, latest, True)
+def glide_in_general(s, growing_groups, most_steps, stop, latest):
+    """`glide` wherever nobody is visited: with groups of several kinds, phases of any number, members that are past a
+    window and leave blocks behind, and an attention window in the step time."""
+    now, in_phase, phases, free_time, gap_lanes = s.now[0], s.in_phase, s.phases, s.free_time, s.gap_lanes
+    seconds, context_s, window_s = quiet_cost(s)
+    n = now.num_members
+    ctx, more_ctx = first_context(s), float(n)
+    window_ctx, more_window_ctx = float(tokens_in_window(now)), float(n - now.num_beyond)
+    if not s.settings[0].async_scheduling:
+        window_ctx += more_window_ctx
+    whole = next_output_in(s, seconds + context_s * ctx + window_s * window_ctx)
+    width = int(whole)
+    stop, latest = stop - now.t, latest - now.t
+    at, at_past, last_phase = now.due, list_of(now, now.window_phase), now.num_phases - 1
+    usable, free = s.settings[0].num_gpu_blocks - 1, now.free_blocks
+    least_free, is_growing = usable, growing_groups > 0
+    t = free_area = grown = grown_area = ends = steps = lane = 0
+    while steps < most_steps and t < stop:
+        free -= in_phase[at] * growing_groups
+        if free < 0 or t + width > latest:
+            free += in_phase[at] * growing_groups
+            break
+        t += width
+        grown += in_phase[at] * is_growing
+        grown_area += grown * width
+        free += phases[at_past].num_leaving * now.window_groups
+        least_free = min(least_free, free)
+        gap_lanes[bucket_of(whole) + lane] += n
+        lane ^= GAP_LANE
+        free_time[free] += width
+        free_area += free * width
+        ends += t
+        steps += 1
+        at = at - 1 if at > 0 else last_phase
+        at_past = at_past - 1 if at_past > 0 else last_phase
+        ctx += more_ctx
+        window_ctx += more_window_ctx
+        whole = rounded_ns(seconds + context_s * ctx + window_s * window_ctx)
+        width = int(whole)
+    if steps == 0:
+        return 0
+    now.due, now.free_blocks = at, free
+    used_area, most_used = usable * t - free_area, usable - least_free
+    account_for(s, now.t + t, used_area, most_used, grown, grown_area, (steps + 1) * t - ends)
+    count_quiet_steps(s, steps, t, width)
+    return steps
+
+
+@inline_njit
+def first_context(s):
+    """Context tokens of the next step with members, as a double; of the one in flight where there is one."""
+    now = s.now[0]
+    more = 0 if s.settings[0].async_scheduling else now.num_members
+    return float(member_tokens(now) + more)
+
+
+@inline_njit
+def next_output_in(s, seconds):
+    """Nanoseconds until the next output, as a double: of the step in flight, or else of one that takes `seconds`."""
+    if s.settings[0].async_scheduling:
+        return float(oldest_flight(s).end - s.now[0].t)
+    return rounded_ns(seconds)
 
 
 @inline_njit
@@ -819,25 +859,27 @@ def account_for(s, until, used_area, most_used, grown, grown_area, token_time):
 
 
 @inline_njit
-def count_quiet_steps(s, steps, t, end):
-    """The counters and the clock after `steps` quiet steps: `t` is the time, `end` that of the latest one."""
+def count_quiet_steps(s, steps, duration, next_duration):
+    """The counters and the clock after `steps` quiet steps that took `duration` ns. With asynchronous scheduling one
+    more is in flight, for `next_duration` ns."""
     now = s.now[0]
     n, tokens = now.num_members, steps * now.num_members
     count_quiet_schedules(s, steps)
-    now.gap_sum += (t - now.t) * n
+    now.gap_sum += duration * n
     now.gap_count += tokens
     now.total_generated += tokens
     now.decodes += steps
     now.handed += steps
     now.num_steps += steps
     now.preemptions_at_token = now.total_preemptions
-    now.t = now.last_handout = t
-    now.step_end = now.device_free = end
+    now.t += duration
+    now.last_handout = now.step_end = now.device_free = now.t
     now.awaiting = now.idle = now.is_stuck = now.livelock = 0
     now.is_settled = 1
-    if s.settings[0].async_scheduling:  # the latest one is in flight
+    if s.settings[0].async_scheduling:
+        now.step_end = now.device_free = now.t + next_duration
         flight = s.flights[flight_row(s, now.num_steps - 1)]
-        flight.end = end
+        flight.end = now.step_end
         flight.num_entries = flight.is_livelock = 0
         flight.num_members = n
 
@@ -971,7 +1013,7 @@ def hand_out_to_members(s, num_members):
     """A token for each of the members in flight, all since the latest tokens before."""
     now = s.now[0]
     gap = now.t - now.last_handout
-    s.gap_counts[gap_bucket(gap)] += num_members
+    s.gap_lanes[gap_bucket(gap)] += num_members
     now.gap_sum += gap * num_members
     now.gap_count += num_members
     now.total_generated += num_members
@@ -998,7 +1040,7 @@ def hand_out(s, entry, index):
         note_first_token(s, r, index)
     else:
         gap = now.t - row.last_token_at
-        s.gap_counts[gap_bucket(gap)] += 1
+        s.gap_lanes[gap_bucket(gap)] += 1
         now.gap_sum += gap
         now.gap_count += 1
     row.last_token_at = now.t

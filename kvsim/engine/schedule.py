@@ -226,7 +226,7 @@ def way_to_run(s):
     last make room, and a window makes some on the way."""
     now, cfg, req, seats = s.now[0], s.settings[0], s.requests, s.seats
     last = last_member(s)
-    tokens, blocks = now.num_members, s.phases[now.due].count * now.growing_groups
+    tokens, blocks = now.num_members, s.in_phase[now.due] * now.growing_groups
     for x in range(now.num_others):
         row = req[seats[x].other]
         n = wanted(s, row)
@@ -274,7 +274,7 @@ def grow_together(s):
     """Those members who need a block take it, and those who leave one behind with a window free it, where only the
     number counts. Needs enough free blocks, and nobody on the way past a window."""
     now = s.now[0]
-    growing = s.phases[now.due].count
+    growing = s.in_phase[now.due]
     now.free_blocks += blocks_left_behind(s) - growing * now.growing_groups
     now.table_blocks += growing
 
@@ -291,11 +291,11 @@ def blocks_left_behind(s):
 @inline_njit
 def num_to_visit(s, v, is_growing):
     """Members of the list that visit number `v` is about, if that is due in a step (see `visit`)."""
-    phase, why = s.phases[list_of(s.now[0], s.visits[v].tokens)], s.visits[v].why
+    at, why = list_of(s.now[0], s.visits[v].tokens), s.visits[v].why
     if why == VISIT_BLOCK:
-        return phase.count if is_growing else 0
-    is_due = phase.num_leaving > 0 and not (is_growing and why == VISIT_BOTH)
-    return phase.count if is_due else 0
+        return s.in_phase[at] if is_growing else 0
+    is_due = s.phases[at].num_leaving > 0 and not (is_growing and why == VISIT_BOTH)
+    return s.in_phase[at] if is_due else 0
 
 
 @inner_njit

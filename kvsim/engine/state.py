@@ -77,6 +77,9 @@ GAP_BITS = 10
 GAP_SHIFT = 52 - GAP_BITS
 GAP_FIRST = (1023 << GAP_BITS) - 1
 GAP_BUCKETS = (64 << GAP_BITS) + 1
+# Quiet steps in a row have gaps in one bucket, and each would wait until the count of the one before is stored. So they
+# take turns with two histograms. The second one begins here; whole pages further on, they would wait all the same.
+GAP_LANE = (65 << GAP_BITS) + 64
 
 ROWS_AT_A_TIME = 4096
 
@@ -201,9 +204,9 @@ SEAT = np.dtype(
     ]
 )
 
-# The cohort's members by computed tokens, modulo the block size: how many, how many of them leave blocks behind with a
-# window (where they are visited for it: will do so before they end), and which, in running order; -1: none.
-PHASE = np.dtype([("count", np.int64), ("num_leaving", np.int64), ("first", np.int64), ("last", np.int64)])
+# The cohort's members by computed tokens, modulo the block size: how many leave blocks behind with a window (where they
+# are visited for it: will do so before they end), and which there are, in running order; -1: none.
+PHASE = np.dtype([("num_leaving", np.int64), ("first", np.int64), ("last", np.int64)])
 
 # Computed tokens, modulo the block size, with which a member is visited, why, and how far the visits have come.
 VISIT = np.dtype([("tokens", np.int64), ("why", np.int64), ("at", np.int64)])
@@ -365,6 +368,7 @@ class State(NamedTuple):
     )  # int64[number of requests], or none: a heap of those that wait under the priority policy
     seats: np.ndarray  # SEAT[max_num_seqs + 1]
     phases: np.ndarray  # PHASE[block size, or the longest request]
+    in_phase: np.ndarray  # int64[phases], how many members are in each
     visits: np.ndarray  # VISIT
     days: np.ndarray  # int32[a power of two, more than twice the tokens that a request makes]: rows, -1: none
     marks: np.ndarray  # int64[that / 32]
@@ -375,8 +379,19 @@ class State(NamedTuple):
     keys: Keys
     events: np.ndarray  # EVENT[capacity]
     timeline: np.ndarray  # BIN[number of bins]
-    used_time: np.ndarray  # int64[num_gpu_blocks], ns spent with that many blocks in use
-    gap_counts: np.ndarray  # int64[GAP_BUCKETS], gaps between two tokens of a request
+    free_time: np.ndarray  # int64[num_gpu_blocks], ns spent with that many blocks free
+    gap_lanes: np.ndarray  # int64[GAP_LANE + GAP_BUCKETS], gaps between two tokens of a request
+    ns_per_s: np.ndarray  # float64[1]: 1e9, which as a constant would be fetched anew in each quiet step
+
+    @property
+    def used_time(self) -> np.ndarray:
+        """int64[num_gpu_blocks]: ns spent with that many blocks in use."""
+        return self.free_time[::-1]
+
+    @property
+    def gap_counts(self) -> np.ndarray:
+        """int64[GAP_BUCKETS]: gaps between two tokens of a request."""
+        return self.gap_lanes[:GAP_BUCKETS] + self.gap_lanes[GAP_LANE:]
 
 
 # The scalars that change. One record, so that they are passed and kept in one piece.
@@ -537,6 +552,7 @@ def pack(
         ranked=np.zeros(n if settings.policy == PRIORITY else 0, np.int64),
         seats=seats,
         phases=phases,
+        in_phase=np.zeros(len(phases), np.int64),
         visits=visits,
         days=np.full(num_days, -1, np.int32),
         marks=np.zeros(num_days >> 5, np.int64),
@@ -547,8 +563,9 @@ def pack(
         keys=keys,
         events=table(EVENT, (event_capacity or _likely_events(n)) if settings.record_events else 0),
         timeline=table(BIN, num_bins),
-        used_time=np.zeros(settings.num_gpu_blocks, np.int64),
-        gap_counts=np.zeros(GAP_BUCKETS, np.int64),
+        free_time=np.zeros(settings.num_gpu_blocks, np.int64),
+        gap_lanes=np.zeros(GAP_LANE + GAP_BUCKETS, np.int64),
+        ns_per_s=np.array([1e9]),
     )
 
 
