@@ -8,6 +8,7 @@ it changes. README.md beside this file says how to read the table.
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
 import itertools
 import json
@@ -25,6 +26,7 @@ import numpy as np
 import per_token
 
 import kvsim
+from kvsim import metrics
 
 # The 1,000 settings. Each pool holds the longest request that the model could take, so every cell starts.
 GRID_SEQS = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256)
@@ -186,7 +188,8 @@ def mooncake(args) -> Iterator[dict]:
 
 
 def against_per_token(args) -> Iterator[dict]:
-    """The engine's row again, and the loop's, measured in turns; first, that both do the same."""
+    """The engine's row again and the loop's, measured in turns, without and with what kvsim measures; first, that they
+    do the same."""
     for name, usable in (("A", 7_424), ("B", 7_424), ("B", 1_000)):
         trace = measure.workload(name, args.shared)
         deployment = measure.deployment(num_gpu_blocks_override=usable + 1)
@@ -195,33 +198,51 @@ def against_per_token(args) -> Iterator[dict]:
             **{key: getattr(deployment.settings, key) for key in PER_TOKEN_SETTINGS},
             "step_time": measure.STEP_TIME,
         }
-        check_same(trace, deployment, per_token.simulate(trace, **sizes))
-        engine_s, loop_s = [], []
+        loops = [functools.partial(per_token.simulate, trace, **sizes, is_measuring=m) for m in (False, True)]
+        outcomes = [loop() for loop in loops]
+        check_same(trace, deployment, outcomes)
+        engine_s, loops_s = [], ([], [])
         for _ in range(args.repeat):
             engine_s.append(measure.engine(trace, deployment, repeat=1).cpu_s)
-            loop_s.append(measure.thread_seconds(lambda: per_token.simulate(trace, **sizes), 1))  # noqa: B023
-        outcome = per_token.simulate(trace, **sizes)
-        cpu_s, ratio = statistics.median(loop_s), statistics.median(loop_s) / statistics.median(engine_s)
-        yield measured(
-            args, len(trace), cpu_s, f"{name}, {usable:,} blocks, per-token loop; kvsim is {ratio:.2f} times as fast",
-            ns_per_step=1e9 * cpu_s / outcome.num_steps, cpu_s=cpu_s, steps=outcome.num_steps,
-            preemptions=int(outcome.num_preemptions.sum()), ratio=ratio,
-        )  # fmt: skip
+            for loop, seconds in zip(loops, loops_s, strict=True):
+                seconds.append(measure.thread_seconds(loop, 1))
+        for what, seconds in zip(("", " that measures gaps and use too"), loops_s, strict=True):
+            cpu_s, steps = statistics.median(seconds), outcomes[0].num_steps
+            ratio = cpu_s / statistics.median(engine_s)
+            yield measured(
+                args, len(trace), cpu_s,
+                f"{name}, {usable:,} blocks, per-token loop{what}; kvsim is {ratio:.2f} times as fast",
+                ns_per_step=1e9 * cpu_s / steps, cpu_s=cpu_s, steps=steps,
+                preemptions=int(outcomes[0].num_preemptions.sum()), ratio=ratio,
+            )  # fmt: skip
 
 
 PER_TOKEN_SETTINGS = ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len")
 
 
-def check_same(trace, deployment, outcome: per_token.Outcome) -> None:
-    """SystemExit unless kvsim finishes every request at the same ns, after as many steps and preemptions."""
+def check_same(trace, deployment, outcomes: list[per_token.Outcome]) -> None:
+    """SystemExit unless kvsim finishes every request at the same ns, after as many steps and preemptions, and measures
+    what the loops do that measure."""
     result = kvsim.simulate(trace, deployment, step_time=measure.STEP_TIME, record="requests")
-    same = (
-        result.summary()["num_steps"] == outcome.num_steps
-        and np.array_equal(result.requests["finished_ns"].to_numpy(), outcome.finished_at)
-        and np.array_equal(result.requests["num_preemptions"].to_numpy(), outcome.num_preemptions)
-    )
-    if not same:
-        sys.exit(f"{trace.name}: kvsim and the per-token loop differ, so their times mean nothing")
+    column = {name: result.requests[name].to_numpy() for name in result.requests.column_names}
+    summary = result.summary()
+    for outcome in outcomes:
+        same = (
+            summary["num_steps"] == outcome.num_steps
+            and np.array_equal(column["finished_ns"], outcome.finished_at)
+            and np.array_equal(column["num_preemptions"], outcome.num_preemptions)
+        )
+        if outcome.measured:
+            first, gaps, used_time = outcome.measured
+            spread = metrics.spread_of_gaps(gaps, int((outcome.finished_at - first).sum()), int(gaps.sum()))
+            same = (
+                same
+                and np.array_equal(column["first_token_ns"], first)
+                and summary["kv_cache_usage"] == metrics.usage(used_time)
+                and all(summary[name] == value for name, value in spread.items())
+            )
+        if not same:
+            sys.exit(f"{trace.name}: kvsim and the per-token loop differ, so their times mean nothing")
 
 
 def against_peer(name: str):

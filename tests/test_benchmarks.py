@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import kvsim
-from kvsim import _jit
+from kvsim import _jit, metrics
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 SHARED = FOLDER.parents[1] / "shared"
@@ -128,6 +128,16 @@ def test_per_token_loop_equals_kvsim(name, load):
     assert np.array_equal(got.requests["num_preemptions"], ref.num_preemptions)
     assert got.summary()["num_steps"] == ref.num_steps
     assert (ref.num_preemptions.sum() > 0) == is_preempted
+    more = per_token.simulate(
+        trace, num_blocks=blocks, step_time=measure.STEP_TIME, is_measuring=True, **sizes
+    )
+    assert np.array_equal(more.finished_at, ref.finished_at)
+    assert np.array_equal(got.requests["first_token_ns"], more.measured.first_token_at)
+    summary = got.summary()
+    assert metrics.usage(more.measured.used_time) == summary["kv_cache_usage"]
+    gaps, sums = more.measured.gap_counts, (more.finished_at - more.measured.first_token_at).sum()
+    spread = metrics.spread_of_gaps(gaps, int(sums), int(gaps.sum()))
+    assert spread == {name: summary[name] for name in spread}
 
 
 def test_per_token_loop_refuses_what_it_has_no_rules_for(load):
@@ -183,9 +193,9 @@ def test_rows(shared, tmp_path, load, monkeypatch, capsys):
 def test_rows_of_a_different_schedule_mean_nothing(load):
     rows, measure, per_token = load("rows"), load("measure"), load("per_token")
     trace = small_trace(requests=20)
-    wrong = per_token.Outcome(np.zeros(20, np.int64), np.zeros(20, np.int64), 1)
+    wrong = per_token.Outcome(np.zeros(20, np.int64), np.zeros(20, np.int64), 1, None)
     with pytest.raises(SystemExit, match="differ"):
-        rows.check_same(trace, measure.deployment(), wrong)
+        rows.check_same(trace, measure.deployment(), [wrong])
 
 
 @pytest.mark.parametrize(
