@@ -12,6 +12,9 @@ _EPILOG = """examples:
   kvsim fit llama-3.1-70b --gpu h100 -tp 2 --max-model-len 32K --budget
   kvsim fit gpt-oss-120b --gpu h100 --context 8K,128K --json
   kvsim fit llama-3.1-8b --gpu l4 --max-model-len -1 --emit vllm
+  kvsim fit llama-3-70b --gpu h100 -tp 4 --context 4096 --seqs 32       are 32 sequences of 4,096 tokens too many?
+  kvsim fit llama-3.1-8b --gpu l40s --trace chat-small                  requests at once, by the lengths of a trace
+  kvsim fit --layers 32 --kv-heads 8 --head-dim 128 --tokens 8192       KV bytes of any shape
   kvsim fit --params 8B,34B,72B --dtype fp16,int4 --gpu-gb 24,48,80     weights alone, by nominal size
   kvsim fit --params 70B --dtype fp16 --gpu h100 --kv-reserve 12GB
   kvsim fit llama-2-7b --gpu rtx-4090 --train lora --activations 6GB
@@ -24,6 +27,7 @@ letters decimal. Exit codes: 0 it fits; 1 it does not; 2 a mistake in the call.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `kvsim fit`."""
+    from kvsim.cli import ask
     from kvsim.cli.models import counts
     from kvsim.specs import add_engine_arguments, argument_type
 
@@ -56,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        "memory: the CUDA runtime's (default), nvidia-smi's or the seller's")  # fmt: skip
     rough.add_argument("--overhead", **size, help="on each GPU, such as 2GiB, instead of what is reckoned for "
                        "activations, outside torch and CUDA graphs")  # fmt: skip
+    rough.add_argument("--cuda-context", **size, help="on each GPU, such as 0.8GiB, instead of the 0.51 GiB that CUDA "
+                       "takes; beside the engine's share")  # fmt: skip
+    ask.add_arguments(parser)
     nominal = parser.add_argument_group("sizes without a name, weights alone")
     nominal.add_argument(
         "--params", metavar="N,...", help="nominal sizes, such as 7B,70B; --dtype takes a list then"
@@ -79,19 +86,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Print; the exit code."""
     from kvsim import memory
+    from kvsim.cli import ask
     from kvsim.cli.run import deployment_of
     from kvsim.report import fit as report
 
+    if ask.question(args) is not None:
+        return ask.main(args)
     if args.train is not None:
         return _training(args)
     if args.params is not None:
         return _nominal(args)
     _refuse(args, ("gpu_gb", "kv_reserve"), "goes with --params; see --help")
     _refuse(args, _OF_TRAINING, "goes with --train; see --help")
+    if args.emit:
+        _refuse(args, ("seqs", "trace"), "changes nothing beside --emit; leave it out")
     deployment = _with_total(deployment_of(args, None, None), args.total or "cuda")
-    budget = memory.fit(deployment, args.overhead)
+    budget = memory.fit(deployment, args.overhead, args.cuda_context)
     deployment = memory.with_fitted_length(deployment, budget)
     facts = report.fit_facts(deployment, budget, args.context)
+    facts = ask.with_concurrency(facts, deployment, budget, args)
     if args.emit:
         import shlex
 
@@ -109,7 +122,9 @@ def main(args: argparse.Namespace) -> int:
 
 
 # Flags of one question only, None where they are not given.
-_OF_SERVING = ("model", "context", "budget", "emit", "overhead", "total")
+_OF_SERVING = (
+    "model", "context", "budget", "emit", "overhead", "cuda_context", "total", "seqs", "trace",
+)  # fmt: skip
 _OF_TRAINING = ("optimizer", "lora_rank", "activations")
 
 
@@ -159,15 +174,9 @@ def _with_total(deployment, total: str):
     """The deployment on its GPU with the memory that nvidia-smi or the seller tells."""
     import msgspec
 
-    gpu = deployment.gpu
-    sizes = {
-        "cuda": gpu.total_bytes,
-        "smi": gpu.memory_total_bytes,
-        "sold": round(gpu.memory_marketed_gb * GB),
-    }
-    if not sizes[total]:
-        raise UserError(f"--total {total}: the catalogue does not know it of {gpu.name}; leave it out")
-    return msgspec.structs.replace(deployment, gpu=msgspec.structs.replace(gpu, total_bytes=sizes[total]))
+    from kvsim.cli.ask import gpu_with_total
+
+    return msgspec.structs.replace(deployment, gpu=gpu_with_total(deployment.gpu, total))
 
 
 def _nominal(args: argparse.Namespace) -> int:

@@ -21,9 +21,11 @@ from kvsim.memory.weights import pipeline_stages, rank_weight_bytes
 from kvsim.specs import Deployment, check_supported
 from kvsim.units import GIB, MIB, format_gib
 
-# CUDA context and driver allocations of a rank, outside torch and outside the budget: it lives in
-# 1 - gpu_memory_utilization (start-up logs: 79.19 GiB total, 78.68 free at TP1, 77.66 at TP2 on H100).
-CONTEXT_BYTES = {"one_gpu": round(0.51 * GIB), "many_gpus": round(1.53 * GIB)}
+# CUDA context and driver allocations of a rank, and with several ranks their communicators (NCCL), which are there
+# before the engine measures: outside the budget, in 1 - gpu_memory_utilization (start-up logs: 79.19 GiB total, 78.68
+# free at TP1, 77.66 at TP2 on H100).
+CUDA_CONTEXT_BYTES = round(0.51 * GIB)
+COMMUNICATOR_BYTES = round(1.02 * GIB)
 
 # What stays allocated outside torch after profiling: cuBLAS workspaces on one GPU; NCCL and custom
 # all-reduce buffers in a tensor-parallel group, a little more for every doubling (logs: 0.25 at TP1,
@@ -64,8 +66,8 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
     `longest_max_model_len` is the most, up to `max_model_len`, of which one request fits.
     `requested_bytes` = weights + activation + non_torch + cuda_graph (from 0.21 on) + kv, unless
     kv_cache_memory_bytes sets the pool: then it is all that is free. `overhead_bytes`, where it was given, stands in
-    `activation_bytes`. `context_bytes` is information: it is outside `requested_bytes`. `failure` is None if the
-    engine starts.
+    `activation_bytes`. `context_bytes` (CUDA's own) and `communicator_bytes` are outside `requested_bytes`. `failure`
+    is None if the engine starts.
     """
 
     total_bytes: int
@@ -75,6 +77,7 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
     non_torch_bytes: int
     cuda_graph_bytes: int
     context_bytes: int
+    communicator_bytes: int
     kv_bytes: int
     weights_by_component: dict[str, int]
     groups: tuple[KvGroup, ...]
@@ -161,7 +164,7 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
         return ", ".join(texts)
 
 
-def fit(dep: Deployment, overhead_bytes: int | None = None) -> Budget:
+def fit(dep: Deployment, overhead_bytes: int | None = None, context_bytes: int | None = None) -> Budget:
     """The memory budget of a deployment as vLLM would find it on start-up, for every pipeline stage, and
     the stage that binds. With max_model_len -1, under the longest of which one request fits. `overhead_bytes` on each
     GPU take the place of what kvsim reckons for activations, outside torch and CUDA graphs.
@@ -170,11 +173,11 @@ def fit(dep: Deployment, overhead_bytes: int | None = None) -> Budget:
     whose layers cannot be sized yet, and for flags that ask for memory which the GPU does not have.
     """
     check_supported(dep.model)
-    budget = _binding_budget(dep, overhead_bytes)
+    budget = _binding_budget(dep, overhead_bytes, context_bytes)
     if not dep.is_max_model_len_auto or not budget.longest_max_model_len:
         return budget
     if budget.longest_max_model_len < budget.max_model_len:
-        budget = _binding_budget(with_fitted_length(dep, budget), overhead_bytes)
+        budget = _binding_budget(with_fitted_length(dep, budget), overhead_bytes, context_bytes)
     note = f"max_model_len {budget.max_model_len:,} is the longest that fits, of {dep.model.max_position_embeddings:,}"
     return msgspec.structs.replace(budget, notes=(note, *budget.notes))
 
@@ -188,14 +191,16 @@ def with_fitted_length(dep: Deployment, budget: Budget) -> Deployment:
     return msgspec.structs.replace(dep, settings=settings)
 
 
-def _binding_budget(dep: Deployment, overhead_bytes: int | None) -> Budget:
+def _binding_budget(dep: Deployment, overhead_bytes: int | None, context_bytes: int | None) -> Budget:
     stages = range(dep.settings.pipeline_parallel_size)
-    budgets = [stage_budget(dep, stage, overhead_bytes) for stage in stages]
+    budgets = [stage_budget(dep, stage, overhead_bytes, context_bytes) for stage in stages]
     # a stage that cannot start binds before one that can; then the one with the fewest blocks
     return min(budgets, key=lambda b: (b.failure is None, b.num_gpu_blocks))
 
 
-def stage_budget(dep: Deployment, stage: int, overhead_bytes: int | None = None) -> Budget:
+def stage_budget(
+    dep: Deployment, stage: int, overhead_bytes: int | None = None, context_bytes: int | None = None
+) -> Budget:
     """`fit` for a GPU of pipeline stage `stage` (from 0), whichever binds."""
     s, groups = dep.settings, kv_groups(dep)
     weights = rank_weight_bytes(dep, stage)
@@ -206,10 +211,11 @@ def stage_budget(dep: Deployment, stage: int, overhead_bytes: int | None = None)
     if overhead_bytes is not None:
         activation, non_torch, graphs = overhead_bytes, 0, 0
     many = s.tensor_parallel_size > 1 or s.pipeline_parallel_size > 1
-    context = CONTEXT_BYTES["many_gpus" if many else "one_gpu"]
+    context = CUDA_CONTEXT_BYTES if context_bytes is None else context_bytes
+    communicators = COMMUNICATOR_BYTES if many else 0
     # Fraction: 0.92 means 92/100, and a ceiling must not see float noise
     requested = math.ceil(dep.gpu.total_bytes * Fraction(str(s.gpu_memory_utilization)))
-    free_at_start = dep.gpu.total_bytes - context - dep.gpu.used_bytes
+    free_at_start = dep.gpu.total_bytes - context - communicators - dep.gpu.used_bytes
     notes: list[str] = []
     budgeted_graphs = graphs if s.version >= (0, 21) else 0
     fixed = weights_bytes + non_torch + activation + budgeted_graphs
@@ -264,6 +270,7 @@ def stage_budget(dep: Deployment, stage: int, overhead_bytes: int | None = None)
         non_torch_bytes=non_torch,
         cuda_graph_bytes=graphs,
         context_bytes=context,
+        communicator_bytes=communicators,
         kv_bytes=kv_bytes,
         weights_by_component=weights,
         groups=planned.groups,

@@ -10,9 +10,11 @@ import math
 from kvsim.formats import weight_format
 from kvsim.memory import Budget, Choice
 from kvsim.memory.budget import max_in_flight_tokens
+from kvsim.memory.concurrency import usable_blocks
 from kvsim.memory.planner import pages_per_request
 from kvsim.memory.weights import replica_weight_bytes
 from kvsim.report.catalogue import CONTEXTS, nominal_weights, table_lines
+from kvsim.report.concurrency import seqs_lines, trace_lines
 from kvsim.specs import ENGINE_FLAGS, NOT_VLLM, Deployment, GpuSpec
 from kvsim.units import GB, GIB
 
@@ -59,6 +61,7 @@ def fit_facts(dep: Deployment, budget: Budget, contexts: tuple[int, ...] | None 
             "cuda_graph_bytes": budget.cuda_graph_bytes,
             "cuda_graphs_are_in_the_budget": s.version >= (0, 21),
             "context_bytes": budget.context_bytes,
+            "communicator_bytes": budget.communicator_bytes,
         },
         "kv_cache": {
             "dtype": dep.kv_format.name,
@@ -76,7 +79,7 @@ def fit_facts(dep: Deployment, budget: Budget, contexts: tuple[int, ...] | None 
         "max_model_len": budget.max_model_len,
         "longest_max_model_len": budget.longest_max_model_len,
         "max_concurrency": budget.max_concurrency,
-        "contexts": [_capacity(dep, budget, tokens) for tokens in contexts],
+        "contexts": [capacity(dep, budget, tokens) for tokens in contexts],
         "short_bytes": budget.failure.short_bytes if budget.failure else 0,
         "log_lines": list(budget.log_lines),
         "notes": [*dep.notes, *budget.notes],
@@ -96,17 +99,16 @@ def _gpus(count: int, name: str) -> str:
     return f"{count} x {name}" if count > 1 else name
 
 
-def _capacity(dep: Deployment, budget: Budget, tokens: int) -> dict:
+def capacity(dep: Deployment, budget: Budget, tokens: int) -> dict:
     """One request of so many tokens: blocks, bytes, and how many of them there is room for."""
     blocks = pages_per_request(budget.groups, tokens, max_in_flight_tokens(dep))
-    starts = budget.failure is None or budget.failure.cause == "one_max_length_request"
-    num_blocks = budget.num_gpu_blocks if starts else 0
+    usable = usable_blocks(budget)
     return {
         "tokens": tokens,
         "blocks": blocks,
         "bytes": blocks * budget.bytes_per_block,
-        "concurrency": num_blocks / blocks,
-        "whole": max(0, num_blocks - 1) // blocks,
+        "concurrency": (budget.num_gpu_blocks if usable else 0) / blocks,
+        "whole": usable // blocks,
         "is_allowed": tokens <= budget.max_model_len,
     }
 
@@ -147,7 +149,11 @@ def fit_text(facts: dict) -> str:
     if memory["overhead_bytes"] is not None:
         beside = [("overhead, as given", memory["overhead_bytes"])]
     lines += _sizes([(share, memory["requested_bytes"]), ("weights", weights["gpu_bytes"]), *beside])
-    lines += [f"  the CUDA context, {memory['context_bytes'] / GIB:,.2f} GiB, is outside the engine's share"]
+    outside = [f"the CUDA context, {memory['context_bytes'] / GIB:,.2f} GiB"]
+    if memory["communicator_bytes"]:
+        outside.append(f"the communicators of the group, {memory['communicator_bytes'] / GIB:,.2f} GiB")
+    are = "are" if len(outside) > 1 else "is"
+    lines += [f"  {' and '.join(outside)}, {are} outside the engine's share"]
     left = ("left for it", kv["bytes"]) if kv["bytes"] >= 0 else ("missing", -kv["bytes"])
     lines += ["", f"4. KV cache in {kv['dtype']}", *_sizes([left])]
     lines += [f"  {_group_text(group, count)}" for group, count in _alike(kv["groups"])]
@@ -156,6 +162,8 @@ def fit_text(facts: dict) -> str:
         f" {kv['num_gpu_blocks']:,} blocks, {kv['kv_cache_tokens']:,} tokens"
     ]
     lines += ["", "5. Requests at once, each grown to its full length", *_capacities(facts)]
+    lines += seqs_lines(facts["seqs"]) if "seqs" in facts else []
+    lines += trace_lines(facts["trace"]) if "trace" in facts else []
     lines += (
         ["", "vLLM will say:", *(f"  {line}" for line in facts["log_lines"])] if facts["log_lines"] else []
     )
@@ -175,6 +183,8 @@ def budget_parts(facts: dict) -> list[tuple[str, int]]:
         ("CUDA graphs", graphs),
         ("overhead", memory["overhead_bytes"] or 0),
         ("KV cache", max(0, kv["bytes"])),
+        ("CUDA context", memory["context_bytes"]),
+        ("communicators", memory["communicator_bytes"]),
     ]
     return [*parts, ("not the engine's", memory["gpu_bytes"] - sum(size for _, size in parts))]
 
@@ -183,7 +193,7 @@ def bar_lines(facts: dict, width: int = 72) -> list[str]:
     """The parts of the GPU's memory as a bar of letters, and what they mean; where more is asked for than there is, `|`
     is the end of the GPU."""
     *parts, (rest_name, rest) = budget_parts(facts)
-    parts = [(letter, name, size) for letter, (name, size) in zip("WATGOK", parts, strict=True) if size > 0]
+    parts = [(letter, name, size) for letter, (name, size) in zip("WATGOKCN", parts, strict=True) if size > 0]
     parts += [(".", rest_name, rest)] if rest > 0 else []
     total = facts["memory"]["gpu_bytes"]
     scale = max(total, sum(size for *_, size in parts))
@@ -272,7 +282,7 @@ def bench_command(dep: Deployment, budget: Budget) -> list[str]:
     quarter of it output."""
     tokens = max(2, dep.settings.max_model_len // 2)
     output = max(1, tokens // 4)
-    at_once = max(1, min(_capacity(dep, budget, tokens)["whole"], dep.settings.max_num_seqs))
+    at_once = max(1, min(capacity(dep, budget, tokens)["whole"], dep.settings.max_num_seqs))
     return [
         "vllm", "bench", "serve", "--model", dep.model.hf_id or dep.model.name, "--dataset-name", "random",
         "--random-input-len", str(tokens - output), "--random-output-len", str(output),

@@ -1,0 +1,128 @@
+"""The questions of `kvsim fit` that need no model by name, and their flags: a shape, a worksheet, an engine's log."""
+
+from __future__ import annotations
+
+import argparse
+
+from kvsim.errors import UserError
+
+SHAPE = ("layers", "kv_heads", "head_dim", "tokens")
+# What each question takes beside its own flags.
+_TAKES = {
+    "--layers": (*SHAPE, "seqs", "kv_cache_dtype", "block_size", "gpu", "total"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--seqs and --trace, and the flags of the questions without a model's name."""
+    from kvsim.cli.models import counts
+    from kvsim.cli.traffic import count
+
+    group = parser.add_argument_group("sequences at once")
+    group.add_argument("--seqs", type=count, metavar="N", help="the longest context of N sequences at once, and "
+                       "whether N of --context (default: max_model_len) run at once")  # fmt: skip
+    group.add_argument(
+        "--trace", metavar="FILE", help="how many at the mean, p95 and p99 of the lengths in a trace"
+    )
+    shape = parser.add_argument_group("KV bytes of a shape without a name")
+    shape.add_argument("--layers", type=count, metavar="N", help="layers that keep K and V")
+    shape.add_argument("--kv-heads", type=counts, metavar="N,...", help="KV heads of a layer")
+    shape.add_argument("--head-dim", type=count, metavar="N", help="numbers in a head")
+    shape.add_argument("--tokens", type=counts, metavar="N,...", help="tokens of a sequence")
+
+
+def question(args: argparse.Namespace) -> str | None:
+    """The flag that asks one of these questions, None for another question."""
+    return "--layers" if any(getattr(args, name) is not None for name in SHAPE) else None
+
+
+def main(args: argparse.Namespace) -> int:
+    """Answer the question; the exit code."""
+    asked = question(args)
+    _refuse_others(args, asked)
+    return _shape(args)
+
+
+def _refuse_others(args: argparse.Namespace, asked: str) -> None:
+    """A flag that would change nothing is a misunderstanding."""
+    for name, value in vars(args).items():
+        if value not in (None, False) and name not in (*_TAKES[asked], "json"):
+            words = {"model": "MODEL", "pasted": "the pasted command line"}
+            flag = words.get(name, "--" + name.removeprefix("unmodelled_").replace("_", "-"))
+            raise UserError(f"{flag} changes nothing beside {asked}; leave it out")
+
+
+def with_concurrency(facts: dict, deployment, budget, args: argparse.Namespace) -> dict:
+    """The facts of a deployment with what --seqs and --trace ask for."""
+    from kvsim.report import concurrency as report
+    from kvsim.report.fit import capacity
+
+    if args.seqs is not None:
+        contexts = args.context or (budget.max_model_len,)
+        facts = report.with_seqs(
+            facts,
+            report.seqs_facts(deployment, budget, args.seqs, contexts, args.overhead, args.cuda_context),
+        )
+    if args.trace is not None:
+        from kvsim.trace import load_trace
+
+        trace = load_trace(args.trace)
+        if not len(trace):
+            raise UserError(f"--trace {args.trace} has no requests; give one that has")
+        facts |= {"trace": report.trace_facts(trace, lambda n: capacity(deployment, budget, n))}
+    return facts
+
+
+def _print(args: argparse.Namespace, facts, text: str) -> None:
+    if args.json:
+        import json
+
+        print(json.dumps(facts, indent=1))
+    else:
+        print(text)
+
+
+def _shape(args: argparse.Namespace) -> int:
+    from kvsim.report import concurrency as report
+    from kvsim.specs import load_gpu
+
+    for name in SHAPE:
+        if getattr(args, name) is None:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{flag} is missing: a KV cache needs --layers, --kv-heads, --head-dim and --tokens"
+            )
+    if args.total is not None and args.gpu is None:
+        raise UserError("--total goes with --gpu; name a GPU or leave it out")
+    dtype = getattr(args, "kv_cache_dtype", "bfloat16")
+    block_size = getattr(args, "block_size", 16)
+    if block_size < 1:
+        raise UserError(f"block_size is {block_size}; it must be at least 1")
+    rows = report.shape_facts(
+        layers=args.layers,
+        kv_heads=args.kv_heads,
+        head_dim=args.head_dim,
+        tokens=args.tokens,
+        dtype="bfloat16" if dtype == "auto" else dtype,
+        sequences=args.seqs or 1,
+        block_size=block_size,
+        gpu=None if args.gpu is None else gpu_with_total(load_gpu(args.gpu), args.total or "cuda"),
+    )
+    _print(args, rows, report.shape_text(rows))
+    return 0 if all(row.get("fits", True) for row in rows) else 1
+
+
+def gpu_with_total(gpu, total: str):
+    """The GPU with the memory that the CUDA runtime, nvidia-smi or the seller tells."""
+    import msgspec
+
+    from kvsim.units import GB
+
+    sizes = {
+        "cuda": gpu.total_bytes,
+        "smi": gpu.memory_total_bytes,
+        "sold": round(gpu.memory_marketed_gb * GB),
+    }
+    if not sizes[total]:
+        raise UserError(f"--total {total}: the catalogue does not know it of {gpu.name}; leave it out")
+    return msgspec.structs.replace(gpu, total_bytes=sizes[total])
