@@ -9,6 +9,7 @@ from kvsim.errors import UserError
 SHAPE = ("layers", "kv_heads", "head_dim", "tokens")
 # What each question takes beside its own flags.
 _TAKES = {
+    "--worksheet": ("worksheet",),
     "--layers": (*SHAPE, "seqs", "kv_cache_dtype", "block_size", "gpu", "total"),
 }
 
@@ -29,10 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape.add_argument("--kv-heads", type=counts, metavar="N,...", help="KV heads of a layer")
     shape.add_argument("--head-dim", type=count, metavar="N", help="numbers in a head")
     shape.add_argument("--tokens", type=counts, metavar="N,...", help="tokens of a sequence")
+    files = parser.add_argument_group("out of a file")
+    files.add_argument("--worksheet", metavar="FILE.toml", help="a capacity worksheet in six steps, see "
+                       "docs/worksheet.md")  # fmt: skip
 
 
 def question(args: argparse.Namespace) -> str | None:
     """The flag that asks one of these questions, None for another question."""
+    if args.worksheet is not None:
+        return "--worksheet"
     return "--layers" if any(getattr(args, name) is not None for name in SHAPE) else None
 
 
@@ -40,7 +46,7 @@ def main(args: argparse.Namespace) -> int:
     """Answer the question; the exit code."""
     asked = question(args)
     _refuse_others(args, asked)
-    return _shape(args)
+    return _worksheet(args) if asked == "--worksheet" else _shape(args)
 
 
 def _refuse_others(args: argparse.Namespace, asked: str) -> None:
@@ -110,6 +116,15 @@ def _shape(args: argparse.Namespace) -> int:
     )
     _print(args, rows, report.shape_text(rows))
     return 0 if all(row.get("fits", True) for row in rows) else 1
+
+
+def _worksheet(args: argparse.Namespace) -> int:
+    from kvsim.memory import worksheet
+    from kvsim.report.worksheet import worksheet_text
+
+    facts = worksheet.answer(worksheet.read_worksheet(args.worksheet))
+    _print(args, facts, worksheet_text(facts))
+    return 0 if facts["fits"] else 1
 
 
 def gpu_with_total(gpu, total: str):
