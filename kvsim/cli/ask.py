@@ -10,6 +10,7 @@ SHAPE = ("layers", "kv_heads", "head_dim", "tokens")
 # What each question takes beside its own flags.
 _TAKES = {
     "--worksheet": ("worksheet",),
+    "--from-log": ("from_log", "model", "gpu"),  # and settings that a log tells
     "--layers": (*SHAPE, "seqs", "kv_cache_dtype", "block_size", "gpu", "total"),
 }
 
@@ -33,12 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("out of a file")
     files.add_argument("--worksheet", metavar="FILE.toml", help="a capacity worksheet in six steps, see "
                        "docs/worksheet.md")  # fmt: skip
+    files.add_argument("--from-log", metavar="FILE", help="an engine's start-up log: its settings are taken, and each "
+                       "of its numbers is set beside kvsim's")  # fmt: skip
 
 
 def question(args: argparse.Namespace) -> str | None:
     """The flag that asks one of these questions, None for another question."""
     if args.worksheet is not None:
         return "--worksheet"
+    if args.from_log is not None:
+        return "--from-log"
     return "--layers" if any(getattr(args, name) is not None for name in SHAPE) else None
 
 
@@ -46,13 +51,18 @@ def main(args: argparse.Namespace) -> int:
     """Answer the question; the exit code."""
     asked = question(args)
     _refuse_others(args, asked)
-    return _worksheet(args) if asked == "--worksheet" else _shape(args)
+    return {"--worksheet": _worksheet, "--from-log": _from_log, "--layers": _shape}[asked](args)
 
 
 def _refuse_others(args: argparse.Namespace, asked: str) -> None:
     """A flag that would change nothing is a misunderstanding."""
+    takes = (*_TAKES[asked], "json")
+    if asked == "--from-log":
+        from kvsim.memory.startlog import SETTINGS
+
+        takes = (*takes, *SETTINGS)
     for name, value in vars(args).items():
-        if value not in (None, False) and name not in (*_TAKES[asked], "json"):
+        if value not in (None, False) and name not in takes:
             words = {"model": "MODEL", "pasted": "the pasted command line"}
             flag = words.get(name, "--" + name.removeprefix("unmodelled_").replace("_", "-"))
             raise UserError(f"{flag} changes nothing beside {asked}; leave it out")
@@ -125,6 +135,18 @@ def _worksheet(args: argparse.Namespace) -> int:
     facts = worksheet.answer(worksheet.read_worksheet(args.worksheet))
     _print(args, facts, worksheet_text(facts))
     return 0 if facts["fits"] else 1
+
+
+def _from_log(args: argparse.Namespace) -> int:
+    from kvsim.memory import startlog
+    from kvsim.report.startlog import startlog_text
+    from kvsim.specs import settings_from_args
+
+    log = startlog.read_log(args.from_log)
+    log, model = startlog.with_given(log, model=args.model, gpu=args.gpu, **settings_from_args(args))
+    facts = startlog.compare(log, model)
+    _print(args, facts, startlog_text(facts))
+    return 0
 
 
 def gpu_with_total(gpu, total: str):

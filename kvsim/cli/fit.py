@@ -16,6 +16,7 @@ _EPILOG = """examples:
   kvsim fit llama-3.1-8b --gpu l40s --trace chat-small                  requests at once, by the lengths of a trace
   kvsim fit --layers 32 --kv-heads 8 --head-dim 128 --tokens 8192       KV bytes of any shape
   kvsim fit --worksheet plan.toml                                       a capacity worksheet, step by step
+  kvsim fit --gpu rtx-4090 --from-log vllm.log                          a logged start beside what kvsim reckons
   kvsim fit --params 8B,34B,72B --dtype fp16,int4 --gpu-gb 24,48,80     weights alone, by nominal size
   kvsim fit --params 70B --dtype fp16 --gpu h100 --kv-reserve 12GB
   kvsim fit llama-2-7b --gpu rtx-4090 --train lora --activations 6GB

@@ -393,17 +393,19 @@ def predict(
     *,
     source: str = "",
     given: str | None = None,
+    models: dict[str, tuple[ModelSpec, bool]] | None = None,
 ) -> list[dict]:
     """For each record: id, line, engine, version, model, gpu, and for every quantity that it logs and that can
     be predicted {"predicted", "logged", "error_percent"}; `gated`, the quantities that a tolerance judges; and
     `reason`, one sentence why something that it logs is not predicted, None if everything is.
 
-    `given` is None or "kv_avail_gib": then only what follows from the logged KV bytes is predicted.
+    `given` is None or "kv_avail_gib": then only what follows from the logged KV bytes is predicted. `models` by the
+    names of records, as `find_model` gives them, need not be found.
     """
     if given not in (None, "kv_avail_gib"):
         raise UserError(f"given is {given!r}; only kv_avail_gib can be")
-    models: dict[str, tuple[ModelSpec, bool] | UserError] = {}
-    return [_row(record, facts or {}, source, given, models) for record in records]
+    found: dict[str, tuple[ModelSpec, bool] | UserError] = dict(models or {})
+    return [_row(record, facts or {}, source, given, found) for record in records]
 
 
 def _row(record: dict, facts: dict, source: str, given: str | None, models: dict) -> dict:
