@@ -92,12 +92,13 @@ def by_bytes(dep: Deployment, sequences: int, tokens: int) -> dict:
 
 def tensor_parallel_groups(dep: Deployment, sequences: int, tokens: int, *given: int | None) -> list[dict]:
     """Groups of 1, 2, 4, ... GPUs under the same settings, up to the first that holds the sequences: bytes of weights
-    and of their KV cache on each GPU, and why a group does not do. `given` as `fit` takes it."""
-    rows = []
+    and of their KV cache on each GPU, and why a group does not do. max_model_len is `tokens` where none was asked for,
+    since the model's own may be what does not fit. `given` as `fit` takes it."""
+    rows, max_model_len = [], dep.asked.get("max_model_len", tokens)
     for size in GROUP_SIZES:
-        row = {"tensor_parallel_size": size, "gpu_bytes": dep.gpu.total_bytes}
+        row = {"tensor_parallel_size": size, "max_model_len": max_model_len}
         try:
-            tried = dep.replace(tensor_parallel_size=size)
+            tried = dep.replace(tensor_parallel_size=size, max_model_len=max_model_len)
             budget = fit(tried, *given)
             needed = need(tried, budget, sequences, tokens)
         except UserError as error:

@@ -35,8 +35,14 @@ def seqs_facts(
 
 def with_seqs(facts: dict, seqs: dict) -> dict:
     """The facts of a deployment with those of --seqs; the verdict is about them then."""
+    size = facts["parallel"]["tensor"]
+    notes = [
+        f"--max-model-len {row['tokens']} starts, and holds {row['sequences']:,} sequences of it"
+        for row in seqs["contexts"]
+        if not row["holds"] and any(g["holds"] and g["tensor_parallel_size"] == size for g in row["groups"])
+    ]
     short = [row for row in seqs["contexts"] if not row["holds"]]
-    facts = facts | {"seqs": seqs}
+    facts = facts | {"seqs": seqs, "notes": [*facts["notes"], *notes]}
     if facts["verdict"] == "does_not_fit" or not seqs["contexts"]:
         return facts
     row = short[0] if short else seqs["contexts"][-1]
@@ -73,7 +79,7 @@ def _context_lines(row: dict) -> list[str]:
     ]
     lines += [
         f"    with {100 * total['headroom']:.0f} % headroom {total['total_bytes'] / GB:,.1f} GB,"
-        f" {total['num_gpus_by_bytes']:,} GPUs"
+        f" {_gpus(total['num_gpus_by_bytes'])}"
         for total in paper["with_headroom"]
     ]
     table = []
@@ -86,6 +92,10 @@ def _context_lines(row: dict) -> list[str]:
         table.append([f"TP{group['tensor_parallel_size']}", *sizes, verdict])
     header = ["in practice", "weights", "KV cache", "both, a GPU", ""]
     return [*lines, *table_lines(header, table, left=(0, 4), indent="  ")]
+
+
+def _gpus(count: int) -> str:
+    return f"{count:,} GPU{'s' if count > 1 else ''}"
 
 
 def _both(num_bytes: int) -> str:

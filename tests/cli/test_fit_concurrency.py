@@ -93,6 +93,16 @@ def test_sequences_beyond_max_num_seqs_or_max_model_len_do_not_run_at_once(capsy
     assert facts_of(capsys, *words, "--seqs", 16)["seqs"]["contexts"][0]["tokens"] == 8192
 
 
+def test_the_max_model_len_that_would_do_is_named(capsys):
+    words = ["llama-3.1-8b", "--gpu", "l4", "--seqs", 4, "--context", "4K"]
+    facts = facts_of(capsys, *words, code=1)
+    assert "one request of max_model_len 131,072" in facts["sentence"]
+    assert "--max-model-len 4096 starts, and holds 4 sequences of it" in facts["notes"]
+    assert [g["holds"] for g in facts["seqs"]["contexts"][0]["groups"]] == [True]
+    fits = facts_of(capsys, *words, "--max-model-len", 4096)
+    assert fits["seqs"]["contexts"][0]["holds"] and not any("starts" in note for note in fits["notes"])
+
+
 def test_claim_D04_32_sequences_of_4096_tokens(capsys):
     facts = facts_of(capsys, "llama-3-70b", "--gpu", "h100", "--context", 4096, "--seqs", 32, code=1)
     (row,) = facts["seqs"]["contexts"]

@@ -19,8 +19,8 @@ INFO 11-20 10:00:00 [utils.py:233] non-default args: {'model_tag': 'meta-llama/L
 'max_model_len': 8192, 'gpu_memory_utilization': 0.95}
 \x1b[0;36m(EngineCore_DP0 pid=71)\x1b[0;0m INFO 11-20 10:00:09 [core.py:77] Initializing a V1 LLM engine (v0.19.0) \
 with config: model='meta-llama/Llama-3.1-8B-Instruct', speculative_config=None, tokenizer='other', \
-dtype=torch.bfloat16, max_seq_len=8192, load_format=auto, tensor_parallel_size=1, pipeline_parallel_size=1, quantization=None, \
-enforce_eager=False, kv_cache_dtype=fp8, device_config=cuda, served_model_name=mine
+dtype=torch.bfloat16, max_seq_len=8192, load_format=auto, tensor_parallel_size=1, pipeline_parallel_size=1, \
+quantization=None, enforce_eager=False, kv_cache_dtype=fp8, device_config=cuda, served_model_name=mine
 INFO 11-20 10:00:10 [scheduler.py:216] Chunked prefill is enabled with max_num_batched_tokens=8192.
 DEBUG 11-20 10:00:12 [gpu_worker.py:250] Initial free memory: 78.68 GiB; Requested memory: 0.95 (util), 75.23 GiB
 INFO 11-20 10:00:22 [gpu_model_runner.py:4113] Model loading took 14.99 GiB memory and 3.9 seconds
