@@ -21,11 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from kvsim.cli.traffic import count
 
     group = parser.add_argument_group("sequences at once")
-    group.add_argument("--seqs", type=count, metavar="N", help="the longest context of N sequences at once, and "
-                       "whether N of --context (default: max_model_len) run at once")  # fmt: skip
+    group.add_argument("--seqs", type=count, metavar="N", help="the longest context of N sequences at once, "
+                       "or whether N of --context run at once")  # fmt: skip
     group.add_argument(
         "--trace", metavar="FILE", help="how many at the mean, p95 and p99 of the lengths in a trace"
     )
+    group.add_argument("--columns", metavar="ROLE=COLUMN,...", help="of --trace, where its columns are no known ones: "
+                       "prompt=in_tok,output=out_tok")  # fmt: skip
     shape = parser.add_argument_group("KV bytes of a shape without a name")
     shape.add_argument("--layers", type=count, metavar="N", help="layers that keep K and V")
     shape.add_argument("--kv-heads", type=counts, metavar="N,...", help="KV heads of a layer")
@@ -74,15 +76,14 @@ def with_concurrency(facts: dict, deployment, budget, args: argparse.Namespace) 
     from kvsim.report.fit import capacity
 
     if args.seqs is not None:
-        contexts = args.context or (budget.max_model_len,)
+        given = (args.overhead, args.cuda_context)
         facts = report.with_seqs(
-            facts,
-            report.seqs_facts(deployment, budget, args.seqs, contexts, args.overhead, args.cuda_context),
+            facts, report.seqs_facts(deployment, budget, args.seqs, args.context, *given)
         )
     if args.trace is not None:
         from kvsim.trace import load_trace
 
-        trace = load_trace(args.trace)
+        trace = load_trace(args.trace, columns=args.columns)
         if not len(trace):
             raise UserError(f"--trace {args.trace} has no requests; give one that has")
         facts |= {"trace": report.trace_facts(trace, lambda n: capacity(deployment, budget, n))}

@@ -102,6 +102,8 @@ def main(args: argparse.Namespace) -> int:
     _refuse(args, _OF_TRAINING, "goes with --train; see --help")
     if args.emit:
         _refuse(args, ("seqs", "trace"), "changes nothing beside --emit; leave it out")
+    if args.trace is None:
+        _refuse(args, ("columns",), "goes with --trace; see --help")
     deployment = _with_total(deployment_of(args, None, None), args.total or "cuda")
     budget = memory.fit(deployment, args.overhead, args.cuda_context)
     deployment = memory.with_fitted_length(deployment, budget)
@@ -125,7 +127,7 @@ def main(args: argparse.Namespace) -> int:
 
 # Flags of one question only, None where they are not given.
 _OF_SERVING = (
-    "model", "context", "budget", "emit", "overhead", "cuda_context", "total", "seqs", "trace",
+    "model", "context", "budget", "emit", "overhead", "cuda_context", "total", "seqs", "trace", "columns",
 )  # fmt: skip
 _OF_TRAINING = ("optimizer", "lora_rank", "activations")
 

@@ -342,10 +342,16 @@ def compare(log: StartLog, model: ModelSpec | None) -> dict:
     about (None where the log does not tell them); `asked`, the settings of the same deployment for `kvsim fit`; and
     `reasons` why a logged number has no prediction.
 
-    `log` as `with_given` leaves it.
+    `log` as `with_given` leaves it. Raises UserError where what was started is not modelled.
     """
     record = log.record
     given = "kv_avail_gib" if record["engine"] == "sglang" else None
+    dep = None
+    if record["engine"] == "vllm":
+        try:
+            dep = records.recorded_deployment(record, model)
+        except UserError as error:
+            raise UserError(f"{log.path}: what was started cannot be compared: {error}") from None
     models = {} if model is None else {record["model"]: (model, False)}
     (row,) = records.predict([record], given=given, models=models)
     rows = [
@@ -367,11 +373,7 @@ def compare(log: StartLog, model: ModelSpec | None) -> dict:
         "reasons": [] if row["reason"] is None else [row["reason"]],
         "notes": list(log.notes),
     }
-    if record["engine"] == "vllm":
-        try:
-            dep = records.recorded_deployment(record, model)
-        except UserError:  # among the reasons already
-            return facts | {"rows": rows}
+    if dep is not None:
         facts["asked"] = dep.asked
         if any(row["quantity"] in ("kv_avail_gib", *records.BLOCKS) for row in rows):
             facts["gap"] = _gap(dep, record)

@@ -11,12 +11,13 @@ from kvsim.units import GB, GIB
 
 
 def seqs_facts(
-    dep: Deployment, budget: Budget, sequences: int, contexts: tuple[int, ...], *given: int | None
+    dep: Deployment, budget: Budget, sequences: int, contexts: tuple[int, ...] | None, *given: int | None
 ) -> dict:
-    """What --seqs says: the longest context of so many sequences and, of each length in `contexts`, whether they run
-    at once, what they take by bytes alone, and on which tensor-parallel group they do; `given` as `memory.fit` takes
-    it, overhead and CUDA context."""
+    """What --seqs says: the longest context of so many sequences and, of each length in `contexts` (default: that one),
+    whether they run at once, what they take by bytes alone, and on which tensor-parallel group they do; `given` as
+    `memory.fit` takes it, overhead and CUDA context."""
     longest = memory.longest_context(dep, budget, sequences)
+    contexts = contexts or ((longest,) if longest else ())
     rows = [
         memory.need(dep, budget, sequences, tokens)
         | {
@@ -43,16 +44,20 @@ def with_seqs(facts: dict, seqs: dict) -> dict:
     ]
     short = [row for row in seqs["contexts"] if not row["holds"]]
     facts = facts | {"seqs": seqs, "notes": [*facts["notes"], *notes]}
-    if facts["verdict"] == "does_not_fit" or not seqs["contexts"]:
+    if facts["verdict"] == "does_not_fit":
         return facts
-    row = short[0] if short else seqs["contexts"][-1]
     gpus = f"{facts['num_gpus']} x {facts['gpu']}" if facts["num_gpus"] > 1 else facts["gpu"]
+    who = f"{facts['model']} on {gpus}"
+    if not seqs["contexts"]:
+        sentence = f"{who} has no room for {seqs['sequences']:,} requests of any length at once"
+        return facts | {"verdict": "does_not_fit", "sentence": sentence}
+    row = short[0] if short else seqs["contexts"][-1]
     what = f"{row['sequences']:,} requests of {row['tokens']:,} tokens at once"
     if short:
-        sentence = f"{facts['model']} on {gpus} has no room for {what}: {row['reason']}"
+        sentence = f"{who} has no room for {what}: {row['reason']}"
         return facts | {"verdict": "does_not_fit", "sentence": sentence}
     of = f"{row['blocks']:,} of {row['usable_blocks']:,} blocks"
-    return facts | {"sentence": f"{facts['model']} on {gpus} has room for {what}, {of}"}
+    return facts | {"sentence": f"{who} has room for {what}, {of}"}
 
 
 def seqs_lines(seqs: dict) -> list[str]:

@@ -90,7 +90,14 @@ def test_sequences_beyond_max_num_seqs_or_max_model_len_do_not_run_at_once(capsy
         "more than max_model_len 8,192"
         in facts_of(capsys, *words, "--seqs", 2, "--context", 9000, code=1)["sentence"]
     )
-    assert facts_of(capsys, *words, "--seqs", 16)["seqs"]["contexts"][0]["tokens"] == 8192
+    facts = facts_of(capsys, *words, "--seqs", 16)  # without a length it is the longest
+    assert facts["seqs"]["contexts"][0]["tokens"] == facts["seqs"]["longest_context"] == 8192
+    assert "has room for 16 requests of 8,192 tokens at once" in facts["sentence"]
+    facts = facts_of(capsys, *words, "--seqs", 10**9, code=1)
+    assert "no room for 1,000,000,000 requests of any length" in facts["sentence"]
+    assert facts["seqs"] == {
+        "sequences": 10**9, "longest_context": 0, "longest_is_max_model_len": False, "contexts": [],
+    }  # fmt: skip
 
 
 def test_the_max_model_len_that_would_do_is_named(capsys):
@@ -200,6 +207,11 @@ def test_a_trace_file_and_mistakes_with_it(capsys, tmp_path):
     facts = facts_of(capsys, "llama-3.1-8b", "--gpu", "h100", "--trace", path)
     assert [row["tokens"] for row in facts["trace"]["lengths"]] == [129, 129, 129]
     assert [row["blocks"] for row in facts["trace"]["lengths"]] == [9, 9, 9]
+    path.write_text("in_tok,out_tok\n100,28\n")
+    assert "--columns" in mistake(capsys, "llama-3.1-8b", "--gpu", "h100", "--trace", path)
+    words = ["llama-3.1-8b", "--gpu", "h100", "--columns", "prompt=in_tok,output=out_tok"]
+    assert facts_of(capsys, *words, "--trace", path)["trace"]["lengths"][0]["tokens"] == 128
+    assert "--columns goes with --trace" in mistake(capsys, *words)
     assert "none.csv" in mistake(capsys, "llama-3.1-8b", "--gpu", "h100", "--trace", tmp_path / "none.csv")
     for flag, value in (("--trace", path), ("--seqs", 4)):
         told = mistake(capsys, "--params", "7B", "--gpu", "h100", flag, value)

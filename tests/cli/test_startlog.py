@@ -269,6 +269,12 @@ def test_a_log_without_a_version_takes_the_default_and_says_so(tmp_path, capsys)
             ["--gpu", "h100"],
             "version 'dev' names no release; give --engine-version",
         ),
+        (V1, ["--gpu", "h100", "-tp", "3"], "cannot be compared: tensor_parallel_size 3 does not divide"),
+        (
+            V1.replace("quantization=None", "quantization='exl9'"),
+            ["--gpu", "h100"],
+            "weight_quant 'exl9' names no",
+        ),
         ('{"engine_kwargs": 7}', [], "is no JSON record of a run"),
         ('{"engine_kwargs": {', [], "is no JSON record of a run"),
         (V1, ["--gpu", "h100", "--watermark", "0.1"], "--watermark changes nothing beside --from-log"),
