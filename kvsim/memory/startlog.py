@@ -54,6 +54,10 @@ _LINES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("vllm", ("gpu_total_gib",), r"Free memory on device .*?\([\d.]+/([\d.]+) ?GiB\)"),
     ("vllm", ("max_num_batched_tokens",), r"Chunked prefill is enabled with max_num_batched_tokens=(\d+)"),
     ("vllm", ("max_model_len",), r"Using max model len (\d+)"),
+    # a start that fails, since one longest request does not fit
+    ("vllm", ("max_model_len", "kv_needed_for_one_max_len_gib", "kv_avail_gib"),
+     rf"max seq len \((\d+)\).*?{_SIZE} KV cache is needed.*?available KV cache memory \({_SIZE}\)"),
+    ("vllm", ("longest_len",), r"estimated maximum model length is (\d+)"),
     # V0 from 0.6.5, in one line or two
     ("vllm", ("gpu_total_gib", "util"), rf"total_gpu_memory \({_SIZE}\) x gpu_memory_utilization \(([\d.]+)\)"),
     ("vllm", ("weights_gib", "non_torch_gib"), rf"model weights take {_SIZE}; non_torch_memory takes {_SIZE}"),
@@ -118,16 +122,16 @@ _NUMBERS = (
     "tp", "pp", "util", "max_model_len", "block_size", "max_num_batched_tokens", "max_num_seqs", "gpu_total_gib",
     "free_at_start_gib", "weights_gib", "activation_peak_gib", "non_torch_gib", "cuda_graph_gib", "kv_avail_gib",
     "kv_tokens", "num_blocks", "max_concurrency", "peak_torch_gib", "kv_k_gib", "kv_v_gib", "cells", "kv_layers",
-    "n_embd_k", "n_embd_v", "k_mib", "v_mib",
+    "n_embd_k", "n_embd_v", "k_mib", "v_mib", "kv_needed_for_one_max_len_gib", "longest_len",
 )  # fmt: skip
 _FLOATS = ("util", "max_concurrency")
 
 
 # Words of which one is in each of those lines; a served day has millions of others.
 _TELLS = re.compile(
-    "version|LLM engine|took|KV cache (?:memory|size)|blocks|concurrency for|ree memory|Chunked prefill"
-    "|max model len|total_gpu_memory|model weights take|activation peak|torch peak|Load weight|KV Cache"
-    "|max_total_num_tokens|llama_|print_|MiB|args|Args"
+    "version|LLM engine|took|KV cache (?:memory|size|is needed)|maximum model length|blocks|concurrency for"
+    "|ree memory|Chunked prefill|max model len|total_gpu_memory|model weights take|activation peak|torch peak"
+    "|Load weight|KV Cache|max_total_num_tokens|llama_|print_|MiB|args|Args"
 )
 
 
@@ -229,7 +233,7 @@ def _record(engine: str, said: dict[str, object]) -> dict:
     """`said` as a row of `records.read_records`."""
     texts = dict.fromkeys(("version", "gpu", "dtype", "weight_quant", "kv_dtype", "k_type", "v_type"), "")
     record = {"line": 1, "id": "log", "engine": engine, "model": "", "enforce_eager": ""} | texts
-    record |= dict.fromkeys((*_NUMBERS, "extra_layers", "mla_pad", "kv_needed_for_one_max_len_gib"))
+    record |= dict.fromkeys((*_NUMBERS, "extra_layers", "mla_pad"))
     return record | {name: str(value) if name in texts else value for name, value in said.items()}
 
 
@@ -384,15 +388,16 @@ def compare(log: StartLog, model: ModelSpec | None) -> dict:
 
 
 def _terms_beside(dep: Deployment, record: dict) -> list[dict]:
-    """Rows of the terms that `kvsim validate memory` does not judge."""
+    """Rows of what `kvsim validate memory` does not judge."""
     try:
         budget = stage_budget(dep, 0)
     except UserError:
         return []
+    pairs = {column: getattr(budget, field) / GIB for column, _, field in _TERMS[2:]}
+    pairs["longest_len"] = budget.longest_max_model_len
     rows = []
-    for column, _, field in _TERMS[2:]:
+    for column, predicted in pairs.items():
         if record[column] is not None:
-            predicted = getattr(budget, field) / GIB
             error = 100 * (predicted / record[column] - 1)
             rows.append(
                 {"quantity": column, "predicted": predicted, "logged": record[column], "error_percent": error}

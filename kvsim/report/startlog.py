@@ -16,6 +16,7 @@ _NAMES = {
     "kv_avail_gib": ("KV cache", "GiB"),
     "kv_needed_for_one_max_len_gib": ("KV cache of one longest request", "GiB"),
     "num_blocks": ("blocks", ""),
+    "longest_len": ("longest max_model_len that fits", ""),
     "kv_tokens": ("tokens", ""),
     "max_concurrency": ("at once", "x"),
     "k_mib": ("K", "MiB"),
@@ -35,7 +36,7 @@ def startlog_text(facts: dict) -> str:
         table = []
         for row in facts["rows"]:
             name, unit = _NAMES[row["quantity"]]
-            digits = 0 if row["quantity"] in BLOCKS[:2] else 2
+            digits = 0 if row["quantity"] in (*BLOCKS[:2], "longest_len") else 2
             sizes = [f"{row[key]:,.{digits}f} {unit}".strip() for key in ("logged", "predicted")]
             table.append([name, *sizes, f"{row['error_percent']:+.2f} %"])
         lines += ["", *table_lines(["", "log", "kvsim", "difference"], table)]

@@ -144,6 +144,32 @@ def test_the_lines_that_kvsim_says_vllm_will_say_are_read_back(tmp_path, capsys)
     assert abs(facts["gap"]["more_bytes"]) < 0.005 * GIB
 
 
+def test_a_start_that_failed(tmp_path, capsys):
+    """The sentence of vLLM, with the numbers of its rules: 2 MiB a block, one null block."""
+    words = ["llama-3.1-8b", "--gpu", "l4", "--engine-version", "0.19.0"]
+    budget = facts_of(capsys, *words, code=1)
+    available = budget["kv_cache"]["bytes"] / GIB
+    longest = (budget["kv_cache"]["num_gpu_blocks"] - 1) * 16
+    text = (
+        "INFO vLLM API server version 0.19.0\nValueError: To serve at least one request with the models's max seq len"
+        f" (131072), (16.00 GiB KV cache is needed, which is larger than the available KV cache memory ({available:.2f}"
+        f" GiB). Based on the available memory, the estimated maximum model length is {longest}.\n"
+    )
+    facts = facts_of(
+        capsys, *words[:3], "--from-log", written(tmp_path, text), "--gpu-memory-utilization", 0.92
+    )
+    rows = rows_of(facts)
+    assert facts["settings"]["max_model_len"] == 131072
+    assert (
+        rows["kv_needed_for_one_max_len_gib"]["predicted"]
+        == rows["kv_needed_for_one_max_len_gib"]["logged"]
+        == 16.0
+    )
+    assert rows["longest_len"]["predicted"] == rows["longest_len"]["logged"] == longest
+    assert abs(rows["kv_avail_gib"]["error_percent"]) < 0.2
+    assert main(["fit", *words[:3], "--from-log", str(tmp_path / "start.log")]) == 0
+
+
 def test_a_term_that_a_log_tells_is_named_with_its_share(tmp_path, capsys):
     """2 GiB more outside torch than is reckoned: the gap is that term's, to the rounding."""
     text = V1.replace("increase memory: 0.25GiB", "increase memory: 2.25GiB").replace(
