@@ -87,16 +87,18 @@ def _context_lines(row: dict) -> list[str]:
         f" {_gpus(total['num_gpus_by_bytes'])}"
         for total in paper["with_headroom"]
     ]
-    table = []
+    table, untried = [], {}
     for group in row["groups"]:
-        sizes = ["", "", ""]
-        if "kv_bytes" in group:
-            weights, kv = group["weights_bytes"], group["kv_bytes"]
-            sizes = [f"{size / GIB:,.2f} GiB" for size in (weights, kv, weights + kv)]
-        verdict = "holds them" if group["holds"] else "does not"
-        table.append([f"TP{group['tensor_parallel_size']}", *sizes, verdict])
+        name = f"TP{group['tensor_parallel_size']}"
+        if "kv_bytes" not in group:  # the settings do not go together with that size
+            untried.setdefault(group["reason"], []).append(name)
+            continue
+        weights, kv = group["weights_bytes"], group["kv_bytes"]
+        sizes = [f"{size / GIB:,.2f} GiB" for size in (weights, kv, weights + kv)]
+        table.append([name, *sizes, "holds them" if group["holds"] else "does not"])
     header = ["in practice", "weights", "KV cache", "both, a GPU", ""]
-    return [*lines, *table_lines(header, table, left=(0, 4), indent="  ")]
+    lines += table_lines(header, table, left=(0, 4), indent="  ") if table else []
+    return [*lines, *(f"  {', '.join(names)}: {reason}" for reason, names in untried.items())]
 
 
 def _gpus(count: int) -> str:

@@ -118,6 +118,17 @@ def test_claim_D04_32_sequences_of_4096_tokens(capsys):
     assert "8,192 blocks, 40.00 GiB = 42.95 GB" in capsys.readouterr().out
 
 
+def test_a_group_that_cannot_be_is_told_with_its_reason(capsys):
+    """Five people with 128K each on Llama-3-70B: 200 GiB of KV cache, and positions that the model does not have."""
+    words = ["llama-3-70b", "--gpu", "h100", "-tp", "8", "--seqs", "5", "--context", "131072"]
+    (row,) = facts_of(capsys, *words, code=1)["seqs"]["contexts"]
+    assert row["by_bytes"]["kv_bytes"] == 200 * GIB == 8 * row["bytes"]
+    assert main(["fit", *words]) == 1
+    page = capsys.readouterr().out
+    assert "TP1, TP2, TP4, TP8, TP16: max_model_len 131072 exceeds the 8192 positions" in page
+    assert "in practice" not in page
+
+
 def test_claim_D05_the_interview_question(capsys):
     words = ["llama-3-70b", "--dtype", "float16", "--gpu", "h100", "--context", 4096, "--seqs", 32]
     (row,) = facts_of(capsys, *words, code=1)["seqs"]["contexts"]
