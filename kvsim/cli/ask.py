@@ -64,7 +64,7 @@ def _refuse_others(args: argparse.Namespace, asked: str) -> None:
 
         takes = (*takes, *SETTINGS)
     for name, value in vars(args).items():
-        if value not in (None, False) and name not in takes:
+        if value is not None and value is not False and name not in takes:
             words = {"model": "MODEL", "pasted": "the pasted command line"}
             flag = words.get(name, "--" + name.removeprefix("unmodelled_").replace("_", "-"))
             raise UserError(f"{flag} changes nothing beside {asked}; leave it out")
