@@ -170,8 +170,10 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         layers = range(self.num_hidden_layers) if layers is None else layers
         if where in self.layer_sets:
             return sum(i in layers for i in self.layer_sets[where])
+        if where == "every":
+            return len(layers)
         moe = sum(i in layers for i in self.moe_layers)
-        return {"every": len(layers), "moe": moe, "dense": len(layers) - moe}[where]
+        return {"moe": moe, "dense": len(layers) - moe}[where]
 
     def kv_heads_of(self, part: Part) -> int:
         """KV heads of the layers a part is in: Gemma 4's global layers have their own number."""

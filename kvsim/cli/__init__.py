@@ -18,6 +18,8 @@ from kvsim.errors import UserError, did_you_mean
 VERBS = {
     "run": "what happens to this traffic on this deployment?",
     "fit": "does it fit, and how many blocks are there?",
+    "fix": "what would make it fit?",
+    "load": "host memory to load it, and start-up step by step",
     "sweep": "the same, for many settings",
     "why": "what happened to this request?",
     "show": "a finished run again, as text",
@@ -30,10 +32,12 @@ VERBS = {
     "doctor": "what works here?",
 }
 _DESCRIPTION = "Replay LLM request traces through a paged KV cache under vLLM's scheduling rules."
+_TAKES_A_PASTED_LINE = ("run", "fit", "fix", "load", "sweep")
 _EXAMPLES = """examples:
   kvsim run                                    the bundled trace on the default deployment
   kvsim run chat-small --model llama-3.1-8b --gpu l4 -o out
   kvsim fit llama-3.1-70b --gpu h100 -tp 2     weights, reserve, KV blocks, requests at once
+  kvsim fix llama-3-70b --gpu h100             what would make it fit
   kvsim sweep chat-small --max-num-seqs 32,64,128 --rate-scale 0.5:2:0.5 -o table.csv
   kvsim why out 417
   kvsim trace make --rate 20 --requests 50k --seed 1 -o trace.parquet
@@ -142,11 +146,9 @@ def _run_verb(argv: list[str]) -> int:
     if unknown:
         raise UserError(_about_unknown(parser, unknown[0]))
     args.pasted = pasted
-    if pasted is not None and verb not in ("run", "fit", "sweep"):
-        raise UserError(
-            "only `kvsim run`, `kvsim fit` and `kvsim sweep` take a pasted command line after --,"
-            f" not `kvsim {verb}`"
-        )
+    if pasted is not None and verb not in _TAKES_A_PASTED_LINE:
+        verbs = ", ".join(f"`kvsim {name}`" for name in _TAKES_A_PASTED_LINE)
+        raise UserError(f"only {verbs} take a pasted command line after --, not `kvsim {verb}`")
     return module.main(args)
 
 

@@ -100,6 +100,7 @@ def _print(args: argparse.Namespace, facts, text: str) -> None:
 
 
 def _shape(args: argparse.Namespace) -> int:
+    from kvsim.cli.fit import gpu_with_total
     from kvsim.report import concurrency as report
     from kvsim.specs import load_gpu
 
@@ -123,7 +124,7 @@ def _shape(args: argparse.Namespace) -> int:
         dtype="bfloat16" if dtype == "auto" else dtype,
         sequences=args.seqs or 1,
         block_size=block_size,
-        gpu=None if args.gpu is None else gpu_with_total(load_gpu(args.gpu), args.total or "cuda"),
+        gpu=None if args.gpu is None else gpu_with_total(load_gpu(args.gpu), args.total),
     )
     _print(args, rows, report.shape_text(rows))
     return 0 if all(row.get("fits", True) for row in rows) else 1
@@ -148,19 +149,3 @@ def _from_log(args: argparse.Namespace) -> int:
     facts = startlog.compare(log, model)
     _print(args, facts, startlog_text(facts))
     return 0
-
-
-def gpu_with_total(gpu, total: str):
-    """The GPU with the memory that the CUDA runtime, nvidia-smi or the seller tells."""
-    import msgspec
-
-    from kvsim.units import GB
-
-    sizes = {
-        "cuda": gpu.total_bytes,
-        "smi": gpu.memory_total_bytes,
-        "sold": round(gpu.memory_marketed_gb * GB),
-    }
-    if not sizes[total]:
-        raise UserError(f"--total {total}: the catalogue does not know it of {gpu.name}; leave it out")
-    return msgspec.structs.replace(gpu, total_bytes=sizes[total])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from kvsim.errors import UserError
-from kvsim.units import GB, parse_bytes
+from kvsim.units import GB, parse_bytes, parse_count
 
 _EPILOG = """examples:
   kvsim fit llama-3.1-8b --gpu l4
@@ -19,6 +19,8 @@ _EPILOG = """examples:
   kvsim fit --gpu rtx-4090 --from-log vllm.log                          a logged start beside what kvsim reckons
   kvsim fit --params 8B,34B,72B --dtype fp16,int4 --gpu-gb 24,48,80     weights alone, by nominal size
   kvsim fit --params 70B --dtype fp16 --gpu h100 --kv-reserve 12GB
+  kvsim fit llama-3.1-405b --min-gpus                                   how many of each GPU, in which shape
+  kvsim fit llama-3.1-70b --min-gpus --price h100=2.5,a100-80gb=1.3
   kvsim fit llama-2-7b --gpu rtx-4090 --train lora --activations 6GB
   kvsim fit --gpu a100-80gb -- vllm serve Qwen/Qwen2.5-72B-Instruct --quantization fp8
 
@@ -57,11 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="print the vllm serve and vllm bench serve commands of this deployment alone",
     )
     size = {"type": argument_type(parse_bytes), "metavar": "BYTES"}
-    rough = parser.add_argument_group("rougher, as worksheets have it")
-    rough.add_argument("--total", choices=("cuda", "smi", "sold"), help="whose word for the GPU's "
-                       "memory: the CUDA runtime's (default), nvidia-smi's or the seller's")  # fmt: skip
-    rough.add_argument("--overhead", **size, help="on each GPU, such as 2GiB, instead of what is reckoned for "
-                       "activations, outside torch and CUDA graphs")  # fmt: skip
+    rough = add_rough_arguments(parser)
     rough.add_argument("--cuda-context", **size, help="on each GPU, such as 0.8GiB, instead of the 0.51 GiB that CUDA "
                        "takes; beside the engine's share")  # fmt: skip
     ask.add_arguments(parser)
@@ -81,8 +79,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--lora-rank", type=int, metavar="R", help="of the adapters (default: 16)")
     training.add_argument("--activations", **size, help="on top, such as 20GB; they follow batch and length, and are "
                           "not reckoned")  # fmt: skip
+    fewest = parser.add_argument_group("how many GPUs")
+    fewest.add_argument("--min-gpus", action="store_true", default=None, help="the fewest of each GPU, or of --gpu, on "
+                        "which it starts, as tensor-parallel groups times pipeline stages")  # fmt: skip
+    fewest.add_argument("--price", metavar="P | GPU=P,...", help="of a GPU for an hour: of --gpu, or of each GPU that "
+                        "is to be compared; the cheapest comes first")  # fmt: skip
+    fewest.add_argument("--gpus-per-node", type=argument_type(parse_count), metavar="N", help="that reach each other "
+                        "without a network (default: 8)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_engine_arguments(parser)
+
+
+def add_rough_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """--total and --overhead, of `fit` and `fix`; the group that they are in."""
+    from kvsim.specs import argument_type
+
+    rough = parser.add_argument_group("rougher, as worksheets have it")
+    rough.add_argument("--total", choices=("cuda", "smi", "sold"), help="whose word for the GPU's "
+                       "memory: the CUDA runtime's (default), nvidia-smi's or the seller's")  # fmt: skip
+    rough.add_argument("--overhead", type=argument_type(parse_bytes), metavar="BYTES", help="on each GPU, such as "
+                       "2GiB, instead of what is reckoned for activations, outside torch and CUDA graphs")  # fmt: skip
+    return rough
 
 
 def main(args: argparse.Namespace) -> int:
@@ -94,6 +111,14 @@ def main(args: argparse.Namespace) -> int:
 
     if ask.question(args) is not None:
         return ask.main(args)
+    if args.min_gpus:
+        from kvsim.cli import fewest
+
+        _refuse(
+            args, (*_BESIDE_MIN_GPUS, *_OF_TRAINING), "does not go with --min-gpus; leave one of them out"
+        )
+        return fewest.main(args)
+    _refuse(args, _OF_MIN_GPUS, "goes with --min-gpus; see --help")
     if args.train is not None:
         return _training(args)
     if args.params is not None:
@@ -104,7 +129,7 @@ def main(args: argparse.Namespace) -> int:
         _refuse(args, ("seqs", "trace"), "changes nothing beside --emit; leave it out")
     if args.trace is None:
         _refuse(args, ("columns",), "goes with --trace; see --help")
-    deployment = _with_total(deployment_of(args, None, None), args.total or "cuda")
+    deployment = with_total(deployment_of(args, None, None), args.total)
     budget = memory.fit(deployment, args.overhead, args.cuda_context)
     deployment = memory.with_fitted_length(deployment, budget)
     facts = report.fit_facts(deployment, budget, args.context)
@@ -130,6 +155,10 @@ _OF_SERVING = (
     "model", "context", "budget", "emit", "overhead", "cuda_context", "total", "seqs", "trace", "columns",
 )  # fmt: skip
 _OF_TRAINING = ("optimizer", "lora_rank", "activations")
+_OF_MIN_GPUS = ("price", "gpus_per_node")
+_BESIDE_MIN_GPUS = (
+    "context", "budget", "emit", "params", "gpu_gb", "kv_reserve", "train", "cuda_context", "seqs", "trace", "columns",
+)  # fmt: skip
 
 
 def _refuse(args: argparse.Namespace, names: tuple[str, ...], why: str) -> None:
@@ -174,13 +203,25 @@ def _training(args: argparse.Namespace) -> int:
     return 0 if facts["fits"] else 1
 
 
-def _with_total(deployment, total: str):
+def with_total(deployment, total: str | None):
     """The deployment on its GPU with the memory that nvidia-smi or the seller tells."""
     import msgspec
 
-    from kvsim.cli.ask import gpu_with_total
-
     return msgspec.structs.replace(deployment, gpu=gpu_with_total(deployment.gpu, total))
+
+
+def gpu_with_total(gpu, total: str | None):
+    """A GPU with the memory of `--total`."""
+    import msgspec
+
+    sizes = {
+        "cuda": gpu.total_bytes,
+        "smi": gpu.memory_total_bytes,
+        "sold": round(gpu.memory_marketed_gb * GB),
+    }
+    if not sizes[total or "cuda"]:
+        raise UserError(f"--total {total}: the catalogue does not know it of {gpu.name}; leave it out")
+    return msgspec.structs.replace(gpu, total_bytes=sizes[total or "cuda"])
 
 
 def _nominal(args: argparse.Namespace) -> int:

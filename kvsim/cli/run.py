@@ -253,6 +253,19 @@ def deployment_of(args: argparse.Namespace, default_model: str | None, default_g
     is without --model and --gpu; None: that is a mistake."""
     from kvsim import specs
 
+    model, settings = asked_of(args)
+    if args.pasted is not None and args.gpu is None:
+        raise UserError("a pasted command line does not say which GPU; give --gpu NAME before the --")
+    for flag, value in (("MODEL", model or default_model), ("--gpu", args.gpu or default_gpu)):
+        if value is None:
+            raise UserError(f"{flag} is missing; `kvsim {flag.strip('-').lower()}s` lists what there is")
+    return specs.deployment(model or default_model, gpu=args.gpu or default_gpu, **settings)
+
+
+def asked_of(args: argparse.Namespace) -> tuple[str | None, dict[str, object]]:
+    """Model (None: not named) and engine settings of the flags and a pasted command line, its warnings printed."""
+    from kvsim import specs
+
     model, settings, warnings = args.model, specs.settings_from_args(args), specs.warnings_from_args(args)
     if args.pasted is not None:
         pasted_model, pasted_settings, pasted_warnings = specs.parse_vllm_serve(args.pasted)
@@ -265,12 +278,7 @@ def deployment_of(args: argparse.Namespace, default_model: str | None, default_g
             )
     for warning in warnings:
         print(f"kvsim: warning: {warning}", file=sys.stderr)
-    if args.pasted is not None and args.gpu is None:
-        raise UserError("a pasted command line does not say which GPU; give --gpu NAME before the --")
-    for flag, value in (("MODEL", model or default_model), ("--gpu", args.gpu or default_gpu)):
-        if value is None:
-            raise UserError(f"{flag} is missing; `kvsim {flag.strip('-').lower()}s` lists what there is")
-    return specs.deployment(model or default_model, gpu=args.gpu or default_gpu, **settings)
+    return model, settings
 
 
 def _trace(args):

@@ -90,12 +90,12 @@ def _sentence(dep: Deployment, budget: Budget) -> str:
     if budget.failure is not None:
         return budget.failure.sentence
     return (
-        f"{dep.model.name} on {_gpus(dep.num_gpus, dep.gpu.name)} has room for"
+        f"{dep.model.name} on {gpus_text(dep.num_gpus, dep.gpu.name)} has room for"
         f" {budget.max_concurrency:,.2f} requests of {budget.max_model_len:,} tokens at once"
     )
 
 
-def _gpus(count: int, name: str) -> str:
+def gpus_text(count: int, name: str) -> str:
     return f"{count} x {name}" if count > 1 else name
 
 
@@ -168,6 +168,8 @@ def fit_text(facts: dict) -> str:
         ["", "vLLM will say:", *(f"  {line}" for line in facts["log_lines"])] if facts["log_lines"] else []
     )
     lines += [f"note: {note}" for note in facts["notes"]]
+    if facts["verdict"] == "does_not_fit":
+        lines += ["", "What would make it fit: the same with `kvsim fix`"]
     return "\n".join(lines)
 
 
@@ -264,7 +266,13 @@ def serve_command(dep: Deployment) -> list[str]:
     would decide."""
     sizes = ("max_model_len", "max_num_seqs", "max_num_batched_tokens")
     settings = dep.asked | {name: getattr(dep.settings, name) for name in sizes}
-    words = ["vllm", "serve", dep.model.hf_id or dep.model.name]
+    return ["vllm", "serve", dep.model.hf_id or dep.model.name, *flag_words(settings)]
+
+
+def flag_words(settings: dict[str, object], *, short: bool = False) -> list[str]:
+    """Engine settings as the words of a command line, those that vLLM does not have left out. `short`: -tp and the
+    like."""
+    words = []
     for flag in ENGINE_FLAGS:
         value = settings.get(flag.name)
         if value is None or flag.name in NOT_VLLM:
@@ -273,7 +281,7 @@ def serve_command(dep: Deployment) -> list[str]:
         if flag.kind == "bool":
             words.append(f"--{name}" if value else f"--no-{name}")
         else:
-            words += [f"--{name}", str(value)]
+            words += [flag.short if short and flag.short else f"--{name}", str(value)]
     return words
 
 

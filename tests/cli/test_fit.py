@@ -61,7 +61,8 @@ def test_a_no_says_what_is_missing_and_exits_1(capsys):
     fits = facts_of(capsys, "llama-3.1-8b", "--gpu", "l4", "--max-model-len", facts["longest_max_model_len"])
     assert fits["verdict"] == "tight"
     assert main(["fit", "llama-3-70b", "--gpu", "h100"]) == 1
-    assert "  missing  " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "  missing  " in out and out.endswith("What would make it fit: the same with `kvsim fix`\n")
 
 
 def test_a_pasted_command_line(capsys):
