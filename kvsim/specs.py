@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from kvsim import catalog, formats
+from kvsim import catalog, formats, other_engines
 from kvsim.catalog import checkpoint, smi
 from kvsim.catalog.architecture import LayerGroup, ModelSpec, Part, from_config, from_entry
 from kvsim.errors import UserError, did_you_mean
@@ -163,9 +163,25 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
         return formats.weight_format(self.settings.quantization or self.model.weight_format or self.dtype)
 
     @property
-    def kv_format(self) -> formats.Format:
-        kv = self.settings.kv_cache_dtype
-        return formats.kv_format(self.dtype if kv == "auto" else kv)
+    def kv_format(self) -> formats.KvFormat:
+        kv, engine = self.settings.kv_cache_dtype, self.settings.engine
+        own = "float16" if engine == "llama.cpp" else self.dtype  # whatever the model has
+        return formats.kv_format(own if kv == "auto" else kv, engine)
+
+    @property
+    def kv_skipped_layers(self) -> tuple[int, ...]:
+        """Layers whose cache stays in the dtype, because the KV format leaves the first and the last ones alone; none
+        beside recurrent state, where attention is rare (vLLM 0.33, `get_boundary_skip_layers`)."""
+        layers = self.model.num_hidden_layers
+        if any(group.kind == "linear_state" for group in self.model.layer_groups):
+            return ()
+        ends = min(self.kv_format.skips, layers // 2)
+        return (*range(ends), *range(layers - ends, layers))
+
+    def kv_token_bytes(self, group: LayerGroup, is_skipped: bool = False) -> int:
+        """What one token keeps in one layer of a group of attention layers on one rank (rule 5.3)."""
+        kept_in = formats.kv_format(self.dtype) if is_skipped else self.kv_format
+        return layer_token_bytes(kept_in, group, self.settings.tensor_parallel_size, self.model.rotary_dim)
 
     def replace(self, *, model: str | ModelSpec | None = None, gpu: str | GpuSpec | None = None, **settings):
         """The same deployment with something else asked for; defaults are decided afresh."""
@@ -433,6 +449,13 @@ def gpu_of_entry(e: dict) -> GpuSpec:
 # ---------------------------------------------------------------- resolving
 
 
+def layer_token_bytes(kept_in: formats.KvFormat, group: LayerGroup, tp: int, rotary_dim: int) -> int:
+    """What one token keeps in one layer of a group of attention layers on one of `tp` ranks (rule 5.3)."""
+    if group.kind == "mla":
+        return kept_in.latent_bytes(group.kv_lora_rank + group.qk_rope_head_dim)
+    return max(1, group.kv_heads // tp) * kept_in.slot_bytes(group.head_dim, rotary_dim)
+
+
 def deployment(model: str | Path | ModelSpec, *, gpu: str | GpuSpec, **settings) -> Deployment:
     """A deployment under vLLM's rules: `settings` are `EngineSettings` fields, None means not given.
 
@@ -444,14 +467,24 @@ def deployment(model: str | Path | ModelSpec, *, gpu: str | GpuSpec, **settings)
     gpu = gpu if isinstance(gpu, GpuSpec) else load_gpu(gpu)
     asked = {name: value for name, value in settings.items() if value is not None}
     given = _read_settings(asked)
+    given = _as_engine(given, asked)
     _check_ranges(given)
     _refuse_not_built(given)
     check_parallel(model, given)
-    notes = [*_format_notes(model, gpu, given), *_file_notes(model, gpu, given)]
+    notes = [*_version_notes(given), *_format_notes(model, gpu, given), *_file_notes(model, gpu, given)]
     resolved, more = _resolve_sizes(model, gpu, given)
     notes += more
+    if resolved.engine == "sglang" and "gpu_memory_utilization" not in asked:
+        resolved = _with_sglang_share(gpu, resolved)
     dep = Deployment(model=model, gpu=gpu, settings=resolved, asked=asked, notes=tuple(notes))
     return _raise_block_size(dep)
+
+
+def _as_engine(s: EngineSettings, asked: dict) -> EngineSettings:
+    """The settings with the engine's own defaults, where it is not vLLM."""
+    if s.engine not in other_engines.SETTINGS:
+        return s
+    return msgspec.structs.replace(s, **other_engines.defaults(s.engine, asked))
 
 
 @functools.cache
@@ -521,7 +554,7 @@ def _check_ranges(s: EngineSettings) -> None:
 
 _CHOICES = {
     "scheduling_policy": ("fcfs", "priority"),
-    "engine": ("vllm", "sglang", "llama.cpp", "tensorrt-llm"),
+    "engine": formats.ENGINES,
     "allocator": ("paged", "reserve_max", "reserve_final", "contiguous"),
     "performance_mode": ("balanced", "interactivity", "throughput"),
 }
@@ -529,8 +562,6 @@ _CHOICES = {
 
 def _refuse_not_built(s: EngineSettings) -> None:
     """What vLLM can do and kvsim cannot yet; a wrong simulation would be worse than none."""
-    if s.engine != "vllm":
-        raise UserError(f"engine {s.engine} is not modelled yet; use engine vllm")
     if s.allocator != "paged":
         raise UserError(f"allocator {s.allocator} is not built yet; use allocator paged")
     if s.data_parallel_size > 1:
@@ -560,6 +591,11 @@ _ATTENTION_KINDS = ("full", "mla", "sliding", "chunked")
 
 def check_simulated(dep: Deployment) -> None:
     """Raise UserError for what memory can be computed for but whose steps cannot be simulated yet."""
+    if dep.settings.engine != "vllm":
+        raise UserError(
+            f"the scheduler of engine {dep.settings.engine} is not simulated, only its memory is (`kvsim fit`); use"
+            " engine vllm"
+        )
     if dep.settings.pipeline_parallel_size > 1:
         raise UserError(
             f"pipeline_parallel_size {dep.settings.pipeline_parallel_size} is not simulated yet, only its"
@@ -611,6 +647,22 @@ def _resolve_dtype(model: ModelSpec, gpu: GpuSpec, s: EngineSettings) -> tuple[s
     return dtype, None
 
 
+# The releases of vLLM whose memory rules are known: logs reach back to 0.6, the rules' own text is of 0.33.
+_KNOWN_VERSIONS = ((0, 6), (0, 33))
+
+
+def _version_notes(s: EngineSettings) -> list[str]:
+    """Which release stands in for one whose rules are not known."""
+    oldest, newest = _KNOWN_VERSIONS
+    if s.engine != "vllm" or oldest <= s.version <= newest:
+        return []
+    known, which = (newest, "newest") if s.version > newest else (oldest, "oldest")
+    return [
+        f"engine_version {s.engine_version}: its memory rules are not known; those of {known[0]}.{known[1]}, the"
+        f" {which} that are, stand in"
+    ]
+
+
 def _file_notes(model: ModelSpec, gpu: GpuSpec, s: EngineSettings) -> list[str]:
     """Sentences about what came out of files: stored weights, memory in use."""
     notes = []
@@ -645,24 +697,70 @@ def _format_notes(model: ModelSpec, gpu: GpuSpec, s: EngineSettings) -> list[str
     """Check that the GPU can run the formats; sentences about what it runs instead."""
     if gpu.vendor not in ("nvidia", "amd"):
         raise UserError(f"{gpu.name} is no GPU, so vLLM's memory rules for GPUs do not apply to it")
+    other_engines.check_gpus(s.engine, gpu.vendor, s.tensor_parallel_size, gpu.name)
+    other_engines.check_model(s.engine, [group.kind for group in model.layer_groups], model.name)
     dtype, note = _resolve_dtype(model, gpu, s)
     weights = formats.weight_format(s.quantization or model.weight_format or dtype)
+    if s.engine not in weights.engines:
+        raise UserError(
+            f"engine {s.engine} has no weights in {weights.name} ({formats.had_by(weights.engines)}); set quantization"
+            " to a format of its own"
+        )
     if s.kv_cache_dtype != "auto":
-        formats.kv_format(s.kv_cache_dtype)
+        _check_kv_format(model, gpu, s, formats.kv_format(s.kv_cache_dtype, s.engine))
     notes = [note] if note else []
     for f in (formats.weight_format(dtype), weights):
-        if _capability(gpu) < f.min_capability:
+        needed = formats.capability_needed(f, s.engine)
+        if _capability(gpu) < needed:
             raise UserError(
-                f"{gpu.name} cannot run {f.name}: it needs compute capability {f.min_capability:g},"
+                f"{gpu.name} cannot run {f.name}: it needs compute capability {needed:g},"
                 f" this is {gpu.compute_capability}"
             )
-    if weights.compute in ("fp8", "int8") and gpu.tflops_dense.get(weights.compute) is None:
+    if weights.compute in ("fp8", "int8", "fp4") and gpu.tflops_dense.get(weights.compute) is None:
         if gpu.vendor != "nvidia":
             raise UserError(f"{gpu.name} cannot run {weights.name}: it has no {weights.compute} units")
         notes.append(
             f"{weights.name} weights on {gpu.name}: no {weights.compute} units, so products run at 16 bit"
         )
     return notes
+
+
+def _check_kv_format(model: ModelSpec, gpu: GpuSpec, s: EngineSettings, kv: formats.KvFormat) -> None:
+    """Raise UserError for a KV format that the GPU, or the model's attention, has no kernels for."""
+    who = f"{gpu.name} cannot keep a KV cache in {kv.name}"
+    if (kv.vendor or gpu.vendor) != gpu.vendor or (kv.archs and gpu.arch not in kv.archs):
+        of = {"amd": "AMD", "intel": "Intel", "nvidia": "NVIDIA"}[kv.vendor]
+        raise UserError(f"{who}: its kernels are for {' '.join((of, *kv.archs))}; use another kv_cache_dtype")
+    capability, needed = _capability(gpu), formats.kv_capability_needed(kv, s.engine)
+    if capability < needed:
+        raise UserError(f"{who}: it needs compute capability {needed:g}, this is {gpu.compute_capability}")
+    if kv.majors and gpu.vendor == "nvidia" and int(capability) not in kv.majors:
+        only = " or ".join(f"{major}.x" for major in kv.majors)
+        raise UserError(
+            f"{who}: its kernels are for compute capability {only}, this is {gpu.compute_capability}"
+        )
+    if isinstance(kv.latent, int):
+        raise UserError(
+            f"kv_cache_dtype {kv.name} is for sparse attention on latent vectors, which {model.name} has not; use fp8"
+        )
+    kinds = {group.kind for group in model.layer_groups}
+    if kv.skips and kinds & {"sliding", "chunked"}:
+        raise UserError(
+            f"kv_cache_dtype {kv.name} beside the windows of {model.name} is not modelled, since its first and last"
+            " layers have pages of another size; use another kv_cache_dtype"
+        )
+    for group in model.layer_groups:
+        if group.kind == "mla":
+            kv.latent_bytes(group.kv_lora_rank + group.qk_rope_head_dim)
+        elif (int(capability), group.head_dim) in kv.misread:
+            raise UserError(f"{who} for the heads of 64 of {model.name}: its kernels misread them; use fp8")
+        elif group.head_dim:
+            if kv.head_dims and group.head_dim not in kv.head_dims:
+                dims = ", ".join(map(str, kv.head_dims))
+                raise UserError(
+                    f"kv_cache_dtype {kv.name} has kernels for heads of {dims}, and {model.name} has {group.head_dim}"
+                )
+            kv.slot_bytes(group.head_dim, model.rotary_dim)
 
 
 def _resolve_sizes(model: ModelSpec, gpu: GpuSpec, s: EngineSettings) -> tuple[EngineSettings, list[str]]:
@@ -675,6 +773,8 @@ def _resolve_sizes(model: ModelSpec, gpu: GpuSpec, s: EngineSettings) -> tuple[E
             f"max_model_len {max_len} exceeds the {model.max_position_embeddings} positions of {model.name};"
             " lower it"
         )
+    if s.engine != "vllm":
+        return _sizes_of_engine(gpu, msgspec.structs.replace(s, max_model_len=max_len))
     default_budget, default_seqs, why = _size_defaults(gpu)
     if s.performance_mode == "throughput":
         default_budget, default_seqs, why = 2 * default_budget, 2 * default_seqs, f"{why}; doubled"
@@ -717,6 +817,23 @@ def _resolve_sizes(model: ModelSpec, gpu: GpuSpec, s: EngineSettings) -> tuple[E
     return resolved, notes
 
 
+def _sizes_of_engine(gpu: GpuSpec, s: EngineSettings) -> tuple[EngineSettings, list[str]]:
+    """The same for an engine other than vLLM, whose sizes go by memory in SGLang alone."""
+    if s.max_num_batched_tokens is not None:
+        return s, []
+    chunk = other_engines.sglang_sizes(gpu.memory_total_bytes, s.tensor_parallel_size)[0]
+    note = f"chunked_prefill_size {chunk}: SGLang's default for {gpu.name}"
+    return msgspec.structs.replace(s, max_num_batched_tokens=chunk), [note]
+
+
+def _with_sglang_share(gpu: GpuSpec, s: EngineSettings) -> EngineSettings:
+    ranks = s.tensor_parallel_size * s.pipeline_parallel_size
+    share = other_engines.sglang_mem_fraction(
+        gpu.memory_total_bytes, s.max_num_batched_tokens, ranks, s.tensor_parallel_size
+    )
+    return msgspec.structs.replace(s, gpu_memory_utilization=share)
+
+
 # A kernel's smallest block, and the engine's smallest for MLA beside state layers (rule 6.2).
 _KERNEL_BLOCK = 16
 _MLA_HYBRID_BLOCK = 128
@@ -726,6 +843,10 @@ def _raise_block_size(dep: Deployment) -> Deployment:
     """Attention beside state layers: the block size grows until an attention page holds a layer's state (6.2),
     whatever was asked for."""
     model, s = dep.model, dep.settings
+    if s.engine != "vllm":
+        return dep
+    if dep.kv_skipped_layers:
+        return _for_skipped_layers(dep)
     states = [group for group in model.layer_groups if group.kind == "linear_state"]
     attention = [group for group in model.layer_groups if group.kind in _ATTENTION_KINDS]
     if not states or not attention:
@@ -737,7 +858,7 @@ def _raise_block_size(dep: Deployment) -> Deployment:
         )
     tp = s.tensor_parallel_size
     state = model.rank_state_bytes(states[0], tp, formats.weight_format(dep.dtype).bits // 8)
-    a_token = dep.kv_format.bytes(attention[0].rank_stored_elems(tp))
+    a_token = dep.kv_token_bytes(attention[0])
     step = max(s.block_size, _MLA_HYBRID_BLOCK if attention[0].kind == "mla" else _KERNEL_BLOCK)
     size = step * -(-state // (step * a_token))
     size = _KERNEL_BLOCK * -(-size // _KERNEL_BLOCK)
@@ -749,6 +870,24 @@ def _raise_block_size(dep: Deployment) -> Deployment:
     )
     return msgspec.structs.replace(
         dep, settings=msgspec.structs.replace(s, block_size=size), notes=(*dep.notes, note)
+    )
+
+
+def _for_skipped_layers(dep: Deployment) -> Deployment:
+    """Layers that stay in the dtype share the pool: the block size grows until a block of one byte a number, which is
+    what the first layer's kernel takes the format for, holds the smallest block of the dtype (vLLM 0.33,
+    `_align_heterogeneous_kv_block_size`)."""
+    s = dep.settings
+    wide = formats.weight_format(dep.dtype).bits // 8
+    size = s.block_size * -(-wide * _KERNEL_BLOCK // s.block_size)
+    layers = ", ".join(map(str, dep.kv_skipped_layers))
+    notes = [f"layers {layers} keep their KV cache in {dep.dtype}, as {dep.kv_format.name} leaves them alone"]
+    if size != s.block_size:
+        notes.append(
+            f"block_size {size} instead of {s.block_size}: blocks of both kinds of layers share the pool"
+        )
+    return msgspec.structs.replace(
+        dep, settings=msgspec.structs.replace(s, block_size=size), notes=(*dep.notes, *notes)
     )
 
 
@@ -780,8 +919,15 @@ ENGINE_FLAGS = (
     Flag("data_parallel_size", "count", "replicas", "-dp"),
     Flag("enable_expert_parallel", "bool", "deal whole experts out instead of splitting each"),
     Flag("dtype", "str", "auto, bfloat16, float16 or float32"),
-    Flag("quantization", "str", "weight format: fp8, int8, awq, gptq, ... (default: the checkpoint's)", "-q"),
-    Flag("kv_cache_dtype", "str", "auto, bfloat16, float16, fp8, fp8_e4m3 or fp8_e5m2"),
+    Flag(
+        "quantization",
+        "str",
+        "weight format: fp8, int8, awq, gptq-g32, nvfp4, q4_k_m, ... (default: the checkpoint's)",
+        "-q",
+    ),
+    Flag(
+        "kv_cache_dtype", "str", "auto, fp8, int8_per_token_head, turboquant_4bit_nc, ... (docs/formats.md)"
+    ),
     Flag("gpu_memory_utilization", "float", "fraction of GPU memory for the engine"),
     Flag("kv_cache_memory_bytes", "bytes", "size of the KV pool a GPU, instead of what is left over"),
     Flag("num_gpu_blocks_override", "count", "blocks in the pool, the null block included"),
@@ -807,8 +953,8 @@ ENGINE_FLAGS = (
     Flag("max_num_active_seqs", "count", "admission cap below max_num_seqs"),
     Flag("performance_mode", "str", "balanced, interactivity or throughput (doubles the size defaults)"),
     Flag("enforce_eager", "bool", "no CUDA graphs, and none of their memory"),
-    Flag("engine", "str", "whose rules; vllm"),
-    Flag("engine_version", "str", "release whose memory rules apply"),
+    Flag("engine", "str", "whose memory rules: vllm, sglang, llama.cpp or tensorrt-llm"),
+    Flag("engine_version", "str", "release of vLLM whose memory rules apply"),
     Flag("allocator", "str", "how KV memory is handed out; paged"),
     Flag("prefix_unit", "count", "tokens that one prefix id of the trace stands for"),
 )

@@ -29,7 +29,7 @@ import numpy as np
 
 from kvsim.catalog.architecture import Part
 from kvsim.formats import weight_format
-from kvsim.specs import Deployment, check_simulated, check_supported
+from kvsim.specs import Deployment, LayerGroup, check_simulated, check_supported
 
 
 class StepCost(NamedTuple):
@@ -197,7 +197,7 @@ def _attention_seconds(dep: Deployment, e: Efficiencies) -> tuple[np.ndarray, np
     windows = list(dict.fromkeys([0, *(group.window or 0 for group in attention)]))
     context_s, pair_s = np.zeros(len(windows)), np.zeros(len(windows))
     for group in attention:
-        read_s = dep.kv_format.bits / 8 * group.rank_stored_elems(tp) / bandwidth
+        read_s = _token_bytes(dep, group) / bandwidth
         if group.kind == "mla":
             # decoding multiplies every head with the shared latent vector: rank + rope for the scores,
             # rank for the values; prefill works on ordinary heads
@@ -210,6 +210,16 @@ def _attention_seconds(dep: Deployment, e: Efficiencies) -> tuple[np.ndarray, np
         context_s[j] += group.layers * max(read_s, decode_ops / peak)
         pair_s[j] += group.layers * 2.0 * heads * dims / peak
     return context_s, pair_s, np.array(windows, np.int64)
+
+
+def _token_bytes(dep: Deployment, group: LayerGroup) -> float:
+    """What a token keeps in a layer of a group, on average where the KV format leaves some in the dtype."""
+    of_group = [i for i, kind in enumerate(dep.model.layer_kinds) if kind == group.kind]
+    skipped = len(set(of_group) & set(dep.kv_skipped_layers))
+    if not skipped:
+        return dep.kv_token_bytes(group)
+    wide = skipped * dep.kv_token_bytes(group, is_skipped=True)
+    return (wide + (len(of_group) - skipped) * dep.kv_token_bytes(group)) / len(of_group)
 
 
 def _state_seconds(dep: Deployment, e: Efficiencies) -> tuple[float, float]:

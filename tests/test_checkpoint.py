@@ -537,3 +537,14 @@ def test_any_bytes(folder, data):
     for name, start in (("a.gguf", HEAD), ("b.gguf", b""), ("c.json", b"")):
         (folder / name).write_bytes(start + data)
         loads_or_says_why(folder / name)
+
+
+def test_a_gguf_under_llama_cpp(gguf):
+    model = load_model(gguf())
+    b = fit(deployment(model, gpu="l4", engine="llama.cpp"))
+    stored = model.checkpoint.bytes_by_component
+    assert b.weights_bytes == pytest.approx(
+        sum(size for component, size in stored.items() if component != "embedding"), rel=0.01
+    )
+    with pytest.raises(UserError, match="engine sglang has no weights in q4_k"):
+        deployment(model, gpu="l4", engine="sglang")

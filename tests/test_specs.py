@@ -62,6 +62,15 @@ def test_config_file_and_its_directory(config):
 TYPES = {catalog.find("models", n)["config"]["model_type"]: n for n in catalog.ids("models")}
 
 
+@pytest.mark.parametrize(
+    ("version", "told"),
+    [("0.40.0", "those of 0.33, the newest"), ("0.2.1", "those of 0.6, the oldest"), ("0.19.0", "")],
+)
+def test_releases_whose_rules_are_not_known(version, told):
+    notes = " ".join(deployment("llama-3.1-8b", gpu="h100", engine_version=version).notes)
+    assert told in notes and ("engine_version" in notes) == bool(told)
+
+
 @pytest.mark.parametrize("name", [n for n in TYPES.values() if load_model(n).parts])
 def test_every_family_reads_from_a_file(name, config):
     entry = catalog.find("models", name)
@@ -289,7 +298,8 @@ def test_scheduling_defaults():
         ({"engine_version": "new"}, "write it like 0.33.0"),
         ({"scheduling_policy": "lifo"}, "one of fcfs, priority"),
         ({"allocator": "reserve_max"}, "use allocator paged"),
-        ({"engine": "sglang"}, "use engine vllm"),
+        ({"engine": "sglang", "engine_version": "0.5"}, "of engine sglang one set of rules is modelled"),
+        ({"engine": "tgi"}, "one of vllm, sglang, llama.cpp, tensorrt-llm"),
         ({"data_parallel_size": 2}, "--replicas 2"),
     ],
 )

@@ -211,3 +211,11 @@ def test_against_composed_iterations(shared):
             errors[row["phase"]].append(abs(got / 1e6 / float(row["total_ms"]) - 1))
     assert np.mean(errors["decode"]) <= 0.10 and np.mean(errors["prefill"]) <= 0.12
     assert np.mean(errors["decode"] + errors["prefill"]) <= 0.10
+
+
+def test_layers_that_skip_the_kv_format_are_read_in_the_dtype():
+    wide, coded = (
+        roofline(deployment("qwen3-8b", gpu="h200", kv_cache_dtype=name)).context_s[0]
+        for name in ("auto", "turboquant_4bit_nc")
+    )
+    assert coded / wide == pytest.approx((4 * 512 + 32 * 134) / (36 * 512))

@@ -543,9 +543,17 @@ def _checkpoint_format(c: _Config, quantization: dict | None) -> str | None:
     if method in ("awq", "gptq"):
         bits = quantization.get("bits", quantization.get("w_bit", 4))
         group = quantization.get("group_size", quantization.get("q_group_size", 128))
-        if (bits, group) == (4, 128):
-            return "int4"
+        int4 = {128: "int4", 64: "int4_g64", 32: "int4_g32", -1: "int4_channel"}
+        if bits == 4 and group in int4:
+            return int4[group]
         return "int8" if bits == 8 else f"{method} with {bits} bits and group size {group}"
+    if method == "modelopt":
+        algorithm = str(quantization.get("quant_algo"))
+        return {"NVFP4": "nvfp4", "FP8": "fp8"}.get(algorithm, f"modelopt with quant_algo {algorithm}")
+    if method == "bitsandbytes":
+        if quantization.get("load_in_8bit"):
+            return "bnb_int8"
+        return "nf4_double" if quantization.get("bnb_4bit_use_double_quant") else "nf4"
     if method == "compressed-tensors":
         groups = quantization.get("config_groups")
         weights = []
@@ -558,8 +566,10 @@ def _checkpoint_format(c: _Config, quantization: dict | None) -> str | None:
             bits, kind, group = shapes.pop()
             if bits == "8":
                 return "fp8" if kind == "float" else "int8"
-            if (bits, kind, group) == ("4", "int", "128"):
-                return "int4"
+            if kind == "int" and bits == "4" and group in ("128", "64", "32"):
+                return "int4" if group == "128" else f"int4_g{group}"
+            if (bits, kind, group) == ("4", "float", "16"):
+                return "nvfp4"
     return method
 
 

@@ -6,6 +6,8 @@ products of a step, so they cannot disagree.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 
@@ -165,7 +167,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     num_active_params: int | None = 0
     checkpoint: Checkpoint | None = None
 
-    def layers_where(self, where: str, layers: range | None = None) -> int:
+    def layers_where(self, where: str, layers: Sequence[int] | None = None) -> int:
         """How many of `layers` (all by default) are of a kind: "every", "moe", "dense" or a layer set."""
         layers = range(self.num_hidden_layers) if layers is None else layers
         if where in self.layer_sets:

@@ -76,6 +76,7 @@ def with_concurrency(facts: dict, deployment, budget, args: argparse.Namespace) 
     from kvsim.report.fit import capacity
 
     if args.seqs is not None:
+        vllm_only(deployment, "--seqs")
         given = (args.overhead, args.cuda_context)
         facts = report.with_seqs(
             facts, report.seqs_facts(deployment, budget, args.seqs, args.context, *given)
@@ -88,6 +89,12 @@ def with_concurrency(facts: dict, deployment, budget, args: argparse.Namespace) 
             raise UserError(f"--trace {args.trace} has no requests; give one that has")
         facts |= {"trace": report.trace_facts(trace, lambda n: capacity(deployment, budget, n))}
     return facts
+
+
+def vllm_only(deployment, flag: str) -> None:
+    """UserError for a question that is answered by vLLM's blocks alone."""
+    if deployment.settings.engine != "vllm":
+        raise UserError(f"{flag} is answered for engine vllm alone; leave it or --engine out")
 
 
 def _print(args: argparse.Namespace, facts, text: str) -> None:

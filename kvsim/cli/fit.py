@@ -21,6 +21,9 @@ _EPILOG = """examples:
   kvsim fit --params 70B --dtype fp16 --gpu h100 --kv-reserve 12GB
   kvsim fit llama-3.1-405b --min-gpus                                   how many of each GPU, in which shape
   kvsim fit llama-3.1-70b --min-gpus --price h100=2.5,a100-80gb=1.3
+  kvsim fit llama-3-70b --gpu h100 -q gptq-g32 --kv-cache-dtype turboquant_4bit_nc
+  kvsim fit llama-3.1-8b --gpu rtx-4090 --engine llama.cpp -q q4_k_m --kv-cache-dtype q8_0 --max-model-len 32K
+  kvsim fit qwen3-32b --gpu h100 --engine sglang --mem-fraction-static 0.85 --kv-cache-dtype fp8_e5m2
   kvsim fit llama-2-7b --gpu rtx-4090 --train lora --activations 6GB
   kvsim fit --gpu a100-80gb -- vllm serve Qwen/Qwen2.5-72B-Instruct --quantization fp8
 
@@ -31,7 +34,7 @@ letters decimal. Exit codes: 0 it fits; 1 it does not; 2 a mistake in the call.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `kvsim fit`."""
-    from kvsim.cli import ask
+    from kvsim.cli import ask, engines
     from kvsim.cli.models import counts
     from kvsim.specs import add_engine_arguments, argument_type
 
@@ -88,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "without a network (default: 8)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_engine_arguments(parser)
+    engines.add_arguments(parser)
 
 
 def add_rough_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -105,10 +109,11 @@ def add_rough_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
 def main(args: argparse.Namespace) -> int:
     """Print; the exit code."""
     from kvsim import memory
-    from kvsim.cli import ask
+    from kvsim.cli import ask, engines
     from kvsim.cli.run import deployment_of
     from kvsim.report import fit as report
 
+    engines.rename(args)
     if ask.question(args) is not None:
         return ask.main(args)
     if args.min_gpus:
@@ -133,6 +138,10 @@ def main(args: argparse.Namespace) -> int:
     budget = memory.fit(deployment, args.overhead, args.cuda_context)
     deployment = memory.with_fitted_length(deployment, budget)
     facts = report.fit_facts(deployment, budget, args.context)
+    if args.emit and deployment.settings.engine != "vllm":
+        raise UserError(
+            f"--emit vllm prints vLLM's commands, and the engine is {deployment.settings.engine}; leave it out"
+        )
     facts = ask.with_concurrency(facts, deployment, budget, args)
     if args.emit:
         import shlex

@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Print; the exit code."""
+    from kvsim.cli.ask import vllm_only
     from kvsim.cli.fit import with_total
     from kvsim.cli.run import deployment_of
     from kvsim.memory import levers
@@ -54,6 +55,8 @@ def main(args: argparse.Namespace) -> int:
 
     names = _levers(args, tuple(levers.LEVERS))
     deployment = with_total(deployment_of(args, None, None), args.total)
+    if args.seqs is not None or args.context is not None:
+        vllm_only(deployment, "--seqs" if args.seqs is not None else "--context")
     need = _need(args, deployment.settings)
     question = levers.Question(
         deployment=deployment, need=need, overhead_bytes=args.overhead, gpus=_other_gpus(args.total)

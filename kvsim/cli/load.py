@@ -55,6 +55,7 @@ _ANY_GPU = "h100"
 def main(args: argparse.Namespace) -> int:
     """Print; the exit code."""
     from kvsim import memory
+    from kvsim.cli.ask import vllm_only
     from kvsim.cli.run import asked_of
     from kvsim.memory.loading import LOADERS
     from kvsim.report.load import load_facts, load_text
@@ -76,6 +77,7 @@ def main(args: argparse.Namespace) -> int:
     check_supported(dep.model)
     budget = None
     if args.timeline:
+        vllm_only(dep, "--timeline")
         budget = memory.fit(dep)
         dep = memory.with_fitted_length(dep, budget)
     facts = load_facts(dep, (args.loader,) if args.loader else tuple(LOADERS), args.gpus_per_node, budget)

@@ -121,13 +121,13 @@ def _shapes(args: argparse.Namespace) -> list[dict]:
     from kvsim.report import catalogue
 
     return [
-        {"dtype": kv_format(dtype).name}
+        {"dtype": kv_format(dtype, engine=None).name}
         | catalogue.shape_kv(
             layers=args.layers,
             kv_heads=heads,
             head_dim=args.head_dim,
             tokens=tokens,
-            bits=kv_format(dtype).bits,
+            bits=_whole_bits(kv_format(dtype, engine=None), args.head_dim),
             sequences=args.seqs,
             window=args.window or 0,
         )
@@ -135,6 +135,12 @@ def _shapes(args: argparse.Namespace) -> list[dict]:
         for heads in args.kv_heads
         for tokens in args.tokens
     ]
+
+
+def _whole_bits(kv, head_dim: int) -> int | float:
+    """Bits a number, scales included: a whole number where there are none."""
+    bits = kv.bits_per_number(head_dim)
+    return int(bits) if bits == int(bits) else bits
 
 
 def formats(text: str | None) -> tuple[str, ...]:

@@ -50,8 +50,9 @@ PIPELINE_ACTIVATION_FACTOR = 1.15
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
-    """Why an engine does not start. kind: load_oom or start_oom; cause: weights, activations, cuda_graphs
-    or one_max_length_request; `short_bytes` are missing on each GPU."""
+    """Why an engine does not start. kind: load_oom, start_oom, or too_long where it starts and refuses the longest
+    request; cause: weights, activations, cuda_graphs or one_max_length_request; `short_bytes` are missing on each
+    GPU."""
 
     kind: str
     cause: str
@@ -68,6 +69,9 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_memory_bytes sets the pool: then it is all that is free. `overhead_bytes`, where it was given, stands in
     `activation_bytes`. `context_bytes` (CUDA's own) and `communicator_bytes` are outside `requested_bytes`. `failure`
     is None if the engine starts.
+
+    Of an engine other than vLLM (`memory.engines`) `share` says what `requested_bytes` are, `lines` what it prints, and
+    no block is null.
     """
 
     total_bytes: int
@@ -94,6 +98,8 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
     failure: Failure | None = None
     notes: tuple[str, ...] = ()
     overhead_bytes: int | None = None
+    share: str = ""
+    lines: tuple[str, ...] = ()
 
     @property
     def bytes_per_token(self) -> float:
@@ -102,9 +108,9 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def log_lines(self) -> tuple[str, ...]:
-        """What vLLM prints when it starts with this budget, word for word."""
-        if self.failure is not None:
-            return ()
+        """What the engine prints when it starts with this budget, vLLM's word for word."""
+        if self.failure is not None or self.share:
+            return self.lines
         return (
             f"Available KV cache memory: {self.kv_bytes / GIB:.2f} GiB",
             f"GPU KV cache size: {self.kv_cache_tokens:,} tokens, Maximum concurrency for"
@@ -202,6 +208,10 @@ def stage_budget(
     dep: Deployment, stage: int, overhead_bytes: int | None = None, context_bytes: int | None = None
 ) -> Budget:
     """`fit` for a GPU of pipeline stage `stage` (from 0), whichever binds."""
+    if dep.settings.engine != "vllm":
+        from kvsim.memory.engines import stage_budget as of_engine  # which takes its terms from here
+
+        return of_engine(dep, stage, overhead_bytes, context_bytes)
     s, groups = dep.settings, kv_groups(dep)
     weights = rank_weight_bytes(dep, stage)
     weights_bytes = sum(weights.values())
@@ -282,7 +292,7 @@ def stage_budget(
         kv_cache_tokens=logged_tokens(dep, planned),
         max_concurrency=planned.max_concurrency,
         blocks_for_max_model_len=planned.pages_per_request,
-        binding_rank=_rank_name(dep, stage),
+        binding_rank=rank_name(dep, stage),
         verdict="does_not_fit" if failure else "tight" if tight else "fits",
         failure=failure,
         notes=tuple(notes),
@@ -339,34 +349,35 @@ def cuda_graph_bytes(dep: Deployment, stage: int = 0) -> int:
 
 def kv_groups(dep: Deployment) -> tuple[KvGroup, ...]:
     """The groups of the whole model's layers, with the bytes of one rank (5.3, 5.5, 6.1, 6.2)."""
-    kinds = dep.model.layer_kinds
-    specs = {
-        group.kind: _layer_spec(dep, group) for group in dep.model.layer_groups if group.kind != "no_cache"
-    }
-    kept = [i for i, kind in enumerate(kinds) if kind in specs]
-    groups = group_layers([specs[kinds[i]] for i in kept])
+    kinds, skipped = dep.model.layer_kinds, dep.kv_skipped_layers
+    kinds_kept = [group for group in dep.model.layer_groups if group.kind != "no_cache"]
+    specs = {(group.kind, False): _layer_spec(dep, group) for group in kinds_kept}
+    if skipped:
+        specs |= {(group.kind, True): _layer_spec(dep, group, is_skipped=True) for group in kinds_kept}
+    kept = [i for i, kind in enumerate(kinds) if (kind, False) in specs]
+    groups = group_layers([specs[kinds[i], i in skipped] for i in kept])
     return tuple(
         msgspec.structs.replace(g, layer_numbers=tuple(kept[i] for i in g.layer_numbers)) for g in groups
     )
 
 
-def _layer_spec(dep: Deployment, group: LayerGroup) -> LayerSpec:
+def _layer_spec(dep: Deployment, group: LayerGroup, is_skipped: bool = False) -> LayerSpec:
     s, tp = dep.settings, dep.settings.tensor_parallel_size
     if group.kind == "linear_state":
         # padded to the attention page, which `deployment()` made large enough; a model of state layers alone
         # has none
-        pages = [g.rank_stored_elems(tp) for g in dep.model.layer_groups if g.kind not in _NO_PAGES]
+        pages = [dep.kv_token_bytes(g) for g in dep.model.layer_groups if g.kind not in _NO_PAGES]
         return LayerSpec(
             kind="mamba",
             block_size=s.block_size if s.enable_prefix_caching else s.max_model_len,
             page_bytes=dep.model.rank_state_bytes(group, tp, weight_format(dep.dtype).bits // 8),
-            padded_bytes=max((dep.kv_format.bytes(s.block_size * page) for page in pages), default=None),
+            padded_bytes=max((s.block_size * page for page in pages), default=None),
             align=s.enable_prefix_caching,
         )
     return LayerSpec(
         kind=group.kind,
         block_size=s.block_size,
-        page_bytes=dep.kv_format.bytes(s.block_size * group.rank_stored_elems(tp)),
+        page_bytes=s.block_size * dep.kv_token_bytes(group, is_skipped),
         window=group.window,
         kv_heads=group.kv_heads,
         head_size=group.head_dim or group.rank_stored_elems(tp),
@@ -460,7 +471,8 @@ def _used(dep: Deployment) -> str:
     return f" beside {format_gib(dep.gpu.used_bytes)} already in use" if dep.gpu.used_bytes else ""
 
 
-def _rank_name(dep: Deployment, stage: int) -> str:
+def rank_name(dep: Deployment, stage: int) -> str:
+    """Which GPUs a budget is of."""
     s = dep.settings
     if s.pipeline_parallel_size > 1:
         return f"pipeline stage {stage + 1} of {s.pipeline_parallel_size}"

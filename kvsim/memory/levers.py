@@ -204,12 +204,12 @@ def _tensor_parallel_limits(dep: Deployment) -> list[Limit]:
     model = dep.model
     kinds = {group.kind for group in model.layer_groups}
     if "mla" in kinds:
-        elements = sum(g.layers * g.rank_elems_per_token(1) for g in model.layer_groups if g.kind == "mla")
+        size = sum(g.layers * dep.kv_token_bytes(g) for g in model.layer_groups if g.kind == "mla")
         return [
             Limit(
                 lever="tp",
                 sentence="tensor parallelism does not divide the latent vector of MLA: a token takes"
-                f" {dep.kv_format.bytes(elements):,} bytes on each GPU, however many there are",
+                f" {size:,} bytes on each GPU, however many there are",
             )
         ]
     heads = max((group.kv_heads for group in model.layer_groups), default=0)

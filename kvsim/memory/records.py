@@ -26,7 +26,7 @@ import msgspec
 from kvsim import catalog
 from kvsim.catalog.architecture import ModelSpec, from_config, from_entry
 from kvsim.errors import UserError, did_you_mean
-from kvsim.formats import GGML_TYPES
+from kvsim.formats import GGML_BLOCKS
 from kvsim.memory.budget import (
     activation_peak_bytes,
     fit,
@@ -35,6 +35,7 @@ from kvsim.memory.budget import (
     max_in_flight_tokens,
     stage_budget,
 )
+from kvsim.memory.engines import ggml_bytes, sglang_pool_tokens
 from kvsim.memory.planner import KvGroup, plan_groups
 from kvsim.memory.weights import rank_weight_bytes
 from kvsim.specs import Deployment, GpuSpec, check_supported, deployment, gpu_of_entry, load_gpu
@@ -322,7 +323,7 @@ def engine_group(record: dict) -> str:
 
 # Words of `weight_quant` or the model's name, most telling first, and kvsim's format.
 _FORMAT_OF_WORD = (
-    ("w4a16", "int4"), ("w8a8", "int8"), ("nvfp4", ""), ("mxfp4", "mxfp4"), ("fp8", "fp8"), ("int8", "int8"),
+    ("w4a16", "int4"), ("w8a8", "int8"), ("nvfp4", "nvfp4"), ("mxfp4", "mxfp4"), ("fp8", "fp8"), ("int8", "int8"),
     ("awq", "int4"), ("gptq", "int4"), ("int4", "int4"),
 )  # fmt: skip
 
@@ -558,10 +559,7 @@ def _sglang_values(
         if any(g.kind not in ("full", "mla") for g in groups):
             raise UserError("how engine sglang splits its pools between kinds of attention is not modelled")
         elements = sum(g.layers * g.rank_stored_elems(tp) for g in groups)
-    return {"kv_tokens": round(sum(pools) * GIB) // (elements * element)}
-
-
-_GGML_BYTES = {name.lower(): (block, size) for name, block, size in GGML_TYPES.values()}
+    return {"kv_tokens": sglang_pool_tokens(round(sum(pools) * GIB), elements * element)}
 
 
 def _llama_cpp_values(record: dict) -> dict[str, float]:
@@ -574,10 +572,9 @@ def _llama_cpp_values(record: dict) -> dict[str, float]:
                 f"cells, kv_layers or n_embd_{side} is empty, and a llama.cpp cache is not sized without"
             )
         kind = record[f"{side}_type"].lower()
-        if kind not in _GGML_BYTES:
-            raise UserError(f"{side}_type {kind!r} is no type of ggml{did_you_mean(kind, _GGML_BYTES)}")
-        block, size = _GGML_BYTES[kind]
-        values[f"{side}_mib"] = math.prod(sizes) / block * size / MIB
+        if kind not in GGML_BLOCKS:
+            raise UserError(f"{side}_type {kind!r} is no type of ggml{did_you_mean(kind, GGML_BLOCKS)}")
+        values[f"{side}_mib"] = ggml_bytes(kind, math.prod(sizes)) / MIB
     return values
 
 

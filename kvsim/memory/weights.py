@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 
 from kvsim.catalog.checkpoint import dominant_dtype
-from kvsim.catalog.model import ModelSpec
-from kvsim.formats import DTYPES, Format, weight_format
+from kvsim.catalog.model import ModelSpec, Part
+from kvsim.formats import DTYPES, WEIGHT_FORMATS, Format, has_more_bits, weight_format
 from kvsim.specs import Deployment
 
 
@@ -26,9 +26,10 @@ def pipeline_stages(num_layers: int, num_stages: int) -> list[range]:
 def rank_weight_bytes(dep: Deployment, stage: int) -> dict[str, int]:
     """Bytes of each component on a rank of pipeline stage `stage` (from 0), rotary table included.
 
-    Linear layers are in the deployment's weight format; embedding, head, norms, biases and routers stay in
-    its dtype. Tied embeddings are stored once, but on both the first and the last of several stages. Where
-    the checkpoint's own bytes are known and loaded as they are, the rank's share of them counts instead.
+    Linear layers are in the deployment's weight format; norms, biases and routers, and the embedding and the head
+    where the format names none for them, stay in its dtype. Tied embeddings are stored once, but on both the first and
+    the last of several stages. Where the checkpoint's own bytes are known and loaded as they are, the rank's share of
+    them counts instead.
     """
     out = _formula_bytes(dep, stage)
     stored = stored_bytes(dep)
@@ -101,12 +102,41 @@ def _formula_bytes_of_all(dep: Deployment) -> dict[str, int]:
 
 def model_weight_bytes(model: ModelSpec, linear: Format, wide: Format) -> dict[str, int]:
     """Bytes of each component of the whole model, without padding: linear layers in one format, the rest in another."""
+    layers = range(model.num_hidden_layers)
     out: dict[str, int] = {}
     for part in model.parts:
-        times = 1 if part.where in ("first", "last") else model.layers_where(part.where)
-        size = times * (linear if part.linear else wide).bytes(part.elements)
+        size = _part_bytes(model, part, (part.copies, part.rows, part.cols), layers, linear, wide)
         out[part.component] = out.get(part.component, 0) + size
     return out
+
+
+def _part_bytes(
+    model: ModelSpec, part: Part, shape: tuple[int, int, int], layers: range, linear: Format, wide: Format
+) -> int:
+    """Bytes of a part of that shape (copies, rows, columns) in all of `layers` that have it, once at the ends."""
+    copies, _, columns = shape
+    elements, channels = math.prod(shape), copies * columns
+    used = _format_of(model, part, linear, wide)
+    if part.where in ("first", "last"):
+        return used.bytes(elements, channels)
+    count = model.layers_where(part.where, layers)
+    wider = [name for end, name in linear.wider if part.linear and part.name.endswith(end)]
+    if not wider:
+        return count * used.bytes(elements, channels)
+    some = [i for i in layers if has_more_bits(i, model.num_hidden_layers)]
+    more = model.layers_where(part.where, some)
+    return more * WEIGHT_FORMATS[wider[0]].bytes(elements, channels) + (count - more) * used.bytes(
+        elements, channels
+    )
+
+
+def _format_of(model: ModelSpec, part: Part, linear: Format, wide: Format) -> Format:
+    """What a part is stored in. A tied embedding is stored as the head is."""
+    if part.linear:
+        return linear
+    is_head = part.component == "head" or (part.component == "embedding" and model.tie_word_embeddings)
+    name = linear.head if is_head else linear.embedding if part.component == "embedding" else ""
+    return WEIGHT_FORMATS[name] if name else wide
 
 
 def _formula_bytes(dep: Deployment, stage: int) -> dict[str, int]:
@@ -115,15 +145,13 @@ def _formula_bytes(dep: Deployment, stage: int) -> dict[str, int]:
     linear, wide = dep.weight_format, weight_format(dep.dtype)
     out: dict[str, int] = {}
     for part in model.parts:
+        is_here = True
         if part.where == "first":
             tied_head = part.name == "embed_tokens" and model.tie_word_embeddings and stage == pp - 1
-            times = 1 if stage == 0 or tied_head else 0
+            is_here = stage == 0 or tied_head
         elif part.where == "last":
-            times = 1 if stage == pp - 1 else 0
-        else:
-            times = model.layers_where(part.where, layers)
-        used = linear if part.linear else wide
+            is_here = stage == pp - 1
         shape = part.rank_shape(tp, model.kv_heads_of(part), dep.settings.enable_expert_parallel)
-        size = times * used.bytes(math.prod(shape))
+        size = _part_bytes(model, part, shape, layers, linear, wide) if is_here else 0
         out[part.component] = out.get(part.component, 0) + size
     return out

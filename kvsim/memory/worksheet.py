@@ -19,9 +19,9 @@ import msgspec
 
 from kvsim.catalog.model import ModelSpec
 from kvsim.errors import UserError, did_you_mean
-from kvsim.formats import Format, kv_format, weight_format
+from kvsim.formats import Format, KvFormat, kv_format, weight_format
 from kvsim.memory.weights import model_weight_bytes
-from kvsim.specs import check_supported, load_gpu, load_model
+from kvsim.specs import check_supported, layer_token_bytes, load_gpu, load_model
 from kvsim.units import parse_bytes, parse_count
 
 # Of the GPU's memory, for activations, CUDA graphs, fragmentation and surprises: planners keep 10 to 20 %.
@@ -56,7 +56,7 @@ class Worksheet(msgspec.Struct, frozen=True, kw_only=True):
     params: int | None
     shape: tuple[int, int, int] | None
     weight: Format
-    kv: Format
+    kv: KvFormat
     gpu: str
     gpu_bytes: int
     gpus: int
@@ -321,14 +321,14 @@ def sequence_bytes(sheet: Worksheet, tokens: int) -> int:
     """KV bytes of one sequence on each of the GPUs that share a replica, a recurrent state included."""
     if sheet.shape is not None:
         layers, heads, head_dim = sheet.shape
-        return sheet.kv.bytes(tokens * layers * 2 * max(1, heads // sheet.gpus) * head_dim)
+        return tokens * layers * max(1, heads // sheet.gpus) * sheet.kv.slot_bytes(head_dim)
     total = 0
     for group in sheet.model.layer_groups:
         if group.kind == "linear_state":
             total += group.layers * sheet.model.rank_state_bytes(group, sheet.gpus, 2)
         elif group.kind != "no_cache":
-            elements = group.layers * group.rank_stored_elems(sheet.gpus)
-            total += sheet.kv.bytes(group.kept_tokens(tokens) * elements)
+            each = layer_token_bytes(sheet.kv, group, sheet.gpus, sheet.model.rotary_dim)
+            total += group.kept_tokens(tokens) * group.layers * each
     return total
 
 

@@ -304,13 +304,13 @@ def shape_kv(
     kv_heads: int,
     head_dim: int,
     tokens: int,
-    bits: int = 16,
+    bits: float = 16,
     sequences: int = 1,
     window: int = 0,
 ) -> dict:
     """KV bytes of any shape: layers x tokens x 2 x KV heads x head dim x bytes x sequences. With a `window`
     only that many tokens of a sequence count."""
-    per_token = layers * 2 * kv_heads * head_dim * bits // 8
+    per_token = round(layers * 2 * kv_heads * head_dim * bits / 8)
     kept = min(tokens, window) if window else tokens
     return {
         "layers": layers,

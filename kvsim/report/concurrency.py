@@ -161,7 +161,7 @@ def shape_facts(
                 kv_heads=heads,
                 head_dim=head_dim,
                 tokens=length,
-                bits=form.bits,
+                bits=form.bits_per_number(head_dim),
                 sequences=sequences,
             )
             blocks = -(-length // block_size) * sequences

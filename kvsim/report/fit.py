@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from kvsim.formats import weight_format
-from kvsim.memory import Budget, Choice
+from kvsim.memory import Budget, Choice, engines
 from kvsim.memory.budget import max_in_flight_tokens
 from kvsim.memory.concurrency import usable_blocks
 from kvsim.memory.planner import pages_per_request
@@ -18,6 +18,7 @@ from kvsim.report.concurrency import seqs_lines, trace_lines
 from kvsim.specs import ENGINE_FLAGS, NOT_VLLM, Deployment, GpuSpec
 from kvsim.units import GB, GIB
 
+_ENGINE_WORDS = {"vllm": "vLLM", "sglang": "SGLang", "llama.cpp": "llama.cpp", "tensorrt-llm": "TensorRT-LLM"}
 VERDICTS = {"fits": "FITS", "tight": "TIGHT", "does_not_fit": "DOES NOT FIT"}
 
 
@@ -36,7 +37,7 @@ def fit_facts(dep: Deployment, budget: Budget, contexts: tuple[int, ...] | None 
         "model": dep.model.name,
         "gpu": dep.gpu.name,
         "num_gpus": dep.num_gpus,
-        "engine": f"{s.engine} {s.engine_version}",
+        "engine": f"{s.engine} {s.engine_version}" if s.engine == "vllm" else s.engine,
         "parallel": {
             "tensor": s.tensor_parallel_size,
             "pipeline": s.pipeline_parallel_size,
@@ -46,6 +47,8 @@ def fit_facts(dep: Deployment, budget: Budget, contexts: tuple[int, ...] | None 
             "num_params": dep.model.num_params,
             "format": dep.weight_format.name,
             "dtype": weight_format(dep.dtype).name,
+            "embedding": dep.weight_format.embedding or weight_format(dep.dtype).name,
+            "head": dep.weight_format.head or weight_format(dep.dtype).name,
             "replica_bytes": sum(replica_weight_bytes(dep).values()),
             "gpu_bytes": budget.weights_bytes,
             "by_component": budget.weights_by_component,
@@ -54,12 +57,14 @@ def fit_facts(dep: Deployment, budget: Budget, contexts: tuple[int, ...] | None 
         "memory": {
             "gpu_bytes": budget.total_bytes,
             "gpu_memory_utilization": s.gpu_memory_utilization,
+            "share": budget.share
+            or f"{s.gpu_memory_utilization:g} of {budget.total_bytes / GIB:,.2f} GiB, for the engine",
             "requested_bytes": budget.requested_bytes,
             "overhead_bytes": budget.overhead_bytes,
             "activation_bytes": budget.activation_bytes if budget.overhead_bytes is None else 0,
             "non_torch_bytes": budget.non_torch_bytes,
             "cuda_graph_bytes": budget.cuda_graph_bytes,
-            "cuda_graphs_are_in_the_budget": s.version >= (0, 21),
+            "cuda_graphs_are_in_the_budget": s.engine != "vllm" or s.version >= (0, 21),
             "context_bytes": budget.context_bytes,
             "communicator_bytes": budget.communicator_bytes,
         },
@@ -101,6 +106,8 @@ def gpus_text(count: int, name: str) -> str:
 
 def capacity(dep: Deployment, budget: Budget, tokens: int) -> dict:
     """One request of so many tokens: blocks, bytes, and how many of them there is room for."""
+    if dep.settings.engine != "vllm":
+        return engines.capacity(dep, budget, tokens)
     blocks = pages_per_request(budget.groups, tokens, max_in_flight_tokens(dep))
     usable = usable_blocks(budget)
     return {
@@ -130,14 +137,15 @@ def fit_text(facts: dict) -> str:
     lines = [f"{VERDICTS[facts['verdict']]}: {facts['sentence']}", ""]
     params = weights["num_params"]
     of = f"{params:,} parameters, {weights['format']}" if params else weights["format"]
-    below = "" if weights["format"] == weights["dtype"] else f", embedding and head {weights['dtype']}"
+    ends = [weights["embedding"], weights["head"]]
+    ends = f"embedding and head {ends[0]}" if ends[0] == ends[1] else f"embedding {ends[0]}, head {ends[1]}"
+    below = "" if weights["format"] == weights["dtype"] else f", {ends}"
     lines += ["1. Weights of a replica", *_sizes([(f"{of}{below}", weights["replica_bytes"])])]
     ways = [f"{kind} parallel {n}" for kind, n in facts["parallel"].items() if n > 1]
     lines += ["", f"2. Weights on {weights['binding_rank']}{_in_brackets(ways)}"]
     parts = sorted(weights["by_component"].items(), key=lambda part: -part[1])
     lines += _sizes([*((name, size) for name, size in parts if size), ("together", weights["gpu_bytes"])])
     lines += ["", "3. What the KV cache does not get"]
-    share = f"{memory['gpu_memory_utilization']:g} of {memory['gpu_bytes'] / GIB:,.2f} GiB, for the engine"
     graphs = "CUDA graphs" + (
         "" if memory["cuda_graphs_are_in_the_budget"] else ", beyond the engine's share"
     )
@@ -148,7 +156,11 @@ def fit_text(facts: dict) -> str:
     ]
     if memory["overhead_bytes"] is not None:
         beside = [("overhead, as given", memory["overhead_bytes"])]
-    lines += _sizes([(share, memory["requested_bytes"]), ("weights", weights["gpu_bytes"]), *beside])
+    if not facts["engine"].startswith("vllm"):
+        beside = [(name, size) for name, size in beside if size]
+    lines += _sizes(
+        [(memory["share"], memory["requested_bytes"]), ("weights", weights["gpu_bytes"]), *beside]
+    )
     outside = [f"the CUDA context, {memory['context_bytes'] / GIB:,.2f} GiB"]
     if memory["communicator_bytes"]:
         outside.append(f"the communicators of the group, {memory['communicator_bytes'] / GIB:,.2f} GiB")
@@ -165,7 +177,13 @@ def fit_text(facts: dict) -> str:
     lines += seqs_lines(facts["seqs"]) if "seqs" in facts else []
     lines += trace_lines(facts["trace"]) if "trace" in facts else []
     lines += (
-        ["", "vLLM will say:", *(f"  {line}" for line in facts["log_lines"])] if facts["log_lines"] else []
+        [
+            "",
+            f"{_ENGINE_WORDS[facts['engine'].split()[0]]} will say:",
+            *(f"  {line}" for line in facts["log_lines"]),
+        ]
+        if facts["log_lines"]
+        else []
     )
     lines += [f"note: {note}" for note in facts["notes"]]
     if facts["verdict"] == "does_not_fit":

@@ -266,3 +266,18 @@ def test_a_larger_context_can_leave_too_little_for_the_share(capsys):
     facts_of(capsys, *words)
     told = mistake(capsys, *words, "--cuda-context", "1GB")
     assert "gpu_memory_utilization 0.99 asks for" in told
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("fit", "--seqs", "4"),
+        ("fix", "--seqs", "4", "--context", "1K"),
+        ("fix", "--context", "1K"),
+        ("load", "--timeline"),
+    ],
+)
+def test_other_engines_are_not_asked_for_blocks(words, capsys):
+    verb, *more = words
+    assert main([verb, "llama-3.1-8b", "--gpu", "h100", "--engine", "sglang", *more]) == 2
+    assert f"{more[0]} is answered for engine vllm alone" in capsys.readouterr().err
