@@ -332,7 +332,7 @@ def _read_config(path: Path) -> ModelSpec:
     name = config.get("_name_or_path") or (folder if path.name == "config.json" else path.stem)
     notes = []
     if isinstance(config.get("text_config"), dict) or config.get("vision_config") is not None:
-        notes.append("only text_config is counted; a vision or audio tower comes on top")
+        notes.append("parameters are those of text_config")
     inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     if inner.get("num_nextn_predict_layers") or inner.get("mtp_num_hidden_layers"):
         notes.append("layers for multi-token prediction are not counted; published totals may include them")

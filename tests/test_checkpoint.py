@@ -12,7 +12,7 @@ from kvsim import catalog
 from kvsim.catalog.checkpoint import component_of
 from kvsim.errors import UserError
 from kvsim.memory import fit
-from kvsim.memory.weights import rank_weight_bytes
+from kvsim.memory.weights import NOT_STORED, rank_weight_bytes
 from kvsim.report.catalogue import model_facts, model_text
 from kvsim.specs import ModelSpec, deployment, load_model
 from tests.checkpoints import (
@@ -30,8 +30,8 @@ PARAMS = 2 * 256 * 64 + 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128 + 2 * 64) 
 
 
 def weights_of(dep):
-    """Bytes of weights on a rank, without the rotary table, which no checkpoint stores."""
-    return sum(size for name, size in rank_weight_bytes(dep, 0).items() if name != "rotary")
+    """Bytes of weights on a rank, without what no checkpoint stores."""
+    return sum(size for name, size in rank_weight_bytes(dep, 0).items() if name not in NOT_STORED)
 
 
 # ---------------------------------------------------------------- safetensors
@@ -60,7 +60,11 @@ def test_exact_bytes_reach_the_budget(tmp_path):
     total = write_checkpoint(tmp_path, config=config, tensors=[*tensors, *scales])
     dep = deployment(tmp_path, gpu="h100")
     assert dep.weight_format.name == "fp8"
-    assert weights_of(dep) == total == fit(dep).weights_bytes - 4096 * 16 * 2
+    by_component = fit(dep).weights_by_component
+    assert (
+        weights_of(dep) == total == fit(dep).weights_bytes - by_component["rotary"] - by_component["rounding"]
+    )
+    assert by_component["rotary"] == 4096 * 16 * 2
     linear = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)
     assert total == linear + 2 * (PARAMS - linear) + 2 * 128 * 4
     assert any(note == f"weights: the {total:,} bytes that are stored" for note in dep.notes)
@@ -76,7 +80,7 @@ def test_what_is_shared_out_sums_to_what_is_stored(tmp_path):
     stages = [
         rank_weight_bytes(deployment(tmp_path, gpu="h100", pipeline_parallel_size=2), i) for i in (0, 1)
     ]
-    assert sum(size for stage in stages for c, size in stage.items() if c != "rotary") == total
+    assert sum(size for stage in stages for c, size in stage.items() if c not in NOT_STORED) == total
 
 
 def test_another_format_or_dtype_is_computed(tmp_path):

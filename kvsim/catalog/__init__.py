@@ -53,6 +53,13 @@ def _shape_key(name: str) -> str:
     return "-".join(w for w in words if w not in ("instruct", "chat", "it", "hf", "base", "meta", "nvidia"))
 
 
+def multimodal_config(name: str) -> dict:
+    """What the config.json of a model with a vision tower says beside its text part, {} where nothing is known: the
+    registry has text parts alone. Names are found as in `find`."""
+    rows = msgspec.json.decode((files(__name__) / "towers.json").read_bytes())["towers"]
+    return next((row["config"] for row in rows if {_key(name), _shape_key(name)} & set(row["names"])), {})
+
+
 def ids(kind: str) -> list[str]:
     """The ids of all `"models"` or `"gpus"`, in the catalogue's order."""
     return [row.id for row in getattr(msgspec.json.decode(_file(kind), type=_KINDS[kind][0]), kind)]

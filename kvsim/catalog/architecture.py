@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 import msgspec
 
+from kvsim import catalog
 from kvsim.catalog import hybrids
 from kvsim.catalog.model import Checkpoint, LayerGroup, ModelSpec, Part
+from kvsim.catalog.vision import tower_of
 from kvsim.errors import UserError, did_you_mean
 
 __all__ = ["Checkpoint", "LayerGroup", "ModelSpec", "Part", "from_config", "from_entry"]
@@ -225,7 +227,7 @@ def from_config(
     when model_type is unknown, a field is missing, no number, or two fields contradict each other. A nested
     `text_config` is read instead of the fields around it.
     """
-    inner = config.get("text_config")
+    whole, inner = config, config.get("text_config")
     if isinstance(inner, dict):
         config = {**{k: v for k, v in config.items() if k != "text_config"}, **inner}
     for nested in ("attn_config", "ffn_config"):  # DBRX
@@ -274,6 +276,7 @@ def from_config(
         _parts(c, model_type, hidden, heads, kv_heads, head_dim, dense_size, mixers, moe_layers, state, tied)
     )
     rotary_dim = c.size("qk_rope_head_dim") if family.mla else head_dim * c.number("partial_rotary_factor", 1)
+    rotary_rows = 0 if family.learned_positions >= 0 else _rotary_rows(c, model_type, context)
     quantization = c.get("quantization_config")
     if quantization is not None and not isinstance(quantization, dict):
         raise c.fail(f"'quantization_config' is {quantization!r}; it must be an object")
@@ -283,9 +286,12 @@ def from_config(
         "native_quantization": str(quantization.get("quant_method")) if quantization else None,
         **(facts or {}),
     }
+    tower, why_no_tower = tower_of(whole, hidden)
     spec = ModelSpec(
         name=name,
         model_type=model_type,
+        tower=tower,
+        why_no_tower=why_no_tower,
         weight_format=_checkpoint_format(c, quantization),
         hidden_size=hidden,
         intermediate_size=dense_size,
@@ -297,6 +303,8 @@ def from_config(
         vocab_size=vocab,
         max_position_embeddings=context,
         rotary_dim=0 if family.learned_positions >= 0 else int(rotary_dim),
+        rotary_elems=rotary_rows * int(rotary_dim),
+        rotary_dtype="float32" if model_type == "gpt_oss" else None,  # asked for in vLLM's model
         tie_word_embeddings=tied,
         gated_mlp=family.gated,
         num_experts=c.size("num_experts") if moe_layers else 0,
@@ -336,6 +344,9 @@ def from_entry(entry: dict) -> ModelSpec:
     }
     config = entry["config"]
     if config["model_type"] in _FAMILIES:
+        around = catalog.multimodal_config(entry["id"])
+        if around:
+            config = {**around, "text_config": {**config, **around.get("text_config", {})}}
         return from_config(config, name=entry["id"], where=f"catalogue model {entry['id']}", facts=facts)
     groups = msgspec.convert(entry["kv"]["layer_groups"], tuple[LayerGroup, ...])
     c = _Config(config, entry["id"])
@@ -440,6 +451,28 @@ def _context(c: _Config, default: int | None = None) -> int:
     if kind == "yarn":
         positions = c.number("original_max_position_embeddings", positions, scaling)
     return int(positions * c.number("factor", 1, scaling))
+
+
+def _rotary_rows(c: _Config, model_type: str, context: int) -> int:
+    """Rows of the tables of angles that vLLM's rotary embeddings keep, over all tables of a model.
+
+    One for each position of the context; with mrope four times as many (long videos), with longrope the original
+    context's beside. Gemma 3 has one table for its sliding layers and one for its global ones, which is as long as
+    its scaling factor says, although its context is not. Source: vLLM, layers/rotary_embedding.
+    """
+    scaling = c.get("rope_scaling") or c.get("rope_parameters")
+    scaling = scaling if isinstance(scaling, dict) else {}
+    if model_type == "gemma3_text":
+        nested = scaling.get("full_attention")
+        scaling = nested if isinstance(nested, dict) else scaling
+        is_linear = str(scaling.get("rope_type", scaling.get("type"))) == "linear"
+        return context + int(context * (c.number("factor", 1, scaling) if is_linear else 1))
+    if "mrope_section" in scaling:
+        return 4 * context
+    if str(scaling.get("rope_type", scaling.get("type"))) in ("longrope", "su"):
+        original = scaling.get("original_max_position_embeddings", c.get("original_max_position_embeddings"))
+        return context + (original if type(original) is int and 0 < original < context else 0)
+    return context
 
 
 def _layer_groups(

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import msgspec
 
+from kvsim.catalog.vision import Tower
+
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
     """One weight tensor of a layer (or of the model): `copies` matrices of `rows` x `cols`.
@@ -120,12 +122,15 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     `parts` is empty for a model of the catalogue that has no formula here: it can be listed, not fitted.
     `weight_format` is the checkpoint's own quantisation ("fp8_block", ...), None if it is stored in `dtype`.
-    `max_position_embeddings` is the context that an engine derives from the config. `layer_sets` names the
-    layers of a kind where a model has several ("attention", "state", ...), `layer_kinds` the kind of each
+    `max_position_embeddings` is the context that an engine derives from the config; `rotary_dim` numbers of a head
+    are rotated, `rotary_elems` are those of its tables of angles, kept in `rotary_dtype`, None for that of the
+    activations. `layer_sets` names the layers of a kind where a model has several ("attention", "state", ...),
+    `layer_kinds` the kind of each
     layer's group, in the model's order. `state_dtype` is what the config keeps recurrent state in, where it
     says so, `kept_state_dtype` what vLLM does, None for that of the activations. A Mamba-2 layer's convolution
     covers `conv_groups` groups of B and C, `conv_elems_per_group` elements each. `checkpoint`: what is stored,
-    if the files were there.
+    if the files were there. `tower`: the vision encoder beside the text part, which everything else is about;
+    `why_no_tower` is a sentence where there is one that is not sized.
     """
 
     name: str
@@ -149,6 +154,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int = 0
     max_position_embeddings: int = 0
     rotary_dim: int = 0
+    rotary_elems: int = 0
+    rotary_dtype: str | None = None
     tie_word_embeddings: bool = False
     gated_mlp: bool = True
     num_experts: int = 0
@@ -166,6 +173,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     num_params: int = 0
     num_active_params: int | None = 0
     checkpoint: Checkpoint | None = None
+    tower: Tower | None = None
+    why_no_tower: str | None = None
 
     def layers_where(self, where: str, layers: Sequence[int] | None = None) -> int:
         """How many of `layers` (all by default) are of a kind: "every", "moe", "dense" or a layer set."""

@@ -16,6 +16,7 @@ import msgspec
 from kvsim.catalog.model import LayerGroup
 from kvsim.errors import UserError
 from kvsim.formats import weight_format
+from kvsim.memory import encoder
 from kvsim.memory.planner import KvGroup, LayerSpec, Plan, group_layers, plan_groups, stage_groups
 from kvsim.memory.weights import pipeline_stages, rank_weight_bytes
 from kvsim.specs import Deployment, check_supported
@@ -29,24 +30,33 @@ COMMUNICATOR_BYTES = round(1.02 * GIB)
 
 # What stays allocated outside torch after profiling: cuBLAS workspaces on one GPU; NCCL and custom
 # all-reduce buffers in a tensor-parallel group, a little more for every doubling (logs: 0.25 at TP1,
-# 2.07 at TP2, 2.17 at TP4; 0.07 with pipeline parallelism only; 0.13 at TP1 before 0.18).
+# 2.07 at TP2, 2.17 at TP4; 0.07 with pipeline parallelism only; 0.13 at TP1 before 0.18). Cards on PCIe, which
+# at most a bridge links in pairs, have none of NCCL's multicast buffers (logs of vLLM 0.7 and 0.8: 0.30 on two L40S,
+# issue 15815; 0.25 on two RTX 4090, issue 13061; 0.20 on sixteen RTX 3090, PR 14447).
 NON_TORCH_ONE_GPU = round(0.25 * GIB)
 NON_TORCH_ONE_GPU_BEFORE_0_18 = round(0.13 * GIB)
 NON_TORCH_PIPELINE = round(0.07 * GIB)
 NON_TORCH_TP2 = round(2.07 * GIB)
 NON_TORCH_PER_DOUBLING = round(0.10 * GIB)
+NON_TORCH_ON_PCIE = round(0.25 * GIB)
 
 # CUDA graphs: a private pool plus the kernel nodes of 51 captured batch sizes in every layer. A line
 # through the logged sizes of 50 starts (median 0.95 GiB), 0.18 GiB mean error; 0.9 for all: 0.26.
 CUDA_GRAPH_POOL = round(0.5 * GIB)
 CUDA_GRAPH_PER_LAYER = 14 * MIB
 
-# Bytes the sampler holds for one logit: 14.7 since vLLM 0.17 (logits, their fp32 copy, sorted values and
-# indices, probabilities), 38.1 before (more fp32 copies alive at once).
-SAMPLER_BYTES_PER_LOGIT = 14.7
-SAMPLER_BYTES_PER_LOGIT_BEFORE_0_17 = 38.1
-# Buffers for sending activations between pipeline stages and a second batch in flight.
-PIPELINE_ACTIVATION_FACTOR = 1.15
+# Before it had KV groups, vLLM kept whole sequences in layers with a window or chunks (0.8.3 logs 24 GiB for 1,048,576
+# tokens of Llama 4, its chunked layers in full).
+WINDOWS_SINCE = (0, 9)
+
+# Bytes the sampler holds for one logit beside the logit itself, which is in the dtype: 12.6 since vLLM 0.17 (its fp32
+# copy, sorted values, indices, probabilities), 36.1 before (more fp32 copies alive at once).
+SAMPLER_BYTES_PER_LOGIT = 12.6
+SAMPLER_BYTES_PER_LOGIT_BEFORE_0_17 = 36.1
+# What PyTorch gives cuBLAS to work in (CUDABlas.cpp): eight buffers of 4 MiB on Hopper and Blackwell of data centres,
+# two and eight of 16 KiB elsewhere. The first product of the sampler's pass allocates it.
+CUBLAS_WORKSPACE = 8 * 4 * MIB
+CUBLAS_WORKSPACE_ELSEWHERE = 2 * 4 * MIB + 8 * 16 * 1024
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
@@ -226,7 +236,7 @@ def stage_budget(
     # Fraction: 0.92 means 92/100, and a ceiling must not see float noise
     requested = math.ceil(dep.gpu.total_bytes * Fraction(str(s.gpu_memory_utilization)))
     free_at_start = dep.gpu.total_bytes - context - communicators - dep.gpu.used_bytes
-    notes: list[str] = []
+    notes = [f"{dep.model.name}: {dep.model.why_no_tower}"] if dep.model.why_no_tower else []
     budgeted_graphs = graphs if s.version >= (0, 21) else 0
     fixed = weights_bytes + non_torch + activation + budgeted_graphs
     if s.kv_cache_memory_bytes is None:
@@ -308,14 +318,22 @@ def activation_peak_bytes(dep: Deployment, stage: int = 0) -> int:
 
     The sampler works on max_num_seqs rows of logits on the last stage, the forward pass on
     max_num_batched_tokens rows of activations; they do not overlap, so the larger one counts. Expert
-    layers have their own work space (memory.md, "Activation peak"). Source: vLLM start-up logs.
+    layers have their own work space (memory.md, "Activation peak"). A vision tower runs before, on the first
+    stage, and what went through it is kept. Source: vLLM start-up logs.
     """
     s, model = dep.settings, dep.model
     b = weight_format(dep.dtype).bits // 8
     tokens, hidden, tp = s.max_num_batched_tokens, model.hidden_size, s.tensor_parallel_size
     per_logit = SAMPLER_BYTES_PER_LOGIT if s.version >= (0, 17) else SAMPLER_BYTES_PER_LOGIT_BEFORE_0_17
-    sampler = per_logit * s.max_num_seqs * model.vocab_size + 1.5 * tokens * hidden * b
-    widths = [p.cols for p in model.parts if p.component == "mlp" and p.name.endswith("up_proj")]
+    # the hidden states of all tokens and of those that are sampled stay beside the logits
+    sampler = (per_logit + b) * s.max_num_seqs * model.vocab_size + (tokens + s.max_num_seqs) * hidden * b
+    has_large = (dep.gpu.compute_capability or "").partition(".")[0] in ("9", "10")
+    sampler += CUBLAS_WORKSPACE if has_large else CUBLAS_WORKSPACE_ELSEWHERE
+    widths = [
+        p.cols
+        for p in model.parts
+        if p.component == "mlp" and p.name.endswith("up_proj") and model.layers_where(p.where)
+    ]
     matrices = 3 if model.gated_mlp else 2
     forward = tokens * b * (matrices * max(widths, default=0) / tp + 4 * hidden)
     work = 0.0
@@ -325,12 +343,18 @@ def activation_peak_bytes(dep: Deployment, stage: int = 0) -> int:
         work = rows * (max(2 * width, hidden) + max(width, hidden)) * b
     is_last = stage == s.pipeline_parallel_size - 1
     peak = (max(sampler, forward) if is_last else forward) + work
-    return round(peak * (PIPELINE_ACTIVATION_FACTOR if s.pipeline_parallel_size > 1 else 1))
+    if stage == 0:
+        peak = max(encoder.forward_bytes(dep), encoder.kept_bytes(dep) + peak)
+    if s.pipeline_parallel_size > 1:  # hidden states and residual, sent on or received
+        peak += 2 * tokens * hidden * b
+    return round(peak)
 
 
 def non_torch_bytes(dep: Deployment) -> int:
     """Memory outside torch that stays allocated after profiling."""
     s = dep.settings
+    if s.tensor_parallel_size > 1 and dep.gpu.form_factor == "pcie":
+        return NON_TORCH_ON_PCIE
     if s.tensor_parallel_size > 1:
         doublings = math.log2(s.tensor_parallel_size) - 1
         return NON_TORCH_TP2 + round(NON_TORCH_PER_DOUBLING * doublings)
@@ -374,11 +398,12 @@ def _layer_spec(dep: Deployment, group: LayerGroup, is_skipped: bool = False) ->
             padded_bytes=max((s.block_size * page for page in pages), default=None),
             align=s.enable_prefix_caching,
         )
+    windowed = s.version >= WINDOWS_SINCE or group.window is None
     return LayerSpec(
-        kind=group.kind,
+        kind=group.kind if windowed else "full",
         block_size=s.block_size,
         page_bytes=s.block_size * dep.kv_token_bytes(group, is_skipped),
-        window=group.window,
+        window=group.window if windowed else None,
         kv_heads=group.kv_heads,
         head_size=group.head_dim or group.rank_stored_elems(tp),
     )

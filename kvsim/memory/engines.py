@@ -29,7 +29,7 @@ from kvsim.memory.budget import (
     rank_name,
 )
 from kvsim.memory.planner import KvGroup, stage_groups
-from kvsim.memory.weights import pipeline_stages, rank_weight_bytes
+from kvsim.memory.weights import NOT_STORED, pipeline_stages, rank_weight_bytes
 from kvsim.other_engines import SGLANG_WINDOW_FAMILIES, SGLANG_WINDOW_SHARE
 from kvsim.specs import Deployment
 from kvsim.units import GIB, MIB, format_gib
@@ -310,7 +310,7 @@ def compute_buffer_bytes(dep: Deployment, stage: int) -> int:
 def _llama_cpp(dep: Deployment, stage: int, weights: dict, free: int, overhead: int | None) -> Budget:
     s, model = dep.settings, dep.model
     layers = pipeline_stages(model.num_hidden_layers, s.pipeline_parallel_size)[stage]
-    weights.pop("rotary", None)  # computed, not stored
+    weights = {name: size for name, size in weights.items() if name not in NOT_STORED}  # which are vLLM's own
     if not model.tie_word_embeddings:
         weights.pop("embedding", None)  # stays in host memory
     compute = compute_buffer_bytes(dep, stage) if overhead is None else overhead

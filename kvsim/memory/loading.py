@@ -15,7 +15,7 @@ import msgspec
 from kvsim.formats import weight_format
 from kvsim.memory.budget import Budget, stage_budget
 from kvsim.memory.hardware import GPUS_PER_NODE
-from kvsim.memory.weights import rank_weight_bytes, replica_weight_bytes
+from kvsim.memory.weights import NOT_STORED, rank_weight_bytes, replica_weight_bytes
 from kvsim.specs import Deployment
 
 LOADERS = {
@@ -52,12 +52,12 @@ def checkpoint_bytes(dep: Deployment) -> int:
 
 def shard_bytes(dep: Deployment) -> list[int]:
     """What a rank of each pipeline stage takes out of the checkpoint: in the format of the stored files where they are
-    known, since quantizing comes after reading. The rotary table is computed, not loaded."""
+    known, since quantizing comes after reading. What no checkpoint stores is not loaded."""
     stages = range(dep.settings.pipeline_parallel_size)
     if dep.model.checkpoint is not None:
         dep = dep.replace(quantization=None)
     return [
-        sum(size for component, size in rank_weight_bytes(dep, stage).items() if component != "rotary")
+        sum(size for component, size in rank_weight_bytes(dep, stage).items() if component not in NOT_STORED)
         for stage in stages
     ]
 

@@ -177,9 +177,17 @@ def find_model(name: str, facts: dict[str, dict], source: str = "") -> tuple[Mod
             f"model {name!r} is not in the catalogue, and no facts are given for it; name them in a file with --arch"
         )
     if about is None:
-        return known, _has_tower(name, known)
+        return _as_published(name, known), _has_tower(name, known)
     is_known = known is not None and _same_shape(known, about)
-    return known if is_known else _model_of_facts(name, about, f"{source}: {name}"), bool(about.get("mm"))
+    model = known if is_known else _model_of_facts(name, about, f"{source}: {name}")
+    return _as_published(name, model), bool(about.get("mm"))
+
+
+def _as_published(name: str, model: ModelSpec) -> ModelSpec:
+    """Only Mistral's own repositories have its own format; others' copies of its models are in Hugging Face's."""
+    if model.tower is None or model.tower.is_divided or name.lower().startswith("mistralai/"):
+        return model
+    return msgspec.structs.replace(model, tower=msgspec.structs.replace(model.tower, is_divided=True))
 
 
 def _catalogued_model(name: str) -> ModelSpec | None:
@@ -215,7 +223,12 @@ def _facts_about(name: str, facts: dict[str, dict]) -> dict | None:
 
 def _has_tower(name: str, model: ModelSpec) -> bool:
     notes = (model.notes or "").lower()
-    return bool(re.search(r"vision|-vl\b", name.lower())) or "vision" in notes or "text decoder only" in notes
+    return (
+        model.tower is not None
+        or bool(re.search(r"vision|-vl\b", name.lower()))
+        or "vision" in notes
+        or "text decoder only" in notes
+    )
 
 
 def _same_shape(model: ModelSpec, about: dict) -> bool:
@@ -236,6 +249,10 @@ _FAMILY_OF_WORD = (
     ("gemma", "gemma"), ("phi-2", "phi"), ("qwen3", "qwen3"), ("qwen", "qwen2"), ("qwq", "qwen2"),
     ("kimi-dev", "qwen2"),
 )  # fmt: skip
+# Facts tell no context. It sizes the tables of angles alone, 32 MiB at most; these are the families' own.
+_CONTEXT_OF_FAMILY = {
+    "phi": 2048, "gemma": 8192, "gemma2": 8192, "qwen2_moe": 8192, "qwen3": 40960, "qwen3_moe": 40960,
+}  # fmt: skip
 # What the facts call a field of a config.
 _SPELLED = {
     "num_hidden_layers": "layers", "hidden_size": "hidden", "intermediate_size": "intermediate",
@@ -248,8 +265,7 @@ _SPELLED = {
 
 
 def _model_of_facts(name: str, about: dict, where: str) -> ModelSpec:
-    """A model out of facts that name no family: it goes by attention, experts and words of the name. Its context
-    is not among the facts; it matters for the rotary table alone, at most 32 MiB."""
+    """A model out of facts that name no family: it goes by attention, experts and words of the name."""
     low, attention = name.lower(), about.get("attn")
     if attention == "linear_hybrid":
         raise UserError(f"{where}: the facts do not tell how large the recurrent state of its layers is")
@@ -270,8 +286,11 @@ def _model_of_facts(name: str, about: dict, where: str) -> ModelSpec:
         config["attention_chunk_size"] = config.pop("sliding_window")
     config |= {
         "model_type": family,
-        "max_position_embeddings": 40960 if family.startswith("qwen3") else 131072,
+        "max_position_embeddings": _CONTEXT_OF_FAMILY.get(family, 131072),
     }
+    if about.get("mm"):
+        around = catalog.multimodal_config(_unquantized(name))
+        config = {**around, "text_config": {**config, **around.get("text_config", {})}}
     return from_config(config, name=name, where=where, spelled=_SPELLED)
 
 

@@ -1,4 +1,5 @@
-"""Bytes of weights on one GPU: what tensor parallelism divides, what it replicates, who has the embedding.
+"""Bytes of weights on one GPU: what tensor parallelism divides, what it replicates, who has the embedding; and what
+an engine allocates beside them while it loads, which its log counts with them.
 
 Unquantised text models come out within 0.6 % of what vLLM logs after loading.
 """
@@ -6,11 +7,30 @@ Unquantised text models come out within 0.6 % of what vLLM logs after loading.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from kvsim.catalog.checkpoint import dominant_dtype
 from kvsim.catalog.model import ModelSpec, Part
 from kvsim.formats import DTYPES, WEIGHT_FORMATS, Format, has_more_bits, weight_format
+from kvsim.memory.allocator import allocated_bytes
+from kvsim.memory.experts import (
+    ExpertKernel,
+    down_bias_bytes,
+    down_tensors,
+    expert_kernel,
+    up_bias_bytes,
+    up_tensors,
+)
 from kvsim.specs import Deployment
+from kvsim.units import MIB
+
+# Components that no checkpoint stores: tables of angles, a buffer, and what the allocator rounds up.
+NOT_STORED = ("rotary", "workspace", "rounding")
+
+# vLLM allocates this when it looks which attention back-ends can run a model with latent attention: FlashInfer's
+# module for it makes its buffer when it is imported, used or not (FLASHINFER_MLA_WORKSPACE_BUFFER_SIZE). Since 0.11.
+MLA_WORKSPACE_BYTES = 128 * MIB
+MLA_WORKSPACE_SINCE = (0, 11)
 
 
 def pipeline_stages(num_layers: int, num_stages: int) -> list[range]:
@@ -24,7 +44,7 @@ def pipeline_stages(num_layers: int, num_stages: int) -> list[range]:
 
 
 def rank_weight_bytes(dep: Deployment, stage: int) -> dict[str, int]:
-    """Bytes of each component on a rank of pipeline stage `stage` (from 0), rotary table included.
+    """Bytes of each component on a rank of pipeline stage `stage` (from 0), `NOT_STORED` ones included.
 
     Linear layers are in the deployment's weight format; norms, biases and routers, and the embedding and the head
     where the format names none for them, stay in its dtype. Tied embeddings are stored once, but on both the first and
@@ -35,9 +55,22 @@ def rank_weight_bytes(dep: Deployment, stage: int) -> dict[str, int]:
     stored = stored_bytes(dep)
     if stored is not None:
         out = _share_of(stored, out, _formula_bytes_of_all(dep), stage)
-    # one cos/sin table for all layers, as long as the model's context: 32 MiB for Llama-3.1
-    model, wide = dep.model, weight_format(dep.dtype)
-    out["rotary"] = wide.bytes(model.max_position_embeddings * model.rotary_dim)
+    tower = _tower_tensors(dep) if stage == 0 else []
+    if tower and "vision" not in out:
+        out["vision"] = sum(tower)
+    out |= _beside_bytes(dep)
+    tensors = [*tower, *_rank_tensors(dep, stage), out["rotary"], out.get("workspace", 0)]
+    rounding = allocated_bytes(tensors) - sum(tensors)
+    return out | ({"rounding": rounding} if rounding else {})
+
+
+def _beside_bytes(dep: Deployment) -> dict[str, int]:
+    """What is allocated while loading and is no weight: a cos/sin table for all layers, as long as the model's
+    context (32 MiB for Llama-3.1), and a buffer for latent attention."""
+    model = dep.model
+    out = {"rotary": weight_format(model.rotary_dtype or dep.dtype).bytes(model.rotary_elems)}
+    if dep.settings.version >= MLA_WORKSPACE_SINCE and any(g.kind == "mla" for g in model.layer_groups):
+        out["workspace"] = MLA_WORKSPACE_BYTES
     return out
 
 
@@ -45,7 +78,10 @@ def replica_weight_bytes(dep: Deployment) -> dict[str, int]:
     """Bytes of each component of the whole model, every weight once: those of the checkpoint where they are known and
     loaded as they are, else those that the formats give."""
     stored = stored_bytes(dep)
-    return _formula_bytes_of_all(dep) if stored is None else stored
+    if stored is not None:
+        return stored
+    out, tower = _formula_bytes_of_all(dep), dep.model.tower
+    return out | ({"vision": weight_format(dep.dtype).bytes(tower.num_params)} if tower else {})
 
 
 def stored_bytes(dep: Deployment) -> dict[str, int] | None:
@@ -120,14 +156,18 @@ def _part_bytes(
     if part.where in ("first", "last"):
         return used.bytes(elements, channels)
     count = model.layers_where(part.where, layers)
-    wider = [name for end, name in linear.wider if part.linear and part.name.endswith(end)]
-    if not wider:
+    wider = _wider_format(linear, part)
+    if wider is None:
         return count * used.bytes(elements, channels)
     some = [i for i in layers if has_more_bits(i, model.num_hidden_layers)]
     more = model.layers_where(part.where, some)
-    return more * WEIGHT_FORMATS[wider[0]].bytes(elements, channels) + (count - more) * used.bytes(
-        elements, channels
-    )
+    return more * wider.bytes(elements, channels) + (count - more) * used.bytes(elements, channels)
+
+
+def _wider_format(linear: Format, part: Part) -> Format | None:
+    """What a part is stored in where a mix of formats gives it more bits in some layers."""
+    names = [name for end, name in linear.wider if part.linear and part.name.endswith(end)]
+    return WEIGHT_FORMATS[names[0]] if names else None
 
 
 def _format_of(model: ModelSpec, part: Part, linear: Format, wide: Format) -> Format:
@@ -140,18 +180,86 @@ def _format_of(model: ModelSpec, part: Part, linear: Format, wide: Format) -> Fo
 
 
 def _formula_bytes(dep: Deployment, stage: int) -> dict[str, int]:
-    model, pp, tp = dep.model, dep.settings.pipeline_parallel_size, dep.settings.tensor_parallel_size
+    model, pp = dep.model, dep.settings.pipeline_parallel_size
     layers = pipeline_stages(model.num_hidden_layers, pp)[stage]
-    linear, wide = dep.weight_format, weight_format(dep.dtype)
     out: dict[str, int] = {}
-    for part in model.parts:
-        is_here = True
+    for part, sizes in _rank_parts(dep):
         if part.where == "first":
             tied_head = part.name == "embed_tokens" and model.tie_word_embeddings and stage == pp - 1
-            is_here = stage == 0 or tied_head
+            size = sum(sizes) if stage == 0 or tied_head else 0
         elif part.where == "last":
-            is_here = stage == pp - 1
-        shape = part.rank_shape(tp, model.kv_heads_of(part), dep.settings.enable_expert_parallel)
-        size = _part_bytes(model, part, shape, layers, linear, wide) if is_here else 0
+            size = sum(sizes) if stage == pp - 1 else 0
+        elif _wider_format(dep.weight_format, part):
+            size = _part_bytes(
+                model, part, _rank_shape(dep, part), layers, dep.weight_format, weight_format(dep.dtype)
+            )
+        else:
+            size = model.layers_where(part.where, layers) * sum(sizes)
         out[part.component] = out.get(part.component, 0) + size
     return out
+
+
+def _tower_tensors(dep: Deployment) -> list[int]:
+    """Bytes of each tensor of the vision tower on a rank of the first stage; it stays in the deployment's dtype."""
+    tower = dep.model.tower
+    elems = tower.rank_elems(dep.settings.tensor_parallel_size) if tower else []
+    return [weight_format(dep.dtype).bytes(n) for n in elems]
+
+
+def _rank_tensors(dep: Deployment, stage: int) -> list[int]:
+    """Bytes of each tensor of a rank in the order in which vLLM makes them: embedding, layers, head. Matrices that
+    are multiplied at once (q, k and v; gate and up; all experts' of a layer) are one tensor."""
+    model, pp = dep.model, dep.settings.pipeline_parallel_size
+    layers = pipeline_stages(model.num_hidden_layers, pp)[stage]
+    first, last, by_where = [], [], {}
+    fused: dict[tuple, int] = {}
+    for part, sizes in _rank_parts(dep):
+        for number, size in enumerate(sizes):
+            key = (part.where, part.op or part.name, number)
+            fused[key] = fused.get(key, 0) + size
+    for (where, *_), size in fused.items():
+        kept = first if where == "first" else last if where == "last" else by_where.setdefault(where, [])
+        kept.append(size)
+    moe = set(model.moe_layers)
+    kinds = {where: set(numbers) for where, numbers in model.layer_sets.items()}
+    kinds = {"every": set(layers), "moe": moe, "dense": set(layers) - moe} | kinds
+    out = list(first) if stage == 0 else []
+    for i in layers:
+        for where, sizes in by_where.items():
+            if i in kinds[where]:
+                out += sizes
+    return out + (last if stage == pp - 1 else [])
+
+
+def _rank_shape(dep: Deployment, part: Part) -> tuple[int, int, int]:
+    """Copies, rows and columns of a part on a rank."""
+    s, kv_heads = dep.settings, dep.model.kv_heads_of(part)
+    return part.rank_shape(s.tensor_parallel_size, kv_heads, s.enable_expert_parallel)
+
+
+def _rank_parts(dep: Deployment) -> Iterator[tuple[Part, tuple[int, ...]]]:
+    """Each part and the bytes of its tensors on a rank, in one layer: numbers, then scales, if there are any."""
+    linear, wide = dep.weight_format, weight_format(dep.dtype)
+    kernel = None
+    if linear.name == "mxfp4":
+        kernel = expert_kernel(dep.gpu.compute_capability, dep.settings.version)
+    for part in dep.model.parts:
+        copies, rows, cols = shape = _rank_shape(dep, part)
+        used, elements = _format_of(dep.model, part, linear, wide), math.prod(shape)
+        if kernel is not None and part.component == "experts":
+            yield part, _kernel_tensors(kernel, part, copies, rows, cols)
+        else:
+            size = used.bytes(elements, copies * cols)
+            numbers = elements * used.bits // 8 if used.group or used.channel_bits else size
+            yield part, (numbers, size - numbers)
+
+
+def _kernel_tensors(kernel: ExpertKernel, part: Part, copies: int, rows: int, cols: int) -> tuple[int, ...]:
+    """Bytes of a part of mxfp4 experts as a kernel keeps it; gate and up are half of one matrix each."""
+    if part.name == "experts.gate_up_proj.bias":
+        return (up_bias_bytes(kernel, copies, cols // 2),)
+    if part.name == "experts.down_proj.bias":
+        return (down_bias_bytes(kernel, copies, cols),)
+    if part.name == "experts.down_proj":
+        return down_tensors(kernel, copies, cols, rows)
+    return tuple(size // 2 for size in up_tensors(kernel, copies, rows, cols))

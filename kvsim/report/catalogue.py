@@ -80,7 +80,7 @@ def model_facts(model: ModelSpec, contexts: tuple[int, ...] = CONTEXTS, tp: int 
         "max_position_embeddings": model.max_position_embeddings,
         "tie_word_embeddings": model.tie_word_embeddings,
         "layer_groups": [_group_facts(group) for group in model.layer_groups],
-        "params": _params(model),
+        "params": _params(model) | ({"vision_tower": model.tower.num_params} if model.tower else {}),
         "weights": _weights(model),
         "kv": _kv(model, contexts) if sized else None,
     }
@@ -472,6 +472,8 @@ def _params_text(params: dict, experts: dict | None) -> list[str]:
         rows += [[f"  {name}", f"{size:,}", ""] for name, size in layers["by_component"].items()]
         rows.append(["head", f"{params['head']:,}", "" if params["head"] else "tied to the embedding"])
         rows.append(["norms", f"{norms['total']:,}", f"{norms['in_layers']:,} of them in the layers"])
+    if "vision_tower" in params:
+        rows.append(["vision tower", f"{params['vision_tower']:,}", "beside them, as are its weights"])
     if experts:
         rows.append(
             [

@@ -44,7 +44,7 @@ def fit_facts(dep: Deployment, budget: Budget, contexts: tuple[int, ...] | None 
             "data": s.data_parallel_size,
         },
         "weights": {
-            "num_params": dep.model.num_params,
+            "num_params": dep.model.num_params + (dep.model.tower.num_params if dep.model.tower else 0),
             "format": dep.weight_format.name,
             "dtype": weight_format(dep.dtype).name,
             "embedding": dep.weight_format.embedding or weight_format(dep.dtype).name,

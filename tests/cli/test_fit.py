@@ -209,7 +209,8 @@ def test_claim_A10_dbrx_takes_four_h100(capsys):
 
 def test_claim_B14_70b_in_int4_is_too_much_for_40_gb(capsys):
     row = choices(capsys, "a100-40gb-sxm", "--fits", "llama-3-70b", "-q", "int4", "-tp", 1)["a100-40gb-sxm"]
-    assert not row["fits"] and row["weights_bytes"] / GIB == pytest.approx(37.03, abs=0.02)
+    # 37.03 GiB, 8 MiB of angles and what the allocator rounds up
+    assert not row["fits"] and row["weights_bytes"] / GIB == pytest.approx(37.03, abs=0.05)
 
 
 # ---------------------------------------------------------------- --budget
@@ -389,8 +390,9 @@ def test_claim_D13_opt_175b_on_eight_h100(capsys):
 def test_claim_D07_405b_in_int4_on_eight_cards_of_80_gb_has_room(capsys):
     words = ["llama-3.1-405b", "--gpu", "h100", "-q", "int4", "-tp", 8, "--context", "4K,128K"]
     facts = rough(capsys, *words, overhead="3GiB")
-    rotary = facts["weights"]["by_component"]["rotary"]  # the claim leaves the table of angles out
-    assert (facts["weights"]["gpu_bytes"] - rotary) / GIB == pytest.approx(25.27, abs=0.01)
+    # the claim leaves out the table of angles and what the allocator rounds up
+    beside = sum(facts["weights"]["by_component"][name] for name in ("rotary", "rounding"))
+    assert (facts["weights"]["gpu_bytes"] - beside) / GIB == pytest.approx(25.27, abs=0.01)
     assert facts["kv_cache"]["bytes"] / GIB == pytest.approx(45.0, abs=0.05)
     assert facts["kv_cache"]["kv_cache_tokens"] == pytest.approx(749_000, rel=0.001)
     assert [c["whole"] for c in facts["contexts"]] == [182, 5]

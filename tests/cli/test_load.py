@@ -82,7 +82,7 @@ def test_a_folder_is_read_as_it_is_stored(tmp_path, capsys):
     [
         "llama-3.1-8b --gpu l4 --max-model-len 8K",
         "llama-3-70b --gpu h100 -tp 4",
-        "gpt-oss-120b --gpu h100 --enforce-eager",
+        "gpt-oss-120b --gpu h100 --enforce-eager --max-model-len 64K",
         "llama-3.1-8b --gpu l4 --max-model-len -1",
         "gemma-3-27b --gpu h200",
     ],

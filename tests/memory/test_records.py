@@ -156,7 +156,7 @@ def test_pipelines_log_their_first_stage(tmp_path):
     """Weights and KV bytes are rank 0's, blocks those of the stage that has the fewest."""
     (row,) = predicted(tmp_path, {"pp": "4"})
     assert row["weights_gib"]["predicted"] == pytest.approx(4.26, abs=0.005)
-    assert row["activation_peak_gib"]["predicted"] == pytest.approx(1.04, abs=0.005)
+    assert row["activation_peak_gib"]["predicted"] == pytest.approx(1.03, abs=0.005)
     pool = row["num_blocks"]["predicted"] * 16 * 131072 / 4 / GIB
     assert pool < row["kv_avail_gib"]["predicted"] - 0.5
 
@@ -411,16 +411,23 @@ def test_against_start_up_logs(logs):
     """Weights of unquantised text models, activation peaks of text models, KV bytes of everything on vLLM >= 0.15."""
     rows = predict(*logs, source="model_arch.json")
     gated = summarize(rows)["gated"]
-    assert gated["weights_gib"]["num_rows"] >= 30 and gated["weights_gib"]["mean_percent"] <= 0.006 * 100
+    assert gated["weights_gib"]["num_rows"] >= 30 and gated["weights_gib"]["mean_percent"] <= 0.1
     assert (
-        gated["activation_peak_gib"]["num_rows"] >= 28 and gated["activation_peak_gib"]["mean_percent"] <= 2
+        gated["activation_peak_gib"]["num_rows"] >= 28 and gated["activation_peak_gib"]["max_percent"] <= 2.1
     )
     for name in ("kv_avail_gib", "kv_tokens", "max_concurrency"):
         assert gated[name]["num_rows"] >= 51 and gated[name]["median_percent"] <= 1
-    # vision towers are not in the model; they alone keep the 95th percentile above 3 %
-    texts = [row for row in rows if "activation_peak_gib" in row["gated"]]
-    errors = error_statistics([abs(row["kv_avail_gib"]["error_percent"]) for row in texts])
-    assert errors["num_rows"] >= 28 and errors["p95_percent"] <= 3
+    for name in ("kv_avail_gib", "num_blocks", "kv_tokens", "max_concurrency"):
+        assert gated[name]["p95_percent"] <= 1
+    towers = [
+        row
+        for row in rows
+        if "weights_gib" in row and row["model"].startswith(("google/gemma-3", "moonshotai/Kimi-VL"))
+    ]
+    assert len(towers) >= 4
+    for row in towers:
+        assert abs(row["weights_gib"]["error_percent"]) <= 0.1
+        assert abs(row["activation_peak_gib"]["error_percent"]) <= 2.5
 
 
 def test_blocks_from_logged_bytes(logs):
@@ -438,7 +445,7 @@ def test_blocks_from_logged_bytes(logs):
         for row in rows
         if {"num_blocks", "kv_tokens", "k_mib"} & row.keys()
     ]
-    assert len(errors) >= 70 and sum(error <= 0.1 for error in errors) >= 0.93 * len(errors)
+    assert len(errors) >= 70 and sum(error <= 0.1 for error in errors) >= 0.94 * len(errors)
 
 
 def test_every_row_is_predicted_or_has_a_reason(logs):

@@ -68,7 +68,7 @@ def test_outcomes_latencies_and_pool():
     assert re.search(r"rejected +0 ", text)
     for name in ("ttft", "tpot", "itl", "e2el", "queue"):
         assert re.search(rf"^  {name} +[\d.]+ (µs|ms|s)|^  {name} +0 s", text, re.M)
-    assert "KV pool of 28,945 blocks: mean" in text
+    assert "KV pool of 28,946 blocks: mean" in text
     assert re.search(r"running  │.{52}│ max \d+", text) and re.search(r"waiting  │.{52}│ max", text)
     assert "preempted│" not in text and "preempted│" in printed("pressed")
 
