@@ -312,8 +312,8 @@ def drive(
     from kvsim.engine.loop import advance
 
     while True:
-        status = advance(state, st.NEVER, 1 if on_step else -1)
         now = state.now[0]
+        status = advance(state, st.NEVER, int(now.num_steps - now.steps_in_flight) + 1 if on_step else -1)
         if status in (st.DONE, st.STALLED, st.HORIZON):
             return EngineRun(state, state.events[: now.num_events], st.STATUSES[status])
         if status in (st.SCHEDULED, st.MAX_STEPS):

@@ -52,6 +52,7 @@ from kvsim.engine.schedule import (
     assemble,
     blocks_beyond,
     blocks_left_behind,
+    blocks_to_grow,
     cache_full,
     close_step,
     end_request,
@@ -117,16 +118,16 @@ def _advance(s, until_ns, max_steps):
 
     `reached`: nothing more happens up to and including `until_ns`, and arrivals up to then are in (a state that is
     fed leaves a step at `until_ns` itself to the next call, after what is sent then). `max_steps`:
-    that many steps were completed (-1: no limit). `scheduled`: with `log_steps`, a step has just been scheduled.
-    `paused`: enough work for one call, go on at will. `events_full`: empty the event buffer or grow it to
-    `now.needs` free rows. `timeline_full`: widen the bins or add some, until `now.needs` ns lies within. `done`,
+    that many steps of the run are completed (-1: no limit). `scheduled`: with `log_steps`, a step has just been
+    scheduled. `paused`: enough work for one call, go on at will. `events_full`: empty the event buffer or grow it
+    to `now.needs` free rows. `timeline_full`: widen the bins or add some, until `now.needs` ns lies within. `done`,
     `stalled`, `horizon`: the run is over. `broken`: an invariant failed (with `check`): `now.broken` says which.
     """
     s = by_reference(s)
     now, cfg = s.now[0], s.settings[0]
     # Three empty steps in a row mean that nothing in flight can change anything either (4.5).
     idle_limit = 3 if cfg.async_scheduling else 1
-    work, most_steps = 0, max_steps if max_steps > 0 else NEVER
+    work, last_step = 0, max_steps if max_steps >= 0 else NEVER
     while True:
         if cfg.check and not is_sound(s):
             return BROKEN
@@ -142,14 +143,14 @@ def _advance(s, until_ns, max_steps):
                 return EVENTS_FULL
             work += flight.num_entries + 1
             finish_step(s, flight)
-            most_steps -= 1
             continue
         if is_end_due(s):
             if not receive(s, now.t - 1) or not has_room(s, 2 * now.num_members):
                 return EVENTS_FULL
             end_members(s)
             continue
-        if most_steps == 0:
+        most_steps = last_step - (now.num_steps - now.steps_in_flight)
+        if most_steps <= 0:
             return MAX_STEPS
         if work > WORK_PER_CALL:
             return PAUSED
@@ -195,7 +196,6 @@ def _advance(s, until_ns, max_steps):
             assemble(s)
             if is_quiet(s):
                 steps = coast(s, until_ns, most_steps)
-                most_steps -= steps
                 work += steps // 8 + 1
                 if steps > 0 or now.awaiting:
                     continue
@@ -447,12 +447,12 @@ def coast(s, until_ns, most_steps):
         if (num_waiting(now) > 0 and not is_blocked) or is_first_token_due(s):  # nothing for `glide`
             stop = now.t
         if is_crossing_due(s) and now.t < stop:
-            if s.in_phase[now.due] * now.growing_groups > now.free_blocks:
+            if blocks_to_grow(s) > now.free_blocks:
                 return steps
             cross_windows(s)
         most_outputs = min(most_steps, steps + (now.next_change >> 1) - now.decodes)
         while now.t < stop and steps < most_outputs:
-            growing = s.in_phase[now.due] * now.growing_groups
+            growing = s.in_phase[now.due] * now.growing_groups  # with `blocks_to_grow` 2 % slower
             if growing > now.free_blocks:
                 break
             growing_groups, room = now.growing_groups, min(most_outputs - steps, MOST_QUIET_STEPS)
@@ -539,7 +539,7 @@ def num_to_admit(s):
     if now.num_outgrowing > 0 and is_visit_due(s):
         return -1
     budget = cfg.max_num_batched_tokens - now.num_members
-    growing = s.in_phase[now.due] * now.growing_groups
+    growing = blocks_to_grow(s)
     if budget < 0 or growing > now.free_blocks:
         return -1
     if is_crossing_due(s):

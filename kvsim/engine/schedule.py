@@ -226,7 +226,7 @@ def way_to_run(s):
     last make room, and a window makes some on the way."""
     now, cfg, req, seats = s.now[0], s.settings[0], s.requests, s.seats
     last = last_member(s)
-    tokens, blocks = now.num_members, s.in_phase[now.due] * now.growing_groups
+    tokens, blocks = now.num_members, blocks_to_grow(s)
     for x in range(now.num_others):
         row = req[seats[x].other]
         n = wanted(s, row)
@@ -277,6 +277,13 @@ def grow_together(s):
     growing = s.in_phase[now.due]
     now.free_blocks += blocks_left_behind(s) - growing * now.growing_groups
     now.table_blocks += growing
+
+
+@inline_njit
+def blocks_to_grow(s):
+    """Blocks that members take in the next step."""
+    now = s.now[0]
+    return s.in_phase[now.due] * now.growing_groups
 
 
 @inline_njit

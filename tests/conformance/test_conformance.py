@@ -137,6 +137,15 @@ def test_a_wrong_rule_is_still_a_change_of_the_source(mutation):
     compile(mutations.mutated(mutation), mutation.path, "exec")
 
 
+def test_the_page_says_what_catches_each_wrong_rule():
+    page = (mutations.ROOT / "docs" / "conformance.md").read_text()
+    rows = page.partition("| wrong rule |")[2].splitlines()[2:]
+    listed = [tuple(cell.strip() for cell in row.strip("|").split("|")) for row in rows if row]
+    assert [row[:2] for row in listed] == [(m.rule, m.name) for m in mutations.MUTATIONS]
+    kinds = tuple(mutations.NAMES.values())
+    assert all(caught_by.startswith(kinds) for _, _, caught_by in listed)
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("name", ["first to last", "the prompt alone", "loses the token in flight"])
 def test_a_wrong_rule_is_caught(name):

@@ -602,8 +602,18 @@ MUTATIONS = (
     ),
     Mutation(
         "quiet steps do not look at the pool", "3.6", LOOP,
-        "        if used > usable or t > latest:\n",
-        "        if t > latest:\n",
+        "        if free < 0:\n            free += in_phase[at]\n",
+        "        if False:\n            free += in_phase[at]\n",
+    ),
+    Mutation(
+        "quiet steps in several groups do not look at the pool", "3.6", LOOP,
+        "        if free < 0 or t + width > latest:\n",
+        "        if t + width > latest:\n",
+    ),
+    Mutation(
+        "quiet steps do not end with the bin", "", LOOP,
+        "    stop = min(stop, latest + 1 - int(longest)) - now.t\n",
+        "    stop -= now.t\n",
     ),
     Mutation(
         "who outgrows a window is not visited for it", "6.5", COHORT,

@@ -129,6 +129,28 @@ def test_stopping_and_going_on_changes_nothing(workload, pauses):
     assert counters(again) == counters(whole)
 
 
+@given(workloads(), some.lists(some.integers(1, 20), min_size=1, max_size=10))
+def test_so_many_steps_are_those_of_the_run(workload, pauses):
+    """However often `advance` returns in between, it stops after exactly as many steps as it is asked for."""
+    rows, settings = workload
+    whole, _ = run_compiled(rows, settings, identities=True)
+    state = packed(rows, settings, identities=True, check=False, num_bins=2, event_capacity=1)
+    asked = 0
+    for pause in pauses:
+        asked += pause
+        status = st.PAUSED
+        while status not in (st.MAX_STEPS, st.DONE, st.STALLED, st.HORIZON):
+            status = advance(state, st.NEVER, asked)
+            state = run.relieve(state, status, fixed_bins=False)
+        if status != st.MAX_STEPS:
+            break
+        assert state.now[0].num_steps - state.now[0].steps_in_flight == asked
+    again = run.drive(state)
+    assert event_rows(again.events) == event_rows(whole.events)
+    assert request_rows(again) == request_rows(whole)
+    assert counters(again) == counters(whole)
+
+
 @given(workloads())
 def test_the_timeline_adds_up(workload):
     """Bins hold what the totals hold, however often they were merged."""

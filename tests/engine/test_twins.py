@@ -39,6 +39,21 @@ DECODING = {
     "max_model_len": 64,
 }
 TWO_END_IN_A_SHORTAGE = {"block_size": 1, "num_gpu_blocks": 31, "async_scheduling": True}
+# The pool is a block too small for the second, until the first has filled a block that both have (3.11).
+FOUND_WHILE_WAITING = {"num_gpu_blocks": 4, "enable_prefix_caching": True, "prefix_unit": 4}
+# The first one's prompt waits by the cadence while the seats fill with requests that find theirs cached and make a
+# token a step each. When it goes on, the budget is not enough for everybody (3.4, 3.9).
+A_CHUNK_AND_TOO_MANY = {
+    "block_size": 2,
+    "num_gpu_blocks": 60,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 4,
+    "max_model_len": 64,
+    "enable_prefix_caching": True,
+    "prefix_unit": 2,
+    "long_prefill_token_threshold": 2,
+    "prefill_schedule_interval": 3,
+}
 HYBRID = ({"kind": "full"}, {"kind": "sliding", "window": 9})
 MS = 1_000_000
 
@@ -58,10 +73,24 @@ MS = 1_000_000
 @example(
     (
         [(0, 5, 40), (50 * MS, 50, 10), (50 * MS, 50, 10)],
-        naive.Settings(**DECODING, watermark=0.5, scheduler_reserve_full_isl=False),
+        naive.Settings(
+            **DECODING | {"max_num_batched_tokens": 128}, watermark=0.5, scheduler_reserve_full_isl=False
+        ),
     )
 )
 @example(([(0, 5, 6), (0, 5, 6), (0, 5, 20), (0, 5, 20)], naive.Settings(**DECODING | TWO_END_IN_A_SHORTAGE)))
+@example(
+    (
+        [(0, 20, 5), (0, 2, 9, None, 0, (1,)), *((MS, 3, 9, None, 0, (1,)) for _ in range(2))],
+        naive.Settings(**A_CHUNK_AND_TOO_MANY),
+    )
+)
+@example(
+    (
+        [(0, 6, 5, None, 0, (1, 2, 3)), (MS, 12, 3, None, 0, (1, 2, 3))],
+        naive.Settings(**DECODING | FOUND_WHILE_WAITING),
+    )
+)
 def test_equals_the_naive_engine(workload):
     compare(*workload)
 
