@@ -90,6 +90,10 @@ def find(kind: str, name: str) -> dict:
     if i is None:
         what = {"models": "model", "gpus": "GPU"}[kind]
         known = [s for row in rows for s in (row.id, *row.aliases)]
-        hint = did_you_mean(_shape_key(name), known)
+        lists = {
+            "models": "; `kvsim models` lists them, and a config.json or checkpoint folder does as well",
+            "gpus": "; `kvsim gpus` lists them, and a file of nvidia-smi does as well",
+        }
+        hint = did_you_mean(_shape_key(name), known) or lists[kind]
         raise UserError(f"{what} {name!r} is not in the catalogue of {len(rows)}{hint}")
     return msgspec.json.decode(getattr(msgspec.json.decode(data, type=raw_type), kind)[i])
