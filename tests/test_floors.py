@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Lower number, lower floor; a module imports from its own floor's number or below, and the engine is stricter.
 FLOORS = {
     "errors": 0, "_jit": 0, "_ref": 0, "units": 1, "files": 1, "mix": 4,
-    "catalog": 2, "formats": 2, "other_engines": 2, "specs": 3, "trace": 3, "traces": 2,
+    "catalog": 2, "formats": 2, "other_engines": 2, "specs": 3, "tensors": 3, "trace": 3, "traces": 2,
     "engine": 4, "kernels": 4, "memory": 4, "steptime": 4, "workload": 4,
     "__main__": 9, "metrics": 5, "routing": 5, "steplog": 5, "result": 6, "run": 7, "fleet": 8, "executors": 8,
     "journal": 8, "sweeps": 8, "report": 8, "cli": 9,

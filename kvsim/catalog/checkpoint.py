@@ -234,7 +234,17 @@ def _pickled(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def safetensors(path: Path) -> list[Tensor]:
-    """The tensors that the header of a safetensors file describes.
+    """The tensors that the header of a safetensors file describes; UserError as of `safetensors_layout`."""
+    _, described = safetensors_layout(path)
+    return [
+        Tensor(name, t.dtype, math.prod(t.shape), t.data_offsets[1] - t.data_offsets[0])
+        for name, t in described.items()
+    ]
+
+
+def safetensors_layout(path: Path) -> tuple[int, dict[str, _Header]]:
+    """Where the data of a safetensors file begin, and its tensors in the order of their bytes, with type, shape and
+    first and last byte from there.
 
     Raises UserError for a header that is cut off, no JSON, or contradicts itself or the size of the file.
     """
@@ -260,8 +270,8 @@ def safetensors(path: Path) -> list[Tensor]:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: its safetensors header is damaged ({error})") from None
     end = 0
-    out = []
-    for name, t in sorted(described.items(), key=lambda item: item[1].data_offsets):
+    ordered = dict(sorted(described.items(), key=lambda item: item[1].data_offsets))
+    for name, t in ordered.items():
         first, last = t.data_offsets
         if first != end or last < first:
             raise UserError(f"{path}: the bytes of tensor {name!r} start at {first:,} instead of {end:,}")
@@ -273,13 +283,12 @@ def safetensors(path: Path) -> list[Tensor]:
                 f"{path}: tensor {name!r} of {elements:,} {t.dtype} numbers cannot have {last - first:,} bytes"
             )
         end = last
-        out.append(Tensor(name, t.dtype, elements, last - first))
     if 8 + length + end != size:
         raise UserError(
             f"{path}: the file has {size:,} bytes but its header describes {8 + length + end:,}; download it"
             " again"
         )
-    return out
+    return 8 + length, ordered
 
 
 def _refuse_stand_ins(path: Path, start: bytes) -> None:

@@ -1,0 +1,350 @@
+"""`metrics_ref` compiled: the same functions, which also take `threads`; results have the same bits for any number.
+
+Threads take whole chunks, or whole queries, and write what they found to places of their own; what is added across
+those is added afterwards, in one order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from kvsim._jit import inline_njit, njit
+from kvsim.kernels.quant.metrics_ref import (
+    CHUNK,
+    LANES,
+    NUM_QUERIES,
+    AttentionErrors,
+    Errors,
+    attention_errors_of,
+    check_attention,
+    check_groups,
+    check_same_shape,
+    dtype_of,
+    errors_of_sums,
+    sample_queries,
+)
+
+_BLOCK = 64 * CHUNK  # numbers a call
+_FLOAT, _HALF, _BFLOAT = 0, 1, 2
+_QUERIES = 8  # a call
+
+
+def errors(before: np.ndarray, after: np.ndarray, dtype: str | None = None, threads: int = 1) -> Errors:
+    """Mean squared error, signal to noise, largest error and cosine."""
+    sums = _chunk_sums(_add_errors, 5, before, after, dtype, threads)
+    ee, xx, yy, xy = (_sum(sums[i]) for i in range(4))
+    # A maximum by `>` passes over NaN, a sum does not.
+    largest = math.nan if math.isnan(ee) else float(sums[4].max(initial=0.0))
+    return errors_of_sums(before.size, ee, xx, yy, xy, largest)
+
+
+def mse(before: np.ndarray, after: np.ndarray, dtype: str | None = None, threads: int = 1) -> float:
+    """Mean of (after - before)**2, which alone takes a third of the time of `errors`."""
+    sums = _chunk_sums(_add_squares, 1, before, after, dtype, threads)
+    return _sum(sums[0]) / before.size if before.size else math.nan
+
+
+def relative_error(
+    before: np.ndarray,
+    after: np.ndarray,
+    group: int = 0,
+    axis: int = -1,
+    dtype: str | None = None,
+    threads: int = 1,
+) -> float:
+    """The largest |after - before| of a group over its largest |before|, in the worst group."""
+    check_groups(before, after, group)
+    if not before.size:
+        return math.nan
+    length = before.shape[axis]
+    x, y = (np.ascontiguousarray(np.moveaxis(a, axis, -1)).reshape(-1, length) for a in (before, after))
+    step = max(1, _BLOCK // length)
+
+    def worst(row: int) -> float:
+        rows = slice(row, row + step)
+        a, b = (_widen(all_rows[rows], dtype).reshape(-1) for all_rows in (x, y))
+        return _worst_group(a, b, length, group or length)
+
+    return float(np.max(_each(worst, range(0, len(x), step), threads)))
+
+
+def attention_errors(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    k_after: np.ndarray,
+    v_after: np.ndarray,
+    visible: int | np.ndarray | None = None,
+    num_queries: int = NUM_QUERIES,
+    seed: int = 0,
+    dtype: str | None = None,
+    threads: int = 1,
+) -> AttentionErrors:
+    """What quantized keys and values do to attention; one head at a time is widened."""
+    visible = check_attention(q, k, v, k_after, v_after, visible)
+    share = q.shape[0] // k.shape[0]
+    rows = []
+    for head in range(q.shape[0]):
+        if head % share == 0:
+            kv = [_widen(a[head // share], dtype) for a in (k, v, k_after, v_after)]
+            keys, keys_after = (np.ascontiguousarray(a.T) for a in (kv[0], kv[2]))
+        picked = sample_queries(q.shape[1], num_queries, seed, head)
+        queries = _widen(q[head, picked], dtype).astype(np.float64)
+        rows.append(_attend(queries, keys, kv[1], keys_after, kv[3], visible[picked], threads))
+    return attention_errors_of(rows)
+
+
+def _attend(queries, keys, v, keys_after, v_after, visible, threads) -> np.ndarray:
+    """float64[6, queries] of one head, for `attention_errors_of`."""
+    found = np.empty((6, len(queries)))
+
+    def block(start: int) -> None:
+        rows = slice(start, start + _QUERIES)
+        weights, outputs = np.empty((2, keys.shape[1])), np.empty((4, v.shape[1]))
+        _query_errors(
+            queries[rows], keys, v, keys_after, v_after, visible[rows], weights, outputs, found[:, rows]
+        )
+
+    _each(block, range(0, len(queries), _QUERIES), threads)
+    return found
+
+
+def _chunk_sums(add: Callable, num_sums: int, before, after, dtype, threads) -> np.ndarray:
+    """float64[num_sums, chunks]: what `add` finds in each chunk."""
+    check_same_shape(before, after)
+    (x, x_kind), (y, y_kind) = (_bits(a, dtype) for a in (before, after))
+    x, y, kinds = x.reshape(-1), y.reshape(-1), np.array([x_kind, y_kind])
+    sums = np.empty((num_sums, -(-x.size // CHUNK)))
+
+    def block(start: int) -> None:
+        numbers, chunks = slice(start, start + _BLOCK), slice(start // CHUNK, (start + _BLOCK) // CHUNK)
+        rows, lanes = np.empty((2, LANES)), np.empty(num_sums * LANES)
+        add(x[numbers], y[numbers], kinds, CHUNK, rows, lanes, sums[:, chunks])
+
+    _each(block, range(0, x.size, _BLOCK), threads)
+    return sums
+
+
+def _each(work: Callable, starts: Iterable[int], threads: int) -> list:
+    """What `work` returns for each start, in order."""
+    if threads == 1:
+        return [work(start) for start in starts]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, starts))
+
+
+def _sum(terms: np.ndarray) -> float:
+    total = 0.0
+    for term in terms.tolist():
+        total += term
+    return total
+
+
+def _widen(x: np.ndarray, dtype: str | None) -> np.ndarray:
+    """The same numbers in float32, or float64 where they are; contiguous."""
+    bits, kind = _bits(x, dtype)
+    if kind == _FLOAT:
+        return bits
+    wide = np.empty(x.shape, np.float32)
+    _widen_all(bits.reshape(-1), kind, wide.reshape(-1))
+    return wide
+
+
+def _bits(x: np.ndarray, dtype: str | None) -> tuple[np.ndarray, int]:
+    """What compiled code reads, contiguous, and how it has to: numba has no 16-bit floats."""
+    kind = {"float16": _HALF, "bfloat16": _BFLOAT}.get(dtype_of(x, dtype), _FLOAT)
+    x = np.ascontiguousarray(x, x.dtype.newbyteorder("="))
+    return x if kind == _FLOAT else x.view(np.uint16), kind
+
+
+@njit
+def _widen_all(x, kind, out):
+    _widen_into(x, 0, x.size, kind, out)
+
+
+@inline_njit
+def _widen_into(x, start, width, kind, out):
+    """out[:width] = x[start : start + width] as floats; `kind` is _HALF or _BFLOAT where x has bits."""
+    if kind == _HALF:
+        for i in range(width):
+            half = np.uint32(x[start + i])
+            # Exponent and fraction in their places, the exponent 112 too small; the product is exact.
+            small = np.uint32((half & np.uint32(0x7FFF)) << np.uint32(13)).view(np.float32)
+            wide = np.float32(small * np.float32(2.0**112)).view(np.uint32)
+            is_finite = half & np.uint32(0x7C00) != np.uint32(0x7C00)
+            wide = np.uint32(wide if is_finite else wide | np.uint32(0x7F800000))
+            out[i] = np.uint32(wide | np.uint32((half & np.uint32(0x8000)) << np.uint32(16))).view(np.float32)
+    elif kind == _BFLOAT:
+        for i in range(width):
+            out[i] = np.uint32(np.uint32(x[start + i]) << np.uint32(16)).view(np.float32)
+    else:
+        for i in range(width):
+            out[i] = x[start + i]
+
+
+@njit
+def _add_squares(x, y, kinds, chunk, rows, lanes, sums):
+    for c in range(sums.shape[1]):
+        lanes[:] = 0.0
+        end = min((c + 1) * chunk, x.size)
+        for row in range(c * chunk, end, LANES):
+            width = min(end - row, LANES)
+            if kinds[0] == _FLOAT and kinds[1] == _FLOAT:
+                _add_squares_of_row(x, y, row, width, lanes)
+            else:
+                _widen_into(x, row, width, kinds[0], rows[0])
+                _widen_into(y, row, width, kinds[1], rows[1])
+                _add_squares_of_row(rows[0], rows[1], 0, width, lanes)
+        sums[0, c] = _total(lanes, 0)
+
+
+@njit
+def _add_errors(x, y, kinds, chunk, rows, lanes, sums):
+    for c in range(sums.shape[1]):
+        lanes[:] = 0.0
+        end = min((c + 1) * chunk, x.size)
+        for row in range(c * chunk, end, LANES):
+            width = min(end - row, LANES)
+            if kinds[0] == _FLOAT and kinds[1] == _FLOAT:
+                _add_errors_of_row(x, y, row, width, lanes)
+            else:
+                _widen_into(x, row, width, kinds[0], rows[0])
+                _widen_into(y, row, width, kinds[1], rows[1])
+                _add_errors_of_row(rows[0], rows[1], 0, width, lanes)
+        for i in range(4):
+            sums[i, c] = _total(lanes, i * LANES)
+        sums[4, c] = 0.0
+        for lane in range(LANES):
+            sums[4, c] = max(sums[4, c], lanes[4 * LANES + lane])
+
+
+# Loops over lanes, without a reduction in them, are vectorised without leave to change the order of additions. All the
+# lanes are in one array at constant distances, since LLVM does not tell apart more than a few arrays that are written.
+@inline_njit
+def _add_squares_of_row(x, y, row, width, lanes):
+    for lane in range(width):
+        error = np.float64(y[row + lane]) - np.float64(x[row + lane])
+        lanes[lane] += error * error
+
+
+@inline_njit
+def _add_errors_of_row(x, y, row, width, lanes):
+    for lane in range(width):
+        a, b = np.float64(x[row + lane]), np.float64(y[row + lane])
+        error = b - a
+        size = abs(error)
+        lanes[lane] += error * error
+        lanes[LANES + lane] += a * a
+        lanes[2 * LANES + lane] += b * b
+        lanes[3 * LANES + lane] += a * b
+        largest = lanes[4 * LANES + lane]
+        lanes[4 * LANES + lane] = size if size > largest else largest
+
+
+@inline_njit
+def _total(lanes, start):
+    """The lanes from `start` on added by halves, in place."""
+    half = LANES // 2
+    while half:
+        for lane in range(start, start + half):
+            lanes[lane] += lanes[half + lane]
+        half //= 2
+    return lanes[start]
+
+
+@njit
+def _worst_group(x, y, length, group):
+    """The largest ratio of error to scale of the groups of rows of `length`; NaN if one is."""
+    worst = 0.0
+    for row in range(0, x.size, length):
+        for start in range(row, row + length, group):
+            error, scale = _error_and_scale(x, y, start, min(start + group, row + length))
+            if error > 0 or error != error:
+                ratio = error / scale
+                if ratio != ratio:
+                    return ratio
+                worst = max(worst, ratio)
+    return worst
+
+
+@inline_njit
+def _error_and_scale(x, y, start, end):
+    """The largest |y - x| and |x|; of floats without sign the largest is that of the bits taken as integers, NaN the
+    largest of all. A maximum of integers is vectorised, one of floats is not."""
+    error, scale = np.int64(0), np.int64(0)
+    for i in range(start, end):
+        a, b = np.float64(x[i]), np.float64(y[i])
+        off, size = np.float64(abs(b - a)).view(np.int64), np.float64(abs(a)).view(np.int64)
+        error = off if off > error else error
+        scale = size if size > scale else scale
+    return np.int64(error).view(np.float64), np.int64(scale).view(np.float64)
+
+
+@njit
+def _query_errors(queries, keys, v, keys_after, v_after, visible, weights, outputs, found):
+    """Fill found[6, queries]: KL, agreement, squared output errors (keys, values, both), squared output."""
+    for i in range(queries.shape[0]):
+        p, p_after = weights[0, : visible[i]], weights[1, : visible[i]]
+        _score(queries[i], keys, p)
+        _score(queries[i], keys_after, p_after)
+        found[0, i], found[1, i] = _soften(p, p_after)
+        outputs[:] = 0.0
+        _add_values(p, p_after, v, outputs[0], outputs[1])
+        _add_values(p, p_after, v_after, outputs[2], outputs[3])
+        for j in range(4):
+            found[2 + j, i] = 0.0
+        for d in range(outputs.shape[1]):
+            output = outputs[0, d]
+            for j in range(3):
+                error = outputs[1 + j, d] - output
+                found[2 + j, i] += error * error
+            found[5, i] += output * output
+
+
+@inline_njit
+def _score(query, keys, scores):
+    """scores = query keys / sqrt(dim), for the tokens that `scores` has places for."""
+    scores[:] = 0.0
+    for d in range(query.size):
+        factor = query[d]
+        for token in range(scores.size):
+            scores[token] += factor * keys[d, token]
+    root = math.sqrt(query.size)
+    for token in range(scores.size):
+        scores[token] /= root
+
+
+@inline_njit
+def _soften(scores, scores_after):
+    """Turn both to softmax weights; returns their KL and whether the largest are of one token."""
+    top, top_after = 0, 0
+    has_nan = False
+    for token in range(scores.size):
+        has_nan |= scores[token] != scores[token] or scores_after[token] != scores_after[token]
+        top = token if scores[token] > scores[top] else top
+        top_after = token if scores_after[token] > scores_after[top_after] else top_after
+    largest, largest_after = scores[top], scores_after[top_after]
+    total, total_after, kl = 0.0, 0.0, 0.0
+    for token in range(scores.size):
+        shifted, shifted_after = scores[token] - largest, scores_after[token] - largest_after
+        scores[token], scores_after[token] = math.exp(shifted), math.exp(shifted_after)
+        total += scores[token]
+        total_after += scores_after[token]
+        kl += scores[token] * (shifted - shifted_after)
+    for token in range(scores.size):
+        scores[token] /= total
+        scores_after[token] /= total_after
+    return kl / total - math.log(total / total_after), 1.0 if top == top_after and not has_nan else 0.0
+
+
+@inline_njit
+def _add_values(p, p_after, v, output, output_after):
+    for token in range(p.size):
+        weight, weight_after = p[token], p_after[token]
+        for d in range(v.shape[1]):
+            output[d] += weight * v[token, d]
+            output_after[d] += weight_after * v[token, d]
