@@ -1,1 +1,1 @@
-"""kvsim.kernels.quant: what quantizing a KV cache does to its numbers and to attention."""
+"""kvsim.kernels.quant: quantization of KV caches, equal to the byte on every backend."""
