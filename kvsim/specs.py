@@ -123,6 +123,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     engine_version: str = "0.33.0"
     allocator: str = "paged"
     prefix_unit: int | None = None
+    speculative_config: str | None = None  # JSON as vLLM takes it; memory alone (`memory.draft`)
 
     @property
     def version(self) -> tuple[int, int]:
@@ -145,6 +146,17 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     def num_gpus(self) -> int:
         s = self.settings
         return s.tensor_parallel_size * s.pipeline_parallel_size * s.data_parallel_size
+
+    @property
+    def expert_ranks(self) -> int:
+        """GPUs that share the experts of a layer out: those of all data-parallel ranks, since vLLM gathers their tokens
+        for the experts (`FusedMoEParallelConfig.make`)."""
+        s = self.settings
+        return s.tensor_parallel_size * (s.data_parallel_size if self.model.num_experts else 1)
+
+    def rank_sequences(self, sequences: int) -> int:
+        """Of so many sequences, how many a data-parallel rank has at most, dealt out evenly."""
+        return -(-sequences // self.settings.data_parallel_size)
 
     @property
     def is_max_model_len_auto(self) -> bool:
@@ -564,10 +576,10 @@ def _refuse_not_built(s: EngineSettings) -> None:
     """What vLLM can do and kvsim cannot yet; a wrong simulation would be worse than none."""
     if s.allocator != "paged":
         raise UserError(f"allocator {s.allocator} is not built yet; use allocator paged")
-    if s.data_parallel_size > 1:
+    if s.data_parallel_size > 1 and s.engine != "vllm":
         raise UserError(
-            f"data_parallel_size {s.data_parallel_size} is not simulated as one engine; simulate"
-            f" data_parallel_size 1 and --replicas {s.data_parallel_size}, which have a pool and a queue each"
+            f"data_parallel_size {s.data_parallel_size} is sized for engine vllm alone; leave it out, for one replica"
+            f" of engine {s.engine}"
         )
 
 
@@ -596,6 +608,14 @@ def check_simulated(dep: Deployment) -> None:
             f"the scheduler of engine {dep.settings.engine} is not simulated, only its memory is (`kvsim fit`); use"
             " engine vllm"
         )
+    if dep.settings.speculative_config is not None:
+        raise UserError("speculative_config is not simulated, only its memory is; leave it out")
+    size = dep.settings.data_parallel_size
+    if size > 1:
+        raise UserError(
+            f"data_parallel_size {size} is not simulated as one engine; simulate data_parallel_size 1 and --replicas"
+            f" {size}, which have a pool and a queue each"
+        )
     if dep.settings.pipeline_parallel_size > 1:
         raise UserError(
             f"pipeline_parallel_size {dep.settings.pipeline_parallel_size} is not simulated yet, only its"
@@ -618,9 +638,14 @@ def check_parallel(model: ModelSpec, s: EngineSettings) -> None:
             f" {model.name}"
         )
     for part in model.parts:
-        dealt_out = part.component == "experts" and s.enable_expert_parallel
-        if part.split in ("rows", "columns") and not dealt_out:
+        is_expert = part.component == "experts"
+        if part.split in ("rows", "columns") and not (is_expert and s.enable_expert_parallel):
             width = part.rows if part.split == "rows" else part.cols
+            if is_expert and width % (tp * s.data_parallel_size) and not width % tp:
+                raise UserError(
+                    f"tensor_parallel_size {tp} x data_parallel_size {s.data_parallel_size} does not divide the width"
+                    f" {width} of {part.name} in {model.name}; --enable-expert-parallel deals whole experts out"
+                )
             if width % tp:
                 raise UserError(
                     f"tensor_parallel_size {tp} does not divide the width {width} of {part.name} in"
@@ -916,7 +941,12 @@ class Flag(NamedTuple):
 ENGINE_FLAGS = (
     Flag("tensor_parallel_size", "count", "GPUs that share every layer", "-tp"),
     Flag("pipeline_parallel_size", "count", "groups of GPUs that share the layers out", "-pp"),
-    Flag("data_parallel_size", "count", "replicas", "-dp"),
+    Flag(
+        "data_parallel_size",
+        "count",
+        "ranks with a KV pool each, which share the experts out; their memory alone is known",
+        "-dp",
+    ),
     Flag("enable_expert_parallel", "bool", "deal whole experts out instead of splitting each"),
     Flag("dtype", "str", "auto, bfloat16, float16 or float32"),
     Flag(

@@ -311,6 +311,9 @@ def from_config(
         num_experts_per_tok=c.size("num_experts_per_tok") if moe_layers else 0,
         moe_intermediate_size=_moe_size(c) if moe_layers else 0,
         moe_layers=moe_layers,
+        num_nextn_layers=c.size("num_nextn_predict_layers", least=0)
+        if c.get("num_nextn_predict_layers")
+        else 0,
         layer_groups=groups,
         layer_sets=_layer_sets(model_type, listed, mixers),
         layer_kinds=tuple("mla" if family.mla and kind == "full" else kind for kind in mixers),

@@ -129,7 +129,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     layer's group, in the model's order. `state_dtype` is what the config keeps recurrent state in, where it
     says so, `kept_state_dtype` what vLLM does, None for that of the activations. A Mamba-2 layer's convolution
     covers `conv_groups` groups of B and C, `conv_elems_per_group` elements each. `checkpoint`: what is stored,
-    if the files were there. `tower`: the vision encoder beside the text part, which everything else is about;
+    if the files were there. `num_nextn_layers` predict more tokens (MTP), loaded for speculative decoding alone and in
+    nothing else here. `tower`: the vision encoder beside the text part, which everything else is about;
     `why_no_tower` is a sentence where there is one that is not sized.
     """
 
@@ -162,6 +163,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
     moe_layers: tuple[int, ...] = ()
+    num_nextn_layers: int = 0
     layer_groups: tuple[LayerGroup, ...] = ()
     layer_sets: dict[str, tuple[int, ...]] = {}
     layer_kinds: tuple[str, ...] = ()

@@ -11,12 +11,14 @@ from kvsim.errors import UserError
 def main(args: argparse.Namespace) -> int:
     """Print; the exit code: 0 if some GPU does."""
     from kvsim import catalog
+    from kvsim.cli import draft
     from kvsim.cli.fit import gpu_with_total
     from kvsim.cli.run import asked_of
     from kvsim.memory.hardware import GPUS_PER_NODE, smallest_shape, usual_shape
     from kvsim.report import fewest as report
     from kvsim.specs import check_supported, gpu_of_entry, load_gpu, load_model
 
+    draft.take(args)
     name, settings = asked_of(args)
     if name is None:
         raise UserError("MODEL is missing; `kvsim models` lists what there is")

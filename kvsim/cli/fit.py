@@ -19,6 +19,8 @@ _EPILOG = """examples:
   kvsim fit --gpu rtx-4090 --from-log vllm.log                          a logged start beside what kvsim reckons
   kvsim fit --params 8B,34B,72B --dtype fp16,int4 --gpu-gb 24,48,80     weights alone, by nominal size
   kvsim fit --params 70B --dtype fp16 --gpu h100 --kv-reserve 12GB
+  kvsim fit deepseek-v3 --gpu h200 -dp 8 --enable-expert-parallel       each of 8 data parallel ranks
+  kvsim fit llama-3.1-8b --gpu h100 --speculative-config '{"method": "eagle", "num_speculative_tokens": 3}'
   kvsim fit llama-3.1-405b --min-gpus                                   how many of each GPU, in which shape
   kvsim fit llama-3.1-70b --min-gpus --price h100=2.5,a100-80gb=1.3
   kvsim fit llama-3-70b --gpu h100 -q gptq-g32 --kv-cache-dtype turboquant_4bit_nc
@@ -109,7 +111,7 @@ def add_rough_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
 def main(args: argparse.Namespace) -> int:
     """Print; the exit code."""
     from kvsim import memory
-    from kvsim.cli import ask, engines
+    from kvsim.cli import ask, draft, engines
     from kvsim.cli.run import deployment_of
     from kvsim.report import fit as report
 
@@ -134,6 +136,7 @@ def main(args: argparse.Namespace) -> int:
         _refuse(args, ("seqs", "trace"), "changes nothing beside --emit; leave it out")
     if args.trace is None:
         _refuse(args, ("columns",), "goes with --trace; see --help")
+    draft.take(args)
     deployment = with_total(deployment_of(args, None, None), args.total)
     budget = memory.fit(deployment, args.overhead, args.cuda_context)
     deployment = memory.with_fitted_length(deployment, budget)

@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Print; the exit code."""
+    from kvsim.cli import draft
     from kvsim.cli.ask import vllm_only
     from kvsim.cli.fit import with_total
     from kvsim.cli.run import deployment_of
@@ -54,6 +55,7 @@ def main(args: argparse.Namespace) -> int:
     from kvsim.report import fix as report
 
     names = _levers(args, tuple(levers.LEVERS))
+    draft.take(args)
     deployment = with_total(deployment_of(args, None, None), args.total)
     if args.seqs is not None or args.context is not None:
         vllm_only(deployment, "--seqs" if args.seqs is not None else "--context")
@@ -102,9 +104,11 @@ def _need(args: argparse.Namespace, settings):
     tokens = settings.max_model_len if args.context is None else args.context
     for flag, value, name in (("--seqs", seqs, "max_num_seqs"), ("--context", tokens, "max_model_len")):
         most = getattr(settings, name)
-        if not 1 <= value <= most:
+        ranks = settings.data_parallel_size if flag == "--seqs" else 1
+        if not 1 <= value <= ranks * most:
             more = f"; --{name.replace('_', '-')} sets that" if value > most else ""
-            raise UserError(f"{flag} is {value:,}; it is from 1 to the {name} of {most:,}{more}")
+            of = f" on each of {ranks} data parallel ranks" if ranks > 1 else ""
+            raise UserError(f"{flag} is {value:,}; it is from 1 to the {name} of {most:,}{of}{more}")
     return Need(seqs=seqs, tokens=tokens)
 
 

@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 # What the bytes of a checkpoint and of a rank's shard follow.
 _OF_SHARDS = (
-    "tensor_parallel_size", "pipeline_parallel_size", "enable_expert_parallel", "dtype", "quantization",
+    "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "enable_expert_parallel", "dtype",
+    "quantization",
 )  # fmt: skip
 # Host bytes are the same for every GPU; where none is named, one that runs all formats stands in.
 _ANY_GPU = "h100"
@@ -55,6 +56,7 @@ _ANY_GPU = "h100"
 def main(args: argparse.Namespace) -> int:
     """Print; the exit code."""
     from kvsim import memory
+    from kvsim.cli import draft
     from kvsim.cli.ask import vllm_only
     from kvsim.cli.run import asked_of
     from kvsim.memory.loading import LOADERS
@@ -70,6 +72,8 @@ def main(args: argparse.Namespace) -> int:
             raise UserError(
                 f"--{name.replace('_', '-')} changes nothing of the host's memory; it goes with --timeline"
             )
+    if args.timeline:  # what is read for a draft is a checkpoint of its own
+        draft.take(args)
     model, settings = asked_of(args)
     if model is None:
         raise UserError("MODEL is missing; `kvsim models` lists what there is")

@@ -135,11 +135,14 @@ def main(args: argparse.Namespace) -> int:
 
         _refuse_beside_case(args)
         return run_case(args)
+    from kvsim.specs import check_simulated
+
     required = _requirement(args)  # before anything slow
     goodput = goodput_of(args.goodput)
     step_time = step_time_of(args.step_time)
     _check_out(args.out)
     deployment = deployment_of(args, DEFAULT_MODEL, DEFAULT_GPU)
+    check_simulated(deployment)  # before the trace is read
     load_started = time.perf_counter()
     trace = _trace(args)
     load_s = time.perf_counter() - load_started
@@ -278,6 +281,8 @@ def asked_of(args: argparse.Namespace) -> tuple[str | None, dict[str, object]]:
             )
     for warning in warnings:
         print(f"kvsim: warning: {warning}", file=sys.stderr)
+    if getattr(args, "speculative_config", None) is not None:
+        settings["speculative_config"] = args.speculative_config
     return model, settings
 
 

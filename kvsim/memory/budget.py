@@ -16,7 +16,7 @@ import msgspec
 from kvsim.catalog.model import LayerGroup
 from kvsim.errors import UserError
 from kvsim.formats import weight_format
-from kvsim.memory import encoder
+from kvsim.memory import data_parallel, draft, encoder
 from kvsim.memory.planner import KvGroup, LayerSpec, Plan, group_layers, plan_groups, stage_groups
 from kvsim.memory.weights import pipeline_stages, rank_weight_bytes
 from kvsim.specs import Deployment, check_supported
@@ -230,13 +230,14 @@ def stage_budget(
     graphs = cuda_graph_bytes(dep, stage)
     if overhead_bytes is not None:
         activation, non_torch, graphs = overhead_bytes, 0, 0
-    many = s.tensor_parallel_size > 1 or s.pipeline_parallel_size > 1
+    many = dep.expert_ranks > 1 or s.pipeline_parallel_size > 1
     context = CUDA_CONTEXT_BYTES if context_bytes is None else context_bytes
     communicators = COMMUNICATOR_BYTES if many else 0
     # Fraction: 0.92 means 92/100, and a ceiling must not see float noise
     requested = math.ceil(dep.gpu.total_bytes * Fraction(str(s.gpu_memory_utilization)))
     free_at_start = dep.gpu.total_bytes - context - communicators - dep.gpu.used_bytes
     notes = [f"{dep.model.name}: {dep.model.why_no_tower}"] if dep.model.why_no_tower else []
+    notes += [*data_parallel.notes(dep), *draft.notes(dep)]
     budgeted_graphs = graphs if s.version >= (0, 21) else 0
     fixed = weights_bytes + non_torch + activation + budgeted_graphs
     if s.kv_cache_memory_bytes is None:
@@ -258,7 +259,8 @@ def stage_budget(
         "max_model_len": s.max_model_len,
         "max_in_flight_tokens": max_in_flight_tokens(dep),
     }
-    on_stage = stage_groups(groups, layers)
+    drafted = {i for g in groups for i in g.layer_numbers if i >= dep.model.num_hidden_layers}
+    on_stage = stage_groups(groups, {*layers, *drafted})
     if not any(g.layers for g in on_stage):
         raise UserError(
             f"no layer of pipeline stage {stage + 1} of {s.pipeline_parallel_size} of {dep.model.name} has a KV"
@@ -338,9 +340,11 @@ def activation_peak_bytes(dep: Deployment, stage: int = 0) -> int:
     forward = tokens * b * (matrices * max(widths, default=0) / tp + 4 * hidden)
     work = 0.0
     if model.num_experts and dep.weight_format.name != "mxfp4":  # whose kernels need none (memory.md)
-        width = model.moe_intermediate_size / (1 if s.enable_expert_parallel else tp)
-        rows = tokens * model.num_experts_per_tok
+        width = model.moe_intermediate_size / (1 if s.enable_expert_parallel else dep.expert_ranks)
+        # of all data-parallel ranks, wherever they are routed to (vLLM, PR 27426: profiling allocates the worst case)
+        rows = s.data_parallel_size * tokens * model.num_experts_per_tok
         work = rows * (max(2 * width, hidden) + max(width, hidden)) * b
+    work += data_parallel.gathered_bytes(dep)
     is_last = stage == s.pipeline_parallel_size - 1
     peak = (max(sampler, forward) if is_last else forward) + work
     if stage == 0:
@@ -353,10 +357,10 @@ def activation_peak_bytes(dep: Deployment, stage: int = 0) -> int:
 def non_torch_bytes(dep: Deployment) -> int:
     """Memory outside torch that stays allocated after profiling."""
     s = dep.settings
-    if s.tensor_parallel_size > 1 and dep.gpu.form_factor == "pcie":
+    if dep.expert_ranks > 1 and dep.gpu.form_factor == "pcie":
         return NON_TORCH_ON_PCIE
-    if s.tensor_parallel_size > 1:
-        doublings = math.log2(s.tensor_parallel_size) - 1
+    if dep.expert_ranks > 1:
+        doublings = math.log2(dep.expert_ranks) - 1
         return NON_TORCH_TP2 + round(NON_TORCH_PER_DOUBLING * doublings)
     if s.pipeline_parallel_size > 1:
         return NON_TORCH_PIPELINE
@@ -379,10 +383,12 @@ def kv_groups(dep: Deployment) -> tuple[KvGroup, ...]:
     if skipped:
         specs |= {(group.kind, True): _layer_spec(dep, group, is_skipped=True) for group in kinds_kept}
     kept = [i for i, kind in enumerate(kinds) if (kind, False) in specs]
-    groups = group_layers([specs[kinds[i], i in skipped] for i in kept])
-    return tuple(
-        msgspec.structs.replace(g, layer_numbers=tuple(kept[i] for i in g.layer_numbers)) for g in groups
+    groups = tuple(
+        msgspec.structs.replace(g, layer_numbers=tuple(kept[i] for i in g.layer_numbers))
+        for g in group_layers([specs[kinds[i], i in skipped] for i in kept])
     )
+    speculative = draft.draft_of(dep)
+    return draft.with_layers(groups, speculative.layers if speculative else 0, dep.model.num_hidden_layers)
 
 
 def _layer_spec(dep: Deployment, group: LayerGroup, is_skipped: bool = False) -> LayerSpec:
@@ -499,6 +505,10 @@ def _used(dep: Deployment) -> str:
 def rank_name(dep: Deployment, stage: int) -> str:
     """Which GPUs a budget is of."""
     s = dep.settings
+    dp = s.data_parallel_size
+    of = f" of each of {dp} data parallel ranks" if dp > 1 else ""
     if s.pipeline_parallel_size > 1:
-        return f"pipeline stage {stage + 1} of {s.pipeline_parallel_size}"
-    return f"each of {s.tensor_parallel_size} GPUs" if s.tensor_parallel_size > 1 else "one GPU"
+        return f"pipeline stage {stage + 1} of {s.pipeline_parallel_size}{of}"
+    if s.tensor_parallel_size > 1:
+        return f"each of {s.tensor_parallel_size} GPUs{of}"
+    return f"the GPU{of}" if of else "one GPU"

@@ -10,10 +10,10 @@ from fractions import Fraction
 
 from kvsim.errors import UserError
 from kvsim.formats import weight_format
+from kvsim.memory import data_parallel
 from kvsim.memory.budget import Budget, fit, kv_groups, max_in_flight_tokens
 from kvsim.memory.hardware import GROUP_SIZES
 from kvsim.memory.planner import longest_len, pages_per_request
-from kvsim.memory.weights import replica_weight_bytes
 from kvsim.specs import Deployment
 
 # Of all memory, what planners leave free: "headroom 10 to 20 %".
@@ -29,14 +29,15 @@ def usable_blocks(budget: Budget) -> int:
 
 def longest_context(dep: Deployment, budget: Budget, sequences: int) -> int:
     """The most tokens that each of so many sequences can have, at most max_model_len; 0 if they have no room."""
-    each = usable_blocks(budget) // sequences
+    each = usable_blocks(budget) // dep.rank_sequences(sequences)
     return longest_len(budget.groups, each + 1, budget.max_model_len, max_in_flight_tokens(dep))
 
 
 def need(dep: Deployment, budget: Budget, sequences: int, tokens: int) -> dict:
-    """Blocks and bytes on each GPU that so many sequences of `tokens` take, and `reason`: None if they run at once,
-    else one sentence why not."""
-    blocks = sequences * pages_per_request(budget.groups, tokens, max_in_flight_tokens(dep))
+    """Blocks and bytes on each GPU that so many sequences of `tokens` take, data-parallel ranks sharing them, and
+    `reason`: None if they run at once, else one sentence why not."""
+    own = dep.rank_sequences(sequences)
+    blocks = own * pages_per_request(budget.groups, tokens, max_in_flight_tokens(dep))
     usable, s = usable_blocks(budget), dep.settings
     reason = None
     if budget.failure is not None:
@@ -45,8 +46,8 @@ def need(dep: Deployment, budget: Budget, sequences: int, tokens: int) -> dict:
         reason = f"{tokens:,} tokens are more than max_model_len {budget.max_model_len:,}"
     elif blocks > usable:
         reason = f"{blocks:,} blocks are {blocks - usable:,} more than the pool has for requests"
-    elif sequences > s.max_num_seqs:
-        reason = f"max_num_seqs {s.max_num_seqs:,} lets fewer run at once; raise it to {sequences:,}"
+    elif own > s.max_num_seqs:
+        reason = f"max_num_seqs {s.max_num_seqs:,} lets fewer run at once; raise it to {own:,}"
     return {
         "sequences": sequences,
         "tokens": tokens,
@@ -59,15 +60,15 @@ def need(dep: Deployment, budget: Budget, sequences: int, tokens: int) -> dict:
 
 
 def by_bytes(dep: Deployment, sequences: int, tokens: int) -> dict:
-    """The sum on paper: weights of a replica, KV cache of all sequences, activations as one number for each hidden
-    unit of each token, and that over what headroom leaves; how many GPUs that is by bytes alone.
+    """The sum on paper: weights of a replica (all data-parallel ranks), KV cache of all sequences, activations as one
+    number for each hidden unit of each token, and that over what headroom leaves; how many GPUs that is by bytes alone.
 
     Real activations follow max_num_batched_tokens instead, not sequences x context (`budget.activation_peak_bytes`).
     """
     whole = dep.replace(tensor_parallel_size=1, pipeline_parallel_size=1)
     groups = kv_groups(whole)
     pages = sequences * pages_per_request(groups, tokens, max_in_flight_tokens(whole))
-    weights = sum(replica_weight_bytes(dep).values())
+    weights = data_parallel.weight_bytes(dep)
     kv = pages * max(g.block_bytes for g in groups)
     activations = weight_format(dep.dtype).bytes(sequences * tokens * dep.model.hidden_size)
     together = weights + kv + activations

@@ -66,6 +66,7 @@ def capacity(dep: Deployment, budget: Budget, tokens: int) -> dict:
         "bytes": size,
         "concurrency": concurrency,
         "whole": int(concurrency),
+        "whole_on_all_ranks": int(concurrency),
         "is_allowed": tokens <= budget.max_model_len,
     }
 

@@ -93,7 +93,8 @@ def _first(
     dep = budget = hopeless = None
     weights, reason, undivided = 0, "", ""
     for tensor, pipeline in shapes:
-        if found is not None and tensor * pipeline > found.deployment.num_gpus:
+        ranks = found.deployment.settings.data_parallel_size if found is not None else 1
+        if found is not None and tensor * pipeline * ranks > found.deployment.num_gpus:
             break
         sizes = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline}
         try:

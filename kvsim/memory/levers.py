@@ -83,7 +83,8 @@ def needed_blocks(dep: Deployment, budget: Budget, need: Need) -> int:
     """Blocks that must be there beside the null block: of the requests, and of one of max_model_len, which the
     engine checks when it starts (5.6)."""
     blocks = (
-        need.seqs * pages_per_request(budget.groups, need.tokens, max_in_flight_tokens(dep))
+        dep.rank_sequences(need.seqs)
+        * pages_per_request(budget.groups, need.tokens, max_in_flight_tokens(dep))
         if need.seqs
         else 0
     )
@@ -107,7 +108,7 @@ def shortfall(dep: Deployment, budget: Budget, need: Need) -> str:
     s = dep.settings
     if need.tokens > s.max_model_len:
         return f"requests of {need.tokens:,} tokens are longer than the {s.max_model_len:,} of max_model_len that fit"
-    if need.seqs > s.max_num_seqs:
+    if dep.rank_sequences(need.seqs) > s.max_num_seqs:
         return f"max_num_seqs is {s.max_num_seqs:,} there, less than {need.seqs:,} requests at once"
     short = missing_bytes(dep, budget, need)
     if not short:
@@ -371,8 +372,9 @@ def sequences(question: Question) -> list[Change]:
     dep, need = question.deployment, question.need
 
     def at(seqs: int) -> Change:
-        fewer = msgspec.structs.replace(need, seqs=min(need.seqs, seqs))
-        price = f"at most {seqs:,} requests run at once; others wait"
+        fewer = msgspec.structs.replace(need, seqs=min(need.seqs, seqs * dep.settings.data_parallel_size))
+        of = " on each data parallel rank" if dep.settings.data_parallel_size > 1 else ""
+        price = f"at most {seqs:,} requests run at once{of}; others wait"
         return attempt(question, "seqs", need=fewer, price=price, max_num_seqs=seqs)
 
     found = _largest(dep.settings.max_num_active_seqs or 1, dep.settings.max_num_seqs - 1, at)

@@ -74,11 +74,13 @@ def host_peaks(dep: Deployment, gpus_per_node: int = GPUS_PER_NODE) -> list[Host
     """The peak of each of `LOADERS` on the host that needs the most, its ranks filling nodes of `gpus_per_node` in
     order. They load at the same time, so that their peaks add up."""
     whole, shards = checkpoint_bytes(dep), shard_bytes(dep)
-    ranks = [shard for shard in shards for _ in range(dep.settings.tensor_parallel_size)]
+    s = dep.settings
+    ranks = [shard for shard in shards for _ in range(s.tensor_parallel_size)] * s.data_parallel_size
     nodes = [ranks[i : i + gpus_per_node] for i in range(0, len(ranks), gpus_per_node)]
     on_node = len(nodes[0])
+    engines = max(1, on_node * s.data_parallel_size // len(ranks))  # a data-parallel rank reads for itself
     return [
-        HostPeak(loader="eager", process_bytes=whole, num_processes=1, host_bytes=whole),
+        HostPeak(loader="eager", process_bytes=whole, num_processes=engines, host_bytes=engines * whole),
         HostPeak(loader="per-rank", process_bytes=whole, num_processes=on_node, host_bytes=on_node * whole),
         HostPeak(
             loader="mmap", process_bytes=max(shards), num_processes=on_node, host_bytes=max(map(sum, nodes))

@@ -35,8 +35,9 @@ from kvsim.memory.budget import (
     max_in_flight_tokens,
     stage_budget,
 )
+from kvsim.memory.draft import with_layers
 from kvsim.memory.engines import ggml_bytes, sglang_pool_tokens
-from kvsim.memory.planner import KvGroup, plan_groups
+from kvsim.memory.planner import plan_groups
 from kvsim.memory.weights import rank_weight_bytes
 from kvsim.specs import Deployment, GpuSpec, check_supported, deployment, gpu_of_entry, load_gpu
 from kvsim.units import GIB, MIB
@@ -485,7 +486,7 @@ def _cached_model(name: str, facts: dict, source: str, models: dict) -> tuple[Mo
 def _vllm_values(record: dict, dep: Deployment, given: str | None) -> tuple[dict[str, float], list[str]]:
     """Every quantity that can be predicted, and sentences about those that cannot."""
     values: dict[str, float] = {}
-    groups = _groups_with_draft(record, kv_groups(dep))
+    groups = with_layers(kv_groups(dep), record["extra_layers"] or 0, dep.model.num_hidden_layers)
     s = dep.settings
     needed = sum(g.pages(s.max_model_len, max_in_flight_tokens(dep)) * g.block_bytes for g in groups)
     values["kv_needed_for_one_max_len_gib"] = needed / GIB
@@ -528,26 +529,6 @@ def _vllm_values(record: dict, dep: Deployment, given: str | None) -> tuple[dict
     values["num_blocks"], values["max_concurrency"] = budget.num_gpu_blocks, budget.max_concurrency
     values["kv_tokens"] = budget.kv_cache_tokens
     return values, []
-
-
-def _groups_with_draft(record: dict, groups: tuple[KvGroup, ...]) -> tuple[KvGroup, ...]:
-    """A draft head (EAGLE) adds layers like the model's own to the one group there is."""
-    extra = record["extra_layers"]
-    if not extra:
-        return groups
-    if len(groups) > 1:
-        raise UserError("layers of a draft model beside several KV groups are not modelled")
-    (group,) = groups
-    first = len(group.layer_numbers)
-    if extra > first:
-        raise UserError(f"extra_layers {extra} are more than the {first} layers of the model itself")
-    return (
-        msgspec.structs.replace(
-            group,
-            layer_numbers=(*group.layer_numbers, *range(first, first + extra)),
-            layer_pages=(*group.layer_pages, *[group.page_bytes] * extra),
-        ),
-    )
 
 
 # ---------------------------------------------------------------- other engines

@@ -13,6 +13,7 @@ from kvsim.catalog.checkpoint import dominant_dtype
 from kvsim.catalog.model import ModelSpec, Part
 from kvsim.formats import DTYPES, WEIGHT_FORMATS, Format, has_more_bits, weight_format
 from kvsim.memory.allocator import allocated_bytes
+from kvsim.memory.draft import draft_of
 from kvsim.memory.experts import (
     ExpertKernel,
     down_bias_bytes,
@@ -59,7 +60,10 @@ def rank_weight_bytes(dep: Deployment, stage: int) -> dict[str, int]:
     if tower and "vision" not in out:
         out["vision"] = sum(tower)
     out |= _beside_bytes(dep)
-    tensors = [*tower, *_rank_tensors(dep, stage), out["rotary"], out.get("workspace", 0)]
+    drafted = _draft_tensors(dep)
+    out |= _summed(drafted)
+    drafted = [size for _, sizes in drafted for size in sizes]
+    tensors = [*tower, *_rank_tensors(dep, stage), *drafted, out["rotary"], out.get("workspace", 0)]
     rounding = allocated_bytes(tensors) - sum(tensors)
     return out | ({"rounding": rounding} if rounding else {})
 
@@ -77,11 +81,12 @@ def _beside_bytes(dep: Deployment) -> dict[str, int]:
 def replica_weight_bytes(dep: Deployment) -> dict[str, int]:
     """Bytes of each component of the whole model, every weight once: those of the checkpoint where they are known and
     loaded as they are, else those that the formats give."""
+    drafted = _summed(_draft_tensors(dep, is_whole=True))
     stored = stored_bytes(dep)
     if stored is not None:
-        return stored
+        return stored | drafted
     out, tower = _formula_bytes_of_all(dep), dep.model.tower
-    return out | ({"vision": weight_format(dep.dtype).bytes(tower.num_params)} if tower else {})
+    return out | ({"vision": weight_format(dep.dtype).bytes(tower.num_params)} if tower else {}) | drafted
 
 
 def stored_bytes(dep: Deployment) -> dict[str, int] | None:
@@ -231,27 +236,66 @@ def _rank_tensors(dep: Deployment, stage: int) -> list[int]:
     return out + (last if stage == pp - 1 else [])
 
 
+def _draft_tensors(dep: Deployment, *, is_whole: bool = False) -> list[tuple[str, tuple[int, ...]]]:
+    """Component ("draft", or "draft experts", which are shared out as the model's) and bytes of the tensors of each
+    part of a draft on a rank of the only stage, or of all of it."""
+    draft = draft_of(dep)
+    if draft is None:
+        return []
+    parts = [(p, (p.copies, p.rows, p.cols)) for p in draft.parts] if is_whole else None
+    if parts is None:
+        parts = [(p, _rank_shape(dep, p)) for p in draft.parts]
+    sized = [
+        ("draft experts" if part.component == "experts" else "draft", _tensors(dep, part, shape))
+        for part, shape in parts
+    ]
+    return sized * draft.layers
+
+
+def _summed(tensors: list[tuple[str, tuple[int, ...]]]) -> dict[str, int]:
+    out: dict[str, int] = {}
+    for component, sizes in tensors:
+        out[component] = out.get(component, 0) + sum(sizes)
+    return out
+
+
 def _rank_shape(dep: Deployment, part: Part) -> tuple[int, int, int]:
     """Copies, rows and columns of a part on a rank."""
     s, kv_heads = dep.settings, dep.model.kv_heads_of(part)
-    return part.rank_shape(s.tensor_parallel_size, kv_heads, s.enable_expert_parallel)
+    ranks = s.tensor_parallel_size
+    if part.component == "experts":
+        ranks = dep.expert_ranks
+    elif part.name.startswith("shared_expert.") and has_sequence_parallel_experts(dep):
+        ranks = 1
+    return part.rank_shape(ranks, kv_heads, s.enable_expert_parallel)
+
+
+def has_sequence_parallel_experts(dep: Deployment) -> bool:
+    """Whether the ranks of a tensor-parallel group give the experts different tokens: then each has the shared expert
+    whole. Source: vLLM, `ParallelConfig.use_sequence_parallel_moe`, and its models' `is_sequence_parallel`."""
+    s = dep.settings
+    return (
+        s.enable_expert_parallel and s.tensor_parallel_size > 1 and dep.expert_ranks > s.tensor_parallel_size
+    )
 
 
 def _rank_parts(dep: Deployment) -> Iterator[tuple[Part, tuple[int, ...]]]:
     """Each part and the bytes of its tensors on a rank, in one layer: numbers, then scales, if there are any."""
-    linear, wide = dep.weight_format, weight_format(dep.dtype)
-    kernel = None
-    if linear.name == "mxfp4":
-        kernel = expert_kernel(dep.gpu.compute_capability, dep.settings.version)
     for part in dep.model.parts:
-        copies, rows, cols = shape = _rank_shape(dep, part)
-        used, elements = _format_of(dep.model, part, linear, wide), math.prod(shape)
-        if kernel is not None and part.component == "experts":
-            yield part, _kernel_tensors(kernel, part, copies, rows, cols)
-        else:
-            size = used.bytes(elements, copies * cols)
-            numbers = elements * used.bits // 8 if used.group or used.channel_bits else size
-            yield part, (numbers, size - numbers)
+        yield part, _tensors(dep, part, _rank_shape(dep, part))
+
+
+def _tensors(dep: Deployment, part: Part, shape: tuple[int, int, int]) -> tuple[int, ...]:
+    """Bytes of the tensors of a part of that shape: copies, rows, columns."""
+    linear, wide = dep.weight_format, weight_format(dep.dtype)
+    if linear.name == "mxfp4" and part.component == "experts":
+        kernel = expert_kernel(dep.gpu.compute_capability, dep.settings.version)
+        if kernel is not None:
+            return _kernel_tensors(kernel, part, *shape)
+    used, elements = _format_of(dep.model, part, linear, wide), math.prod(shape)
+    size = used.bytes(elements, shape[0] * shape[2])
+    numbers = elements * used.bits // 8 if used.group or used.channel_bits else size
+    return numbers, size - numbers
 
 
 def _kernel_tensors(kernel: ExpertKernel, part: Part, copies: int, rows: int, cols: int) -> tuple[int, ...]:

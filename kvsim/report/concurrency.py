@@ -57,6 +57,8 @@ def with_seqs(facts: dict, seqs: dict) -> dict:
         sentence = f"{who} has no room for {what}: {row['reason']}"
         return facts | {"verdict": "does_not_fit", "sentence": sentence}
     of = f"{row['blocks']:,} of {row['usable_blocks']:,} blocks"
+    ranks = facts["parallel"]["data"]
+    of += f" of each of {ranks} data parallel ranks, which share them evenly" if ranks > 1 else ""
     return facts | {"sentence": f"{who} has room for {what}, {of}"}
 
 

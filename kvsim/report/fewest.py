@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvsim.catalog.model import ModelSpec
 from kvsim.memory import Choice
 from kvsim.report.catalogue import table_lines
-from kvsim.report.fit import choice_facts
+from kvsim.report.fit import choice_facts, of_a_rank
 from kvsim.units import GIB
 
 # The questions that a plan is asked, and where those are answered that are not here.
@@ -78,6 +78,7 @@ def fewest_text(facts: dict) -> str:
         lengths = sorted({row["max_model_len"] for row in rows})
         of = " or ".join(f"{length:,}" for length in lengths) if len(lengths) < 3 else "the longest that fit"
         lines += ["", f"at once: requests of {of} tokens. Weights and KV cache are those of each GPU."]
+        lines += of_a_rank(rows[0]["data_parallel_size"])
         lines += ["usual: tensor parallel within a node, a pipeline stage for each further node"]
         if has_cost:
             lines += ["an hour: of all GPUs, in the currency of --price"]
@@ -106,5 +107,6 @@ def shape_text(row: dict) -> str:
     tensor, pipeline = row["tensor_parallel_size"], row["pipeline_parallel_size"]
     words = [f"TP {tensor}"] if tensor > 1 or pipeline == 1 else []
     words += [f"PP {pipeline}"] if pipeline > 1 else []
+    words += [f"DP {row['data_parallel_size']}"] if row["data_parallel_size"] > 1 else []
     nodes = f", {row['num_nodes']} nodes" if row["num_nodes"] > 1 else ""
     return " x ".join(words) + nodes

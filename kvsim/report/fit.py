@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from kvsim.formats import weight_format
-from kvsim.memory import Budget, Choice, engines
+from kvsim.memory import Budget, Choice, data_parallel, engines
 from kvsim.memory.budget import max_in_flight_tokens
 from kvsim.memory.concurrency import usable_blocks
 from kvsim.memory.planner import pages_per_request
@@ -26,7 +26,8 @@ def fit_facts(dep: Deployment, budget: Budget, contexts: tuple[int, ...] | None 
     """What `kvsim fit` says: weights, what each GPU keeps free of KV cache and why, the KV cache, and how many requests
     of each length in `contexts` it holds at once (default: from 2,048 tokens up to the model's context).
 
-    Bytes are of the GPU that binds, but for `weights.replica_bytes`. A capacity is of requests that have grown to that
+    Bytes are of the GPU that binds, but for `weights.replica_bytes` and `all_ranks_bytes`, blocks and capacities of one
+    data-parallel rank, but for `whole_on_all_ranks`. A capacity is of requests that have grown to that
     length; `whole` counts those that fit beside the null block, `concurrency` is the engine's own quotient of blocks.
     """
     s = dep.settings
@@ -50,6 +51,7 @@ def fit_facts(dep: Deployment, budget: Budget, contexts: tuple[int, ...] | None 
             "embedding": dep.weight_format.embedding or weight_format(dep.dtype).name,
             "head": dep.weight_format.head or weight_format(dep.dtype).name,
             "replica_bytes": sum(replica_weight_bytes(dep).values()),
+            "all_ranks_bytes": data_parallel.weight_bytes(dep),
             "gpu_bytes": budget.weights_bytes,
             "by_component": budget.weights_by_component,
             "binding_rank": budget.binding_rank,
@@ -94,9 +96,11 @@ def fit_facts(dep: Deployment, budget: Budget, contexts: tuple[int, ...] | None 
 def _sentence(dep: Deployment, budget: Budget) -> str:
     if budget.failure is not None:
         return budget.failure.sentence
+    ranks = dep.settings.data_parallel_size
+    on = f" on each of {ranks} data parallel ranks" if ranks > 1 else ""
     return (
         f"{dep.model.name} on {gpus_text(dep.num_gpus, dep.gpu.name)} has room for"
-        f" {budget.max_concurrency:,.2f} requests of {budget.max_model_len:,} tokens at once"
+        f" {budget.max_concurrency:,.2f} requests of {budget.max_model_len:,} tokens at once{on}"
     )
 
 
@@ -116,6 +120,7 @@ def capacity(dep: Deployment, budget: Budget, tokens: int) -> dict:
         "bytes": blocks * budget.bytes_per_block,
         "concurrency": (budget.num_gpu_blocks if usable else 0) / blocks,
         "whole": usable // blocks,
+        "whole_on_all_ranks": dep.settings.data_parallel_size * (usable // blocks),
         "is_allowed": tokens <= budget.max_model_len,
     }
 
@@ -140,7 +145,12 @@ def fit_text(facts: dict) -> str:
     ends = [weights["embedding"], weights["head"]]
     ends = f"embedding and head {ends[0]}" if ends[0] == ends[1] else f"embedding {ends[0]}, head {ends[1]}"
     below = "" if weights["format"] == weights["dtype"] else f", {ends}"
+    ranks = facts["parallel"]["data"]
     lines += ["1. Weights of a replica", *_sizes([(f"{of}{below}", weights["replica_bytes"])])]
+    if ranks > 1:
+        held = _sizes([(f"held by all {ranks} data parallel ranks", weights["all_ranks_bytes"])])
+        lines += [f"{held[0]}, but for copies within a rank"]
+    of_rank = ", of each data parallel rank" if ranks > 1 else ""
     ways = [f"{kind} parallel {n}" for kind, n in facts["parallel"].items() if n > 1]
     lines += ["", f"2. Weights on {weights['binding_rank']}{_in_brackets(ways)}"]
     parts = sorted(weights["by_component"].items(), key=lambda part: -part[1])
@@ -167,13 +177,13 @@ def fit_text(facts: dict) -> str:
     are = "are" if len(outside) > 1 else "is"
     lines += [f"  {' and '.join(outside)}, {are} outside the engine's share"]
     left = ("left for it", kv["bytes"]) if kv["bytes"] >= 0 else ("missing", -kv["bytes"])
-    lines += ["", f"4. KV cache in {kv['dtype']}", *_sizes([left])]
+    lines += ["", f"4. KV cache in {kv['dtype']}{of_rank}", *_sizes([left])]
     lines += [f"  {_group_text(group, count)}" for group, count in _alike(kv["groups"])]
     lines += [
         f"  {kv['bytes_per_token']:,.10g} bytes a token, {kv['bytes_per_block']:,} bytes a block of {kv['block_size']}:"
         f" {kv['num_gpu_blocks']:,} blocks, {kv['kv_cache_tokens']:,} tokens"
     ]
-    lines += ["", "5. Requests at once, each grown to its full length", *_capacities(facts)]
+    lines += ["", f"5. Requests at once, each grown to its full length{of_rank}", *_capacities(facts)]
     lines += seqs_lines(facts["seqs"]) if "seqs" in facts else []
     lines += trace_lines(facts["trace"]) if "trace" in facts else []
     lines += (
@@ -257,6 +267,7 @@ def _group_text(group: dict, count: int) -> str:
 
 
 def _capacities(facts: dict) -> list[str]:
+    ranks = facts["parallel"]["data"]
     rows = [
         [
             f"{c['tokens']:,}",
@@ -264,12 +275,14 @@ def _capacities(facts: dict) -> list[str]:
             f"{c['bytes'] / GIB:,.3f} GiB",
             f"{c['concurrency']:,.2f}",
             f"{c['whole']:,}",
+            *([f"{c['whole_on_all_ranks']:,}"] if ranks > 1 else []),
             "" if c["is_allowed"] else "over max_model_len",
         ]
         for c in facts["contexts"]
     ]
-    header = ["tokens", "blocks", "each", "at once", "whole", ""]
-    lines = table_lines(header, rows, left=(5,), indent="  ")
+    of_all = [f"on all {ranks}"] if ranks > 1 else []
+    header = ["tokens", "blocks", "each", "at once", "whole", *of_all, ""]
+    lines = table_lines(header, rows, left=(len(header) - 1,), indent="  ")
     exponent = capacity_exponent(facts["contexts"])
     if exponent is not None:
         lines.append(f"  capacity goes with the context to the power of {exponent:.2f}")
@@ -284,7 +297,9 @@ def serve_command(dep: Deployment) -> list[str]:
     would decide."""
     sizes = ("max_model_len", "max_num_seqs", "max_num_batched_tokens")
     settings = dep.asked | {name: getattr(dep.settings, name) for name in sizes}
-    return ["vllm", "serve", dep.model.hf_id or dep.model.name, *flag_words(settings)]
+    speculative = dep.settings.speculative_config
+    drafted = [] if speculative is None else ["--speculative-config", speculative]
+    return ["vllm", "serve", dep.model.hf_id or dep.model.name, *flag_words(settings), *drafted]
 
 
 def flag_words(settings: dict[str, object], *, short: bool = False) -> list[str]:
@@ -309,6 +324,7 @@ def bench_command(dep: Deployment, budget: Budget) -> list[str]:
     tokens = max(2, dep.settings.max_model_len // 2)
     output = max(1, tokens // 4)
     at_once = max(1, min(capacity(dep, budget, tokens)["whole"], dep.settings.max_num_seqs))
+    at_once *= dep.settings.data_parallel_size
     return [
         "vllm", "bench", "serve", "--model", dep.model.hf_id or dep.model.name, "--dataset-name", "random",
         "--random-input-len", str(tokens - output), "--random-output-len", str(output),
@@ -329,6 +345,7 @@ def choice_facts(choice: Choice) -> dict:
     return facts | {
         "num_gpus": dep.num_gpus,
         "tensor_parallel_size": dep.settings.tensor_parallel_size,
+        "data_parallel_size": dep.settings.data_parallel_size,
         "gpu_bytes": budget.total_bytes,
         "weights_bytes": budget.weights_bytes,
         "kv_bytes": budget.kv_bytes,
@@ -362,10 +379,16 @@ def fits_text(rows: list[dict]) -> str:
         lengths = sorted({row["max_model_len"] for row in fitting})
         of = " or ".join(f"{length:,}" for length in lengths) if len(lengths) < 3 else "the longest that fit"
         lines += ["", f"at once: requests of {of} tokens. Weights and KV cache are those of each GPU."]
+        lines += of_a_rank(fitting[0]["data_parallel_size"])
     for row in rows:
         if not row["fits"]:
             lines.append(f"{row['gpu']}: {row['reason']}")
     return "\n".join(lines)
+
+
+def of_a_rank(ranks: int) -> list[str]:
+    """What a table of capacities is of, where there are several data-parallel ranks."""
+    return [f"tokens and requests at once are of each of {ranks} data parallel ranks"] if ranks > 1 else []
 
 
 # ---------------------------------------------------------------- sizes without a name

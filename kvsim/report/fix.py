@@ -12,7 +12,7 @@ from kvsim.memory.levers import Change, Limit, Question, needed_blocks
 from kvsim.memory.planner import pages_per_request
 from kvsim.memory.weights import replica_weight_bytes
 from kvsim.report.catalogue import table_lines
-from kvsim.report.fit import VERDICTS, flag_words, gpus_text
+from kvsim.report.fit import VERDICTS, flag_words, gpus_text, of_a_rank
 from kvsim.units import GIB
 
 # What a question about one deployment cannot answer with a number.
@@ -30,6 +30,7 @@ def fix_facts(question: Question, before: Change, changes: list[Change], limits:
         "sentence": before.reason or _enough(before),
         "model": dep.model.name,
         "gpu": dep.gpu.name,
+        "data_parallel_size": dep.settings.data_parallel_size,
         "requirement": _requirement(question, before),
         "before": _numbers(before, before),
         "can_be_fixed": before.works or any(change.works for change in changes),
@@ -129,7 +130,7 @@ def fix_text(facts: dict) -> str:
     asked = f"start with max_model_len {need['max_model_len']:,}"
     if need["seqs"]:
         asked += f" and hold {need['seqs']:,} requests of {need['tokens']:,} tokens at once"
-    lines += [f"asked for: {asked}", ""]
+    lines += [f"asked for: {asked}", *of_a_rank(facts["data_parallel_size"]), ""]
     working = [change for change in facts["changes"] if change["works"]]
     lines += (
         ["What does it, in the order of preference (--order)"]

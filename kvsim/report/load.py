@@ -56,7 +56,7 @@ def load_facts(
         "timeline": [
             {
                 "stage": stage + 1,
-                "num_gpus": s.tensor_parallel_size,
+                "num_gpus": s.tensor_parallel_size * s.data_parallel_size,
                 "steps": [
                     {
                         "step": step.name,
