@@ -102,17 +102,16 @@ def _first(
         except UserError as error:  # sizes that do not divide the model say less than what can be tried
             undivided = undivided or str(error)
             continue
-        weights = weights or sum(replica_weight_bytes(tried).values())
-        if weights > tried.num_gpus * gpu.total_bytes or _stage_bytes(tried) > gpu.total_bytes:
-            hopeless, reason = (
-                tried,
-                "",
-            )  # known sooner than by `fit`, which gives the reason below if it is wanted
-            continue
         try:
-            result = fit(tried, overhead_bytes)
+            weights = weights or sum(replica_weight_bytes(tried).values())
+            # Known sooner than by `fit`, which gives the reason below if it is wanted.
+            is_hopeless = weights > tried.num_gpus * gpu.total_bytes or _stage_bytes(tried) > gpu.total_bytes
+            result = None if is_hopeless else fit(tried, overhead_bytes)
         except UserError as error:
             reason = str(error)
+            continue
+        if result is None:
+            hopeless, reason = tried, ""
             continue
         if result.failure is not None:
             dep, budget, reason = tried, result, result.failure.sentence
