@@ -44,6 +44,30 @@ def inline_njit(function: Callable) -> Callable:
     return _compile(function, is_part=True, forceinline=True)
 
 
+def conversion(takes: str, gives: str, build: Callable) -> Callable:
+    """A function of one number for compiled code, from the numba type `takes` to `gives`, which is what
+    `build(builder, value)` emits with llvmlite. For machine instructions that numba has no name for."""
+    from numba.core import types
+    from numba.extending import intrinsic
+
+    signature = getattr(types, gives)(getattr(types, takes))
+
+    def convert(typing_context, value):
+        return signature, lambda context, builder, signature, arguments: build(builder, arguments[0])
+
+    return intrinsic(convert)
+
+
+def has_instruction(feature: str) -> bool:
+    """Whether compiled code may use an extension of x86, such as "f16c"."""
+    from llvmlite import binding
+    from numba.core import config
+
+    if config.CPU_FEATURES is not None:
+        return f"+{feature}" in config.CPU_FEATURES.split(",")
+    return config.CPU_NAME != "generic" and bool(binding.get_host_cpu_features().get(feature, False))
+
+
 def import_numba() -> None:
     """Import all of numba that compiled code needs: in a process of our own without the linear algebra of SciPy, which
     takes 0.1 s to import and no kernel here uses, and without which numba has no `np.dot`."""
@@ -99,7 +123,26 @@ def _pipelines() -> tuple[type, type]:
         array, _, *value = signature.args
         return signature.return_type(array, types.uint64, *value)
 
+    def callers_first(libraries):
+        """LLVM links a function only if something that it has linked before calls it."""
+        order, seen = [], set()
+
+        def visit(library):
+            if id(library) not in seen:
+                seen.add(id(library))
+                for other in reversed(library._linking_libraries):
+                    visit(other)
+                order.append(library)
+
+        for library in reversed(libraries):
+            visit(library)
+        return order[::-1]
+
     class Whole(JITCodeLibrary):
+        def finalize(self):
+            self._linking_libraries = callers_first(self._linking_libraries)
+            super().finalize()
+
         def add_linking_library(self, library):
             if library in self._linking_libraries:
                 return

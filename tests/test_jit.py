@@ -93,3 +93,21 @@ def naive_workloads_ran():
         for lockstep in (False, True):
             settings = Settings(num_gpu_blocks=9, max_model_len=64, lockstep=lockstep)
             run_compiled([(0, 20, 30), (5, 40, 10)], settings, identities=identities)
+
+
+@needs_jit
+def test_a_part_is_linked_whoever_calls_it_first(tmp_path):
+    """`shared` is called by `dead`, which nothing calls in the machine code, and later by `used`."""
+    (tmp_path / "parts.py").write_text(
+        "from kvsim import _jit\n"
+        "@_jit.inline_njit\ndef shared(x):\n    return x + 1\n"
+        "@_jit.inline_njit\ndef choose(x, how):\n    return shared(x) if how else x\n"
+        "@_jit.inline_njit\ndef both(x, how):\n"
+        "    if how == 1:\n        return choose(x, 0)\n    return choose(x, 1)\n"
+        "@_jit.njit\ndef whole(x):\n    return both(x, 1) + both(x, 2)\n"
+    )
+    done = run_python(
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import parts; print(parts.whole(3))",
+        KVSIM_CACHE_DIR=str(tmp_path),
+    )
+    assert done.stdout == "7\n", (done.returncode, done.stderr)

@@ -1,0 +1,1146 @@
+"""Grouped integers and fp8, compiled for the CPU: the bytes of `ref.py`, at the speed of memory.
+
+Numbers come as what they are in memory: 32-bit words or 16-bit halves. A tile of at most `TILE` numbers is widened to
+fp32 in the first cache and everything happens there. Sizes are compared as integers (the bits of positive floats are in
+order, and NaN is the largest), which vectorises where a maximum of floats does not; loops have no constant length,
+because LLVM would unroll them whole instead.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from kvsim import _jit
+from kvsim.kernels.quant.half import (
+    bfloat_to_float,
+    bits_float,
+    float_bits,
+    float_to_bfloat,
+    float_to_half,
+    half_to_float,
+)
+from kvsim.kernels.quant.rules import FLOATS, ROUNDINGS, ZEROS, Rule
+
+TILE = 2048  # numbers: 8 KiB of fp32 and their codes fit into the first cache; a multiple of 8, so codes fill bytes
+_TOKENS = 8  # at once where groups lie along tokens: their codes of any width are whole bytes
+CHANNELS = TILE // _TOKENS
+_INFINITY = 0x7F800000
+_CODES = ("int", "e4m3", "e5m2")
+
+
+class Floats(NamedTuple):
+    """An array of floats by its bits; one of the two holds it."""
+
+    words: np.ndarray  # int32
+    halves: np.ndarray  # uint16
+    kind: int  # index in FLOATS
+
+
+class Tile(NamedTuple):
+    """Room for a tile: fp32 by its bits, a byte a code, and of each of its groups (or channels) the ends, by their bits
+    in the `order` of the floats, and what follows from them."""
+
+    values: np.ndarray  # int32
+    codes: np.ndarray  # uint8
+    pairs: np.ndarray  # the same memory as uint16
+    quads: np.ndarray  # and as uint32, the first code in the lowest byte
+    low: np.ndarray  # int32
+    high: np.ndarray  # int32, of groups without zeros the bits of the largest size
+    scale: np.ndarray  # float32
+    inverse: np.ndarray  # float32, 0 where all codes are those of 0
+    zero: np.ndarray  # float32
+
+
+class Plan(NamedTuple):
+    """A rule in numbers, and the shape that it is used on: outer x length x inner."""
+
+    outer: int
+    length: int
+    inner: int
+    group: int
+    bits: int
+    codes: int
+    zero: int
+    rounding: int
+    scale_kind: int
+    lowest: np.float32
+    highest: np.float32
+    spans_zero: bool
+    is_sum_rounded: bool
+    is_division: bool
+    is_stepwise: bool
+    is_zero_hidden: bool
+    divisor: np.float32
+    floor: np.float32
+
+
+# ---------------------------------------------------------------- floats in and out
+
+
+@_jit.inline_njit
+def load(source, at, tile, to, n):
+    """Widen n numbers into the tile."""
+    values = tile.values
+    if source.kind == 0:
+        words = source.words
+        for i in range(n):
+            values[to + i] = words[at + i]
+    elif source.kind == 1:
+        halves = source.halves
+        for i in range(n):
+            values[to + i] = float_bits(half_to_float(halves[at + i]))
+    else:
+        halves = source.halves
+        for i in range(n):
+            values[to + i] = float_bits(bfloat_to_float(halves[at + i]))
+
+
+@_jit.inline_njit
+def store(tile, sink, at, n):
+    """Narrow n numbers of the tile into the sink."""
+    values = tile.values
+    if sink.kind == 0:
+        words = sink.words
+        for i in range(n):
+            words[at + i] = values[i]
+    elif sink.kind == 1:
+        halves = sink.halves
+        for i in range(n):
+            halves[at + i] = float_to_half(bits_float(values[i]))
+    else:
+        halves = sink.halves
+        for i in range(n):
+            halves[at + i] = float_to_bfloat(bits_float(values[i]))
+
+
+@_jit.inline_njit
+def number_at(source, i, kind):
+    """One number of an array whose kind the caller knows as a constant."""
+    if kind == 0:
+        return bits_float(source.words[i])
+    return half_to_float(source.halves[i]) if kind == 1 else bfloat_to_float(source.halves[i])
+
+
+@_jit.inline_njit
+def put(sink, i, number, kind):
+    if kind == 0:
+        sink.words[i] = float_bits(number)
+    else:
+        sink.halves[i] = float_to_half(number) if kind == 1 else float_to_bfloat(number)
+
+
+@_jit.inline_njit
+def rounded_to(number, kind):
+    if kind == 1:
+        return half_to_float(float_to_half(number))
+    if kind == 2:
+        return bfloat_to_float(float_to_bfloat(number))
+    return number
+
+
+# ---------------------------------------------------------------- scales
+
+
+@_jit.inline_njit
+def order(bits):
+    """Bits of floats as integers in the order of the floats, NaN outermost; the way back too."""
+    return np.int32(bits ^ (bits >> 31 & 0x7FFFFFFF))
+
+
+@_jit.inline_njit
+def top_of(tile, at, n, top):
+    """The bits of the largest size among n numbers and `top`."""
+    values = tile.values
+    for i in range(at, at + n):
+        size = np.int32(values[i] & 0x7FFFFFFF)
+        top = size if size > top else top
+    return top
+
+
+@_jit.inline_njit
+def top_of_source(source, at, n):
+    """`top_of` numbers where they are; half floats are in the order of their bits too."""
+    if source.kind == 0:
+        words, top = source.words, np.int32(0)
+        for i in range(at, at + n):
+            size = np.int32(words[i] & 0x7FFFFFFF)
+            top = size if size > top else top
+        return top
+    halves, top_half = source.halves, np.uint16(0)
+    for i in range(at, at + n):
+        half = np.uint16(halves[i] & 0x7FFF)
+        top_half = half if half > top_half else top_half
+    return float_bits(half_to_float(top_half) if source.kind == 1 else bfloat_to_float(top_half))
+
+
+@_jit.inline_njit
+def ends_of(tile, at, n, low, high):
+    """The `order` of the least and the greatest among n numbers, `low` and `high`."""
+    values = tile.values
+    for i in range(at, at + n):
+        key = order(values[i])
+        low = key if key < low else low
+        high = key if key > high else high
+    return low, high
+
+
+@_jit.inline_njit
+def scale_of(low, high, p):
+    """(scale, reciprocal, zero) of a group from its ends."""
+    nan = bits_float(np.int32(0x7FC00000))
+    is_bad = high >= _INFINITY
+    top = bits_float(order(high))
+    bottom = np.float32(0)
+    width = top
+    if p.zero != 0:
+        is_bad = is_bad or low <= order(np.int32(_INFINITY - 0x80000000))
+        bottom = bits_float(order(low))
+        if p.zero == 3 and p.spans_zero:
+            bottom = min(bottom, np.float32(0))
+            top = max(top, np.float32(0))
+        if p.is_stepwise:
+            bottom = rounded_to(bottom, p.scale_kind)
+            top = rounded_to(top, p.scale_kind)
+        width = top - bottom
+        if p.is_stepwise:
+            width = rounded_to(width, p.scale_kind)
+    scale = rounded_to(max(width / p.divisor, p.floor), p.scale_kind)
+    zero = np.float32(0)
+    if p.zero == 1:
+        zero = rounded_to(bottom, p.scale_kind) + np.float32(0)
+    elif p.zero == 2:
+        zero = rounded_to((bottom + top) * np.float32(0.5), p.scale_kind) + np.float32(0)
+    is_bad = is_bad or float_bits(scale) >= _INFINITY or (float_bits(zero) & 0x7FFFFFFF) >= _INFINITY
+    if is_bad:
+        return nan, np.float32(0), np.float32(0) if p.zero == 0 or p.zero == 3 else nan
+    inverse = np.float32(1) / scale
+    if float_bits(inverse) >= _INFINITY:
+        return np.float32(0), np.float32(0), zero
+    if p.zero == 3:
+        zero = np.float32(rounded(-bottom / scale, p.lowest, p.highest, p.rounding))
+    return scale, inverse, zero
+
+
+@_jit.inline_njit
+def simple_scale_of(low, high, p, is_min, kind, is_stepwise):
+    """`scale_of` without branches, for rules without integer zeros and middles; the last three are constants."""
+    infinity = bits_float(np.int32(_INFINITY))
+    is_bad = high >= _INFINITY
+    top = bits_float(order(high))
+    bottom = np.float32(0)
+    if is_min:
+        is_bad |= low <= order(np.int32(_INFINITY - 0x80000000))
+        bottom = rounded_to(bits_float(order(low)), kind) + np.float32(0)
+        is_bad |= not abs(bottom) < infinity
+        if is_stepwise:
+            top = rounded_to(rounded_to(top, kind) - bottom, kind)
+        else:
+            top = top - bits_float(order(low))
+    scale = top / p.divisor
+    scale = rounded_to(scale if scale > p.floor else p.floor, kind)
+    is_bad |= not scale < infinity
+    inverse = np.float32(1) / scale
+    is_used = inverse < infinity and not is_bad
+    nan = bits_float(np.int32(0x7FC00000))
+    scale = scale if is_used else np.float32(0)
+    zero = nan if is_bad and is_min else bottom
+    return nan if is_bad else scale, inverse if is_used else np.float32(0), zero
+
+
+@_jit.inline_njit
+def scales_of(tile, n, p):
+    """`scale_of` n groups of the tile; the usual rules first, which vectorise."""
+    low, high, scale, inverse, zero = tile.low, tile.high, tile.scale, tile.inverse, tile.zero
+    if p.zero == 0 and p.scale_kind == 0:
+        for i in range(n):
+            scale[i], inverse[i], zero[i] = simple_scale_of(low[i], high[i], p, 0, 0, 0)
+    elif p.zero == 1 and p.scale_kind == 0 and not p.is_stepwise:
+        for i in range(n):
+            scale[i], inverse[i], zero[i] = simple_scale_of(low[i], high[i], p, 1, 0, 0)
+    elif p.zero == 1 and p.scale_kind == 1 and p.is_stepwise:
+        for i in range(n):
+            scale[i], inverse[i], zero[i] = simple_scale_of(low[i], high[i], p, 1, 1, 1)
+    else:
+        for i in range(n):
+            scale[i], inverse[i], zero[i] = scale_of(low[i], high[i], p)
+
+
+@_jit.inline_njit
+def kept(scale, p):
+    """The scale that is stored and read: without the bits that hold a zero."""
+    return bits_float(np.int32(float_bits(scale) & -16)) if p.is_zero_hidden else scale
+
+
+# ---------------------------------------------------------------- codes
+
+
+@_jit.inline_njit
+def rounded(number, least, most, rounding):
+    """As a whole int32, within two whole numbers; to clamp first comes to the same and cannot overflow."""
+    number = least if number < least else number
+    number = most if number > most else number
+    if rounding == 0:
+        return np.int32(np.rint(number))
+    if rounding == 1:
+        half = bits_float(np.int32(float_bits(number) & np.int32(-0x80000000) | 0x3F000000))
+        return np.int32(number + half)
+    return np.int32(number)
+
+
+@_jit.inline_njit
+def in_steps(number, scale, zero, kind):
+    """(number - zero) / scale, each rounded to a kind of float."""
+    return rounded_to(rounded_to(number - zero, kind) / scale, kind)
+
+
+@_jit.inline_njit
+def usual(p):
+    """Which of the rules of `usual_code` this is, or 0."""
+    if p.codes != 0 or p.is_division or p.is_stepwise:
+        return 0
+    if p.rounding == 0:
+        return 2 if p.zero == 3 and not p.is_sum_rounded else 1 if p.zero == 1 or p.zero == 2 else 0
+    return 3 if p.rounding == 1 and (p.zero == 0 or (p.zero == 3 and p.is_sum_rounded)) else 0
+
+
+@_jit.inline_njit
+def usual_code(number, inverse, zero, p, rule):
+    """A code by one expression, where `divide_tile` and `code_at` take a loop for each of its operations."""
+    if rule == 1:
+        return rounded((number - zero) * inverse, p.lowest, p.highest, 0)
+    if rule == 2:
+        return rounded(number * inverse, p.lowest - zero, p.highest - zero, 0) + np.int32(zero)
+    return rounded(number * inverse + zero, p.lowest, p.highest, 1)
+
+
+@_jit.inline_njit
+def divide_tile(tile, start, n, scale, inverse, zero, p):
+    """What is to be rounded to codes, for n numbers of the tile, in their place; one simple loop for each option."""
+    values = tile.values
+    if p.is_stepwise:
+        if p.scale_kind == 1:
+            for i in range(start, start + n):
+                values[i] = float_bits(in_steps(bits_float(values[i]), scale, zero, 1))
+        else:
+            for i in range(start, start + n):
+                values[i] = float_bits(in_steps(bits_float(values[i]), scale, zero, p.scale_kind))
+        return
+    if p.zero == 1 or p.zero == 2:
+        for i in range(start, start + n):
+            values[i] = float_bits(bits_float(values[i]) - zero)
+    if p.is_division:
+        for i in range(start, start + n):
+            values[i] = float_bits(bits_float(values[i]) / scale)
+    else:
+        for i in range(start, start + n):
+            values[i] = float_bits(bits_float(values[i]) * inverse)
+    if p.zero == 3 and p.is_sum_rounded:
+        for i in range(start, start + n):
+            values[i] = float_bits(bits_float(values[i]) + zero)
+
+
+@_jit.inline_njit
+def code_at(tile, i, shift, rounding, p):
+    """The code of a divided number of the tile; `shift` is a zero that is added after rounding."""
+    return rounded(bits_float(tile.values[i]), p.lowest - shift, p.highest - shift, rounding) + np.int32(
+        shift
+    )
+
+
+@_jit.inline_njit
+def round_tile(tile, start, n, zero, p, codes, to):
+    """The codes of n numbers of the tile."""
+    shift = zero if p.zero == 3 and not p.is_sum_rounded else np.float32(0)
+    if p.rounding == 0:
+        for i in range(n):
+            codes[to + i] = np.uint8(code_at(tile, start + i, shift, 0, p))
+    elif p.rounding == 1:
+        for i in range(n):
+            codes[to + i] = np.uint8(code_at(tile, start + i, shift, 1, p))
+    else:
+        for i in range(n):
+            codes[to + i] = np.uint8(code_at(tile, start + i, shift, 2, p))
+
+
+@_jit.inline_njit
+def round_in_place(tile, start, n, zero, p):
+    """The codes of n numbers of the tile as fp32."""
+    shift = zero if p.zero == 3 and not p.is_sum_rounded else np.float32(0)
+    values = tile.values
+    if p.rounding == 0:
+        for i in range(start, start + n):
+            values[i] = float_bits(np.float32(code_at(tile, i, shift, 0, p)))
+    elif p.rounding == 1:
+        for i in range(start, start + n):
+            values[i] = float_bits(np.float32(code_at(tile, i, shift, 1, p)))
+    else:
+        for i in range(start, start + n):
+            values[i] = float_bits(np.float32(code_at(tile, i, shift, 2, p)))
+
+
+@_jit.inline_njit
+def e4m3_of(number, saturate):
+    """The byte of an fp32; above 2**-6 the lowest 20 bits are rounded away, below, 2**14 has the step of
+    the subnormals."""
+    bits = float_bits(number)
+    size = np.int32(bits & 0x7FFFFFFF)
+    is_nan = size > _INFINITY
+    limit = np.int32(0x43E00000 if saturate else _INFINITY)
+    size = limit if size > limit else size
+    normal = np.int32(size + (0x7FFFF - (120 << 23)) + (size >> 20 & 1)) >> 20
+    subnormal = float_bits(bits_float(size) + np.float32(16384)) - 0x46800000
+    code = subnormal if size < 0x3C800000 else normal
+    code = 0x7F if code > 0x7E else code
+    code = 0x7F if is_nan else code
+    return np.uint8(code | (bits >> 24 & 0x80))
+
+
+@_jit.inline_njit
+def e5m2_of(number, saturate):
+    """The byte of an fp32; above 2**-14 the lowest 21 bits are rounded away, below, 2**7 has the step of
+    the subnormals."""
+    bits = float_bits(number)
+    size = np.int32(bits & 0x7FFFFFFF)
+    is_nan = size > _INFINITY
+    limit = np.int32(0x47600000 if saturate else _INFINITY)
+    size = limit if size > limit else size
+    normal = np.int32(size + (0xFFFFF - (112 << 23)) + (size >> 21 & 1)) >> 21
+    subnormal = float_bits(bits_float(size) + np.float32(128)) - 0x43000000
+    code = subnormal if size < 0x38800000 else normal
+    code = 0x7C if code > 0x7C else code
+    code = 0x7F if is_nan else code
+    return np.uint8(code | (bits >> 24 & 0x80))
+
+
+@_jit.inline_njit
+def number_of_e4m3(code):
+    """As an fp16 whose exponent is 8 too small."""
+    number = half_to_float(np.uint16((code & 0x80) << 8 | (code & 0x7F) << 7)) * np.float32(256)
+    return bits_float(np.int32(0x7FC00000)) if code & 0x7F == 0x7F else number
+
+
+@_jit.inline_njit
+def number_of_e5m2(code):
+    """The upper half of an fp16."""
+    number = half_to_float(np.uint16(code << 8))
+    return bits_float(np.int32(0x7FC00000)) if code & 0x7F > 0x7C else number
+
+
+@_jit.inline_njit
+def sign_bit(p):
+    """Of codes of two's complement, else 0."""
+    return np.int32(p.highest) + 1 if p.lowest < 0 else 0
+
+
+@_jit.inline_njit
+def encode(tile, start, n, scale, inverse, zero, p, codes, to):
+    """A byte a code for n numbers of the tile."""
+    values = tile.values
+    if not inverse > 0:
+        for i in range(n):
+            codes[to + i] = 0
+    elif p.codes == 1:
+        for i in range(n):
+            codes[to + i] = e4m3_of(bits_float(values[start + i]) * inverse, 1)
+    elif p.codes == 2:
+        for i in range(n):
+            codes[to + i] = e5m2_of(bits_float(values[start + i]) * inverse, 1)
+    elif usual(p) == 1:
+        for i in range(n):
+            codes[to + i] = np.uint8(usual_code(bits_float(values[start + i]), inverse, zero, p, 1))
+    elif usual(p) == 2:
+        for i in range(n):
+            codes[to + i] = np.uint8(usual_code(bits_float(values[start + i]), inverse, zero, p, 2))
+    elif usual(p) == 3:
+        for i in range(n):
+            codes[to + i] = np.uint8(usual_code(bits_float(values[start + i]), inverse, zero, p, 3))
+    else:
+        divide_tile(tile, start, n, scale, inverse, zero, p)
+        round_tile(tile, start, n, zero, p, codes, to)
+
+
+@_jit.inline_njit
+def back_tile(tile, start, n, scale, zero, p):
+    """The numbers of n codes that are in the tile as fp32, in their place."""
+    values = tile.values
+    if p.zero == 3:
+        for i in range(start, start + n):
+            values[i] = float_bits((bits_float(values[i]) - zero) * scale)
+    elif p.is_stepwise:
+        for i in range(start, start + n):
+            values[i] = float_bits(rounded_to(bits_float(values[i]) * scale, p.scale_kind) + zero)
+    elif p.zero == 0:
+        for i in range(start, start + n):
+            values[i] = float_bits(bits_float(values[i]) * scale)
+    else:
+        for i in range(start, start + n):
+            values[i] = float_bits(bits_float(values[i]) * scale + zero)
+
+
+@_jit.inline_njit
+def decode(codes, at, n, scale, zero, p, tile, start):
+    """The numbers of n codes, a byte each, into the tile."""
+    values = tile.values
+    if p.codes == 1:
+        for i in range(n):
+            values[start + i] = float_bits(number_of_e4m3(codes[at + i]) * scale)
+    elif p.codes == 2:
+        for i in range(n):
+            values[start + i] = float_bits(number_of_e5m2(codes[at + i]) * scale)
+    else:
+        flip = sign_bit(p)
+        if p.zero == 1 and not p.is_stepwise:
+            for i in range(n):
+                values[start + i] = float_bits(np.float32(codes[at + i]) * scale + zero)
+            return
+        for i in range(n):
+            values[start + i] = float_bits(np.float32(np.int32((codes[at + i] ^ flip) - flip)))
+        back_tile(tile, start, n, scale, zero, p)
+
+
+@_jit.inline_njit
+def fake(tile, start, n, scale, inverse, zero, p):
+    """`encode` and `decode` of n numbers in their place."""
+    values = tile.values
+    if not inverse > 0:
+        for i in range(start, start + n):
+            values[i] = float_bits(zero + scale)  # the scale is 0 or NaN
+    elif p.codes == 1:
+        scale = kept(scale, p)
+        for i in range(start, start + n):
+            values[i] = float_bits(number_of_e4m3(e4m3_of(bits_float(values[i]) * inverse, 1)) * scale)
+    elif p.codes == 2:
+        for i in range(start, start + n):
+            values[i] = float_bits(number_of_e5m2(e5m2_of(bits_float(values[i]) * inverse, 1)) * scale)
+    elif usual(p) == 1:
+        for i in range(start, start + n):
+            code = usual_code(bits_float(values[i]), inverse, zero, p, 1)
+            values[i] = float_bits(np.float32(code))
+    elif usual(p) == 2:
+        for i in range(start, start + n):
+            code = usual_code(bits_float(values[i]), inverse, zero, p, 2)
+            values[i] = float_bits(np.float32(code))
+    elif usual(p) == 3:
+        for i in range(start, start + n):
+            code = usual_code(bits_float(values[i]), inverse, zero, p, 3)
+            values[i] = float_bits(np.float32(code))
+    else:
+        divide_tile(tile, start, n, scale, inverse, zero, p)
+        round_in_place(tile, start, n, zero, p)
+    if inverse > 0 and p.codes == 0:
+        back_tile(tile, start, n, kept(scale, p), zero, p)
+
+
+# ---------------------------------------------------------------- the plain symmetric rule, without a tile
+
+
+@_jit.inline_njit
+def is_plain(p):
+    """Whether numbers are code * scale of integers: the usual rule, and a third faster from memory to memory."""
+    return p.codes == 0 and p.zero == 0
+
+
+@_jit.inline_njit
+def is_direct(p):
+    """Whether codes are round(x * reciprocal) of integers, likewise."""
+    return is_plain(p) and p.rounding == 0 and not p.is_division
+
+
+@_jit.inline_njit
+def encode_direct(source, at, n, inverse, p, codes, to, kind):
+    if p.scale_kind == 0 and p.divisor <= p.highest:  # no code is larger than the divisor
+        for i in range(n):
+            codes[to + i] = np.uint8(np.int32(np.rint(number_at(source, at + i, kind) * inverse)))
+        return
+    for i in range(n):
+        codes[to + i] = np.uint8(rounded(number_at(source, at + i, kind) * inverse, p.lowest, p.highest, 0))
+
+
+@_jit.inline_njit
+def decode_direct(codes, at, n, scale, p, sink, to, kind):
+    flip = sign_bit(p)
+    for i in range(n):
+        put(sink, to + i, np.float32(np.int32((codes[at + i] ^ flip) - flip)) * scale, kind)
+
+
+@_jit.inline_njit
+def fake_direct(source, at, n, scale, inverse, p, sink, kind):
+    for i in range(at, at + n):
+        code = rounded(number_at(source, i, kind) * inverse, p.lowest, p.highest, 0)
+        put(sink, i, np.float32(code) * scale, kind)
+
+
+# ---------------------------------------------------------------- packing
+
+
+@_jit.inline_njit
+def pack(codes, at, unit, step, count, bits, limit, out, to, out_unit, out_step):
+    """`count` units of codes to bytes. The codes of a unit are `step` apart and fill whole bytes, which are `out_step`
+    apart; the first `limit` of them are written."""
+    if bits == 4:
+        for b in range(limit):
+            first = at + 2 * b * step
+            for u in range(count):
+                i = first + u * unit
+                out[to + b * out_step + u * out_unit] = codes[i] & 15 | codes[i + step] << 4
+    elif bits == 2:
+        for b in range(limit):
+            first = at + 4 * b * step
+            for u in range(count):
+                i = first + u * unit
+                low = codes[i] & 3 | (codes[i + step] & 3) << 2
+                high = codes[i + 2 * step] & 3 | (codes[i + 3 * step] & 3) << 2
+                out[to + b * out_step + u * out_unit] = low | high << 4
+    else:
+        for u in range(count):
+            i, o = at + u * unit, to + u * out_unit
+            word = np.uint32(0)
+            for r in range(8):
+                word |= np.uint32(codes[i + r * step] & 7) << np.uint32(3 * r)
+            for b in range(limit):
+                out[o + b * out_step] = np.uint8(word >> np.uint32(8 * b))
+
+
+@_jit.inline_njit
+def unpack(packed, at, unit, step, count, bits, limit, out, to, out_unit, out_step):
+    """The reverse of `pack`, to a byte a code without its sign."""
+    if bits == 4:
+        for b in range(limit):
+            for u in range(count):
+                byte = packed[at + b * step + u * unit]
+                i = to + 2 * b * out_step + u * out_unit
+                out[i] = byte & 15
+                out[i + out_step] = byte >> 4
+    elif bits == 2:
+        for b in range(limit):
+            for u in range(count):
+                byte = packed[at + b * step + u * unit]
+                i = to + 4 * b * out_step + u * out_unit
+                out[i] = byte & 3
+                out[i + out_step] = byte >> 2 & 3
+                out[i + 2 * out_step] = byte >> 4 & 3
+                out[i + 3 * out_step] = byte >> 6
+    else:
+        for u in range(count):
+            word = np.uint32(0)
+            for b in range(limit):
+                word |= np.uint32(packed[at + b * step + u * unit]) << np.uint32(8 * b)
+            for r in range(8):
+                out[to + u * out_unit + r * out_step] = np.uint8(word >> np.uint32(3 * r) & np.uint32(7))
+
+
+@_jit.inline_njit
+def pack_row(tile, n, bits, codes, at):
+    """n neighbouring codes of the tile; the rest of their last byte is 0."""
+    small = tile.codes
+    for i in range(n, n + 8):
+        small[i] = 0
+    if bits == 4:
+        pairs = tile.pairs
+        for i in range((n + 1) // 2):
+            pair = np.uint16(pairs[i] & 0x0F0F)
+            codes[at + i] = np.uint8(pair | pair >> 4)
+    elif bits == 2:
+        quads = tile.quads
+        for i in range((n + 3) // 4):
+            quad = np.uint32(quads[i] & 0x03030303)
+            codes[at + i] = np.uint8(quad | quad >> 6 | quad >> 12 | quad >> 18)
+    else:
+        units, left = n // 8, n % 8
+        pack(small, 0, 8, 1, units, 3, 3, codes, at, 3, 1)
+        if left:
+            pack(small, 8 * units, 8, 1, 1, 3, (3 * left + 7) // 8, codes, at + 3 * units, 3, 1)
+
+
+@_jit.inline_njit
+def unpack_row(codes, at, n, bits, tile):
+    """n neighbouring codes into the tile, without their sign."""
+    small = tile.codes
+    if bits == 4:
+        pairs = tile.pairs
+        for i in range((n + 1) // 2):
+            byte = np.uint16(codes[at + i])
+            pairs[i] = byte & 0xF | (byte & 0xF0) << 4
+    elif bits == 2:
+        quads = tile.quads
+        for i in range((n + 3) // 4):
+            byte = np.uint32(codes[at + i])
+            quads[i] = byte & 3 | (byte & 12) << 6 | (byte & 48) << 12 | (byte & 192) << 18
+    else:
+        units, left = n // 8, n % 8
+        unpack(codes, at, 3, 1, units, 3, 3, small, 0, 8, 1)
+        if left:
+            unpack(codes, at + 3 * units, 3, 1, 1, 3, (3 * left + 7) // 8, small, 8 * units, 8, 1)
+
+
+# ---------------------------------------------------------------- groups of neighbours
+
+
+@_jit.inline_njit
+def span_of(p):
+    """Numbers that are worked on at once: one long group, or as many whole groups as the tile holds."""
+    return p.group if p.group > TILE else TILE // p.group * p.group
+
+
+@_jit.inline_njit
+def ends_of_tile(tile, n, p):
+    """The ends of the groups that n numbers of the tile are."""
+    low, high = tile.low, tile.high
+    for group in range((n + p.group - 1) // p.group):
+        at = group * p.group
+        m = min(p.group, n - at)
+        if p.zero == 0:
+            high[group] = top_of(tile, at, m, np.int32(0))
+        else:
+            low[group], high[group] = ends_of(tile, at, m, np.int32(0x7FFFFFFF), np.int32(-0x80000000))
+
+
+@_jit.inline_njit
+def ends_of_long(source, at, n, p, tile):
+    """The ends of a group that no tile holds, as those of the tile's first."""
+    low, high = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+    for start in range(0, n, TILE):
+        m = min(TILE, n - start)
+        load(source, at + start, tile, 0, m)
+        low, high = ends_of(tile, 0, m, low, high)
+    tile.low[0], tile.high[0] = low, high
+
+
+@_jit.inline_njit
+def scale_span(source, first, n, p, tile):
+    """Scales of the groups of a span, and their number. Where they fit, and the rule is not direct, its numbers are in
+    the tile afterwards."""
+    groups = (n + p.group - 1) // p.group
+    if is_direct(p) or (p.zero == 0 and p.group > TILE):
+        for i in range(groups):
+            begin = i * p.group
+            tile.high[i] = top_of_source(source, first + begin, min(p.group, n - begin))
+    elif p.group > TILE:
+        ends_of_long(source, first, n, p, tile)
+    else:
+        load(source, first, tile, 0, n)
+        ends_of_tile(tile, n, p)
+    scales_of(tile, groups, p)
+    return groups
+
+
+@_jit.inline_njit
+def encode_groups(source, first, n, groups, p, tile, codes, to):
+    """A byte a code for n numbers, of which those of rules that are not direct are in the tile."""
+    for i in range(groups):
+        begin = i * p.group
+        k = min(p.group, n - begin)
+        scale, inverse, zero = tile.scale[i], tile.inverse[i], tile.zero[i]
+        if not is_direct(p) or not inverse > 0:
+            encode(tile, begin, k, scale, inverse, zero, p, codes, to + begin)
+        elif source.kind == 0:
+            encode_direct(source, first + begin, k, inverse, p, codes, to + begin, 0)
+        elif source.kind == 1:
+            encode_direct(source, first + begin, k, inverse, p, codes, to + begin, 1)
+        else:
+            encode_direct(source, first + begin, k, inverse, p, codes, to + begin, 2)
+
+
+@_jit.njit
+def quantize_rows(source, p, tile, codes, scales, zeros):
+    """Codes, scales and zeros of `outer` rows of `length` numbers."""
+    packed = (p.length * p.bits + 7) // 8
+    span = span_of(p)
+    group = 0
+    for row in range(p.outer):
+        for at in range(0, p.length, span):
+            n = min(span, p.length - at)
+            first, out = row * p.length + at, row * packed + at * p.bits // 8
+            groups = scale_span(source, first, n, p, tile)
+            for i in range(groups):
+                scales[group + i], zeros[group + i] = kept(tile.scale[i], p), tile.zero[i]
+            group += groups
+            for start in range(0, n, TILE):
+                m = min(TILE, n - start)
+                if p.group > TILE and not is_direct(p):
+                    load(source, first + start, tile, 0, m)
+                if p.bits == 8:
+                    encode_groups(source, first + start, m, groups, p, tile, codes, out + start)
+                else:
+                    encode_groups(source, first + start, m, groups, p, tile, tile.codes, 0)
+                    pack_row(tile, m, p.bits, codes, out + start * p.bits // 8)
+
+
+@_jit.inline_njit
+def decode_groups(codes, at, n, groups, scales, zeros, group, p, tile, sink, to):
+    for i in range(groups):
+        begin = i * p.group
+        k = min(p.group, n - begin)
+        scale = scales[group + i]
+        if not is_plain(p):
+            decode(codes, at + begin, k, scale, zeros[group + i], p, tile, begin)
+        elif sink.kind == 0:
+            decode_direct(codes, at + begin, k, scale, p, sink, to + begin, 0)
+        elif sink.kind == 1:
+            decode_direct(codes, at + begin, k, scale, p, sink, to + begin, 1)
+        else:
+            decode_direct(codes, at + begin, k, scale, p, sink, to + begin, 2)
+    if not is_plain(p):
+        store(tile, sink, to, n)
+
+
+@_jit.njit
+def dequantize_rows(codes, scales, zeros, p, tile, sink):
+    """The numbers of `outer` rows of `length` codes."""
+    packed = (p.length * p.bits + 7) // 8
+    span = span_of(p)
+    group = 0
+    for row in range(p.outer):
+        for at in range(0, p.length, span):
+            n = min(span, p.length - at)
+            first, out = row * packed + at * p.bits // 8, row * p.length + at
+            groups = (n + p.group - 1) // p.group
+            for start in range(0, n, TILE):
+                m = min(TILE, n - start)
+                if p.bits == 8:
+                    decode_groups(
+                        codes, first + start, m, groups, scales, zeros, group, p, tile, sink, out + start
+                    )
+                else:
+                    unpack_row(codes, first + start * p.bits // 8, m, p.bits, tile)
+                    decode_groups(tile.codes, 0, m, groups, scales, zeros, group, p, tile, sink, out + start)
+            group += groups
+
+
+@_jit.njit
+def fake_rows(source, p, tile, sink):
+    """What comes back of `outer` rows of `length` numbers."""
+    span = span_of(p)
+    for row in range(p.outer):
+        for at in range(0, p.length, span):
+            n = min(span, p.length - at)
+            first = row * p.length + at
+            groups = scale_span(source, first, n, p, tile)
+            for start in range(0, n, TILE):
+                fake_groups(source, first + start, min(TILE, n - start), groups, p, tile, sink)
+
+
+@_jit.inline_njit
+def fake_groups(source, first, n, groups, p, tile, sink):
+    if p.group > TILE and not is_direct(p):
+        load(source, first, tile, 0, n)
+    for i in range(groups):
+        begin = i * p.group
+        k = min(p.group, n - begin)
+        scale, inverse, zero = tile.scale[i], tile.inverse[i], tile.zero[i]
+        if not is_direct(p):
+            fake(tile, begin, k, scale, inverse, zero, p)
+        elif not inverse > 0:
+            for j in range(first + begin, first + begin + k):
+                put(sink, j, scale, sink.kind)
+        elif sink.kind == 0:
+            fake_direct(source, first + begin, k, scale, inverse, p, sink, 0)
+        elif sink.kind == 1:
+            fake_direct(source, first + begin, k, scale, inverse, p, sink, 1)
+        else:
+            fake_direct(source, first + begin, k, scale, inverse, p, sink, 2)
+    if not is_direct(p):
+        store(tile, sink, first, n)
+
+
+# ---------------------------------------------------------------- groups of tokens, a channel each
+
+
+@_jit.inline_njit
+def scale_columns(source, at, n, m, p, tile):
+    """Scales of the groups that `m` neighbouring channels of n tokens are, the first number at `at`."""
+    values, low, high = tile.values, tile.low, tile.high
+    for c in range(m):
+        low[c] = 0x7FFFFFFF
+        high[c] = 0 if p.zero == 0 else -0x80000000
+    for t in range(n):
+        load(source, at + t * p.inner, tile, 0, m)
+        if p.zero == 0:
+            for c in range(m):
+                size = np.int32(values[c] & 0x7FFFFFFF)
+                high[c] = size if size > high[c] else high[c]
+        else:
+            for c in range(m):
+                key = order(values[c])
+                low[c] = key if key < low[c] else low[c]
+                high[c] = key if key > high[c] else high[c]
+    scales_of(tile, m, p)
+
+
+@_jit.inline_njit
+def divide_columns(tile, start, m, p):
+    """As `divide_tile`, a channel each; 0 where the codes are those of 0."""
+    values, scale, inverse, zero = tile.values, tile.scale, tile.inverse, tile.zero
+    if p.is_stepwise and p.scale_kind == 1:
+        for c in range(m):
+            values[start + c] = float_bits(in_steps(bits_float(values[start + c]), scale[c], zero[c], 1))
+    elif p.is_stepwise:
+        for c in range(m):
+            number = in_steps(bits_float(values[start + c]), scale[c], zero[c], p.scale_kind)
+            values[start + c] = float_bits(number)
+    else:
+        if p.zero == 1 or p.zero == 2:
+            for c in range(m):
+                values[start + c] = float_bits(bits_float(values[start + c]) - zero[c])
+        if p.is_division:
+            for c in range(m):
+                values[start + c] = float_bits(bits_float(values[start + c]) / scale[c])
+        else:
+            for c in range(m):
+                values[start + c] = float_bits(bits_float(values[start + c]) * inverse[c])
+    for c in range(m):
+        values[start + c] = values[start + c] if inverse[c] > 0 else 0
+    if p.zero == 3 and p.is_sum_rounded:
+        for c in range(m):
+            values[start + c] = float_bits(bits_float(values[start + c]) + zero[c])
+
+
+@_jit.inline_njit
+def encode_columns(tile, start, m, p, codes, to):
+    """A byte a code for one token's numbers in m channels."""
+    values, inverse, zero = tile.values, tile.inverse, tile.zero
+    if is_direct(p):
+        for c in range(m):
+            number = bits_float(values[start + c]) * inverse[c]
+            number = number if inverse[c] > 0 else np.float32(0)
+            codes[to + c] = np.uint8(rounded(number, p.lowest, p.highest, 0))
+        return
+    if usual(p) == 1:
+        for c in range(m):
+            number = (bits_float(values[start + c]) - zero[c]) * inverse[c]
+            number = number if inverse[c] > 0 else np.float32(0)
+            codes[to + c] = np.uint8(rounded(number, p.lowest, p.highest, 0))
+        return
+    divide_columns(tile, start, m, p)
+    if p.codes == 1:
+        for c in range(m):
+            codes[to + c] = e4m3_of(bits_float(values[start + c]), 1)
+    elif p.codes == 2:
+        for c in range(m):
+            codes[to + c] = e5m2_of(bits_float(values[start + c]), 1)
+    elif p.zero == 3 and not p.is_sum_rounded:
+        for c in range(m):
+            number = bits_float(values[start + c])
+            code = rounded(number, p.lowest - zero[c], p.highest - zero[c], p.rounding)
+            codes[to + c] = np.uint8(code + np.int32(zero[c]))
+    else:
+        round_tile(tile, start, m, np.float32(0), p, codes, to)
+
+
+@_jit.inline_njit
+def decode_columns(codes, at, m, p, tile, start):
+    """The numbers of one token's codes in m channels."""
+    values, scale, zero = tile.values, tile.scale, tile.zero
+    if p.codes == 1:
+        for c in range(m):
+            values[start + c] = float_bits(number_of_e4m3(codes[at + c]) * scale[c])
+        return
+    if p.codes == 2:
+        for c in range(m):
+            values[start + c] = float_bits(number_of_e5m2(codes[at + c]) * scale[c])
+        return
+    flip = sign_bit(p)
+    if p.zero == 0:
+        for c in range(m):
+            code = np.int32((codes[at + c] ^ flip) - flip)
+            values[start + c] = float_bits(np.float32(code) * scale[c])
+    elif p.zero == 3:
+        for c in range(m):
+            values[start + c] = float_bits((np.float32(codes[at + c]) - zero[c]) * scale[c])
+    elif p.is_stepwise:
+        for c in range(m):
+            number = rounded_to(np.float32(codes[at + c]) * scale[c], p.scale_kind)
+            values[start + c] = float_bits(number + zero[c])
+    else:
+        for c in range(m):
+            code = np.int32((codes[at + c] ^ flip) - flip)
+            values[start + c] = float_bits(np.float32(code) * scale[c] + zero[c])
+
+
+@_jit.njit
+def quantize_columns(source, p, tile, codes, scales, zeros):
+    """Codes, scales and zeros of `outer` arrays of `length` tokens x `inner` channels."""
+    packed, groups = (p.length * p.bits + 7) // 8, (p.length + p.group - 1) // p.group
+    small = tile.codes
+    for o in range(p.outer):
+        for group in range(groups):
+            token = group * p.group
+            n = min(p.group, p.length - token)
+            for channel in range(0, p.inner, CHANNELS):
+                m = min(CHANNELS, p.inner - channel)
+                at = (o * p.length + token) * p.inner + channel
+                scale_columns(source, at, n, m, p, tile)
+                to = (o * groups + group) * p.inner + channel
+                for c in range(m):
+                    scales[to + c], zeros[to + c] = kept(tile.scale[c], p), tile.zero[c]
+                to = (o * packed + token * p.bits // 8) * p.inner + channel
+                for unit in range(0, n, _TOKENS):
+                    k = min(_TOKENS, n - unit)
+                    for t in range(k):
+                        load(source, at + (unit + t) * p.inner, tile, 0, m)
+                        if p.bits == 8:
+                            encode_columns(tile, 0, m, p, codes, to + (unit + t) * p.inner)
+                        else:
+                            encode_columns(tile, 0, m, p, small, t * m)
+                    if p.bits < 8:
+                        for i in range(k * m, _TOKENS * m):
+                            small[i] = 0
+                        first, limit = to + unit * p.bits // 8 * p.inner, (k * p.bits + 7) // 8
+                        pack(small, 0, 1, m, m, p.bits, limit, codes, first, 1, p.inner)
+
+
+@_jit.njit
+def dequantize_columns(codes, scales, zeros, p, tile, sink):
+    """The numbers of `outer` arrays of codes of `length` tokens x `inner` channels."""
+    packed, groups = (p.length * p.bits + 7) // 8, (p.length + p.group - 1) // p.group
+    small = tile.codes
+    for o in range(p.outer):
+        for group in range(groups):
+            token = group * p.group
+            n = min(p.group, p.length - token)
+            for channel in range(0, p.inner, CHANNELS):
+                m = min(CHANNELS, p.inner - channel)
+                at = (o * groups + group) * p.inner + channel
+                for c in range(m):
+                    tile.scale[c], tile.zero[c] = scales[at + c], zeros[at + c]
+                at = (o * packed + token * p.bits // 8) * p.inner + channel
+                to = (o * p.length + token) * p.inner + channel
+                for unit in range(0, n, _TOKENS):
+                    k = min(_TOKENS, n - unit)
+                    if p.bits < 8:
+                        first, limit = at + unit * p.bits // 8 * p.inner, (k * p.bits + 7) // 8
+                        unpack(codes, first, 1, p.inner, m, p.bits, limit, small, 0, 1, m)
+                    for t in range(k):
+                        if p.bits == 8:
+                            decode_columns(codes, at + (unit + t) * p.inner, m, p, tile, 0)
+                        else:
+                            decode_columns(small, t * m, m, p, tile, 0)
+                        store(tile, sink, to + (unit + t) * p.inner, m)
+
+
+@_jit.njit
+def fake_columns(source, p, tile, sink):
+    """What comes back of `outer` arrays of `length` tokens x `inner` channels."""
+    mask = np.uint8((1 << p.bits) - 1)
+    small = tile.codes
+    for o in range(p.outer):
+        for token in range(0, p.length, p.group):
+            n = min(p.group, p.length - token)
+            for channel in range(0, p.inner, CHANNELS):
+                m = min(CHANNELS, p.inner - channel)
+                at = (o * p.length + token) * p.inner + channel
+                scale_columns(source, at, n, m, p, tile)
+                for t in range(n):
+                    load(source, at + t * p.inner, tile, 0, m)
+                    encode_columns(tile, 0, m, p, small, 0)
+                    for c in range(m):
+                        small[c] = small[c] & mask
+                        tile.low[c] = float_bits(tile.scale[c])
+                        tile.scale[c] = kept(tile.scale[c], p)
+                    decode_columns(small, 0, m, p, tile, 0)
+                    for c in range(m):
+                        tile.scale[c] = bits_float(tile.low[c])
+                    store(tile, sink, at + t * p.inner, m)
+
+
+# ---------------------------------------------------------------- fp8 with a scale that is given
+
+
+@_jit.njit
+def encode_fp8(source, scale, is_e4m3, saturate, tile, out):
+    for start in range(0, out.size, TILE):
+        n = min(TILE, out.size - start)
+        load(source, start, tile, 0, n)
+        values = tile.values
+        if is_e4m3:
+            for i in range(n):
+                out[start + i] = e4m3_of(bits_float(values[i]) / scale, saturate)
+        else:
+            for i in range(n):
+                out[start + i] = e5m2_of(bits_float(values[i]) / scale, saturate)
+
+
+@_jit.njit
+def decode_fp8(codes, scale, is_e4m3, tile, sink):
+    for start in range(0, codes.size, TILE):
+        n = min(TILE, codes.size - start)
+        values = tile.values
+        if is_e4m3:
+            for i in range(n):
+                values[i] = float_bits(number_of_e4m3(codes[start + i]) * scale)
+        else:
+            for i in range(n):
+                values[i] = float_bits(number_of_e5m2(codes[start + i]) * scale)
+        store(tile, sink, start, n)
+
+
+# ---------------------------------------------------------------- what Python calls
+
+
+def _floats(x, dtype: str) -> Floats:
+    flat = x.reshape(-1)
+    if dtype == "float32":
+        return Floats(flat.view(np.int32), np.empty(0, np.uint16), 0)
+    return Floats(np.empty(0, np.int32), flat.view(np.uint16), FLOATS.index(dtype))
+
+
+def _plan(shape, rule: Rule) -> Plan:
+    outer, length, inner = shape
+    if inner == 1 and length and length % (rule.group or length) == 0 and length * rule.bits % 8 == 0:
+        # Rows of whole groups and whole bytes follow each other like the groups of one row.
+        rule, outer, length = rule._replace(group=rule.group or length), 1, outer * length
+    lowest = -(2 ** (rule.bits - 1)) if rule.is_signed else 0
+    return Plan(
+        outer, length, inner, rule.group or max(length, 1), rule.bits, _CODES.index(rule.codes),
+        ZEROS.index(rule.zero), ROUNDINGS.index(rule.rounding), FLOATS.index(rule.scale_dtype),
+        np.float32(lowest), np.float32(lowest + 2**rule.bits - 1),
+        rule.spans_zero, rule.is_sum_rounded, rule.is_division, rule.is_stepwise, rule.is_zero_hidden,
+        np.float32(rule.scale_divisor), np.float32(rule.floor),
+    )  # fmt: skip
+
+
+def _tile() -> Tile:
+    """Its arrays begin at whole cache lines, so that no vector lies across two, and not a power of two apart, which
+    would give all of them the same few places in the first cache."""
+    size = 4 * TILE + 5 * 64
+    room = np.zeros(8 * size, np.uint8)
+    room = room[-room.ctypes.data % 64 :]
+    values, low, high, scale, inverse, zero, codes = (room[i * size :][: 4 * TILE] for i in range(7))
+    codes = codes[: TILE + 8]
+    words, numbers = ([part.view(kind) for part in parts] for parts, kind in (
+        ((values, low, high), np.int32), ((scale, inverse, zero), np.float32)
+    ))  # fmt: skip
+    return Tile(words[0], codes, codes.view("<u2"), codes.view("<u4"), *words[1:], *numbers)
+
+
+def quantize(x, rule: Rule, dtype: str, codes, scales, zeros) -> None:
+    """As in `ref.py`; all arrays are contiguous."""
+    flat = codes.reshape(-1), scales.reshape(-1), zeros.reshape(-1)
+    run = quantize_rows if x.shape[2] == 1 else quantize_columns
+    run(_floats(x, dtype), _plan(x.shape, rule), _tile(), *flat)
+
+
+def dequantize(codes, scales, zeros, rule: Rule, dtype: str, out) -> None:
+    """As in `ref.py`; all arrays are contiguous."""
+    flat = codes.reshape(-1), scales.reshape(-1), zeros.reshape(-1)
+    run = dequantize_rows if out.shape[2] == 1 else dequantize_columns
+    run(*flat, _plan(out.shape, rule), _tile(), _floats(out, dtype))
+
+
+def fake_quantize(x, rule: Rule, dtype: str, out) -> None:
+    """As in `ref.py`; all arrays are contiguous."""
+    run = fake_rows if x.shape[2] == 1 else fake_columns
+    run(_floats(x, dtype), _plan(x.shape, rule), _tile(), _floats(out, dtype))
+
+
+def quantize_fp8(x, codes: str, scale: float, saturate: bool, dtype: str, out) -> None:
+    """As in `ref.py`; all arrays are contiguous."""
+    is_e4m3 = codes == "e4m3"
+    encode_fp8(_floats(x, dtype), np.float32(scale), is_e4m3, int(saturate), _tile(), out.reshape(-1))
+
+
+def dequantize_fp8(x, codes: str, scale: float, dtype: str, out) -> None:
+    """As in `ref.py`; all arrays are contiguous."""
+    decode_fp8(x.reshape(-1), np.float32(scale), codes == "e4m3", _tile(), _floats(out, dtype))
