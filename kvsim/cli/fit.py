@@ -42,13 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.epilog = _EPILOG
     parser.usage = "kvsim fit MODEL --gpu G [options] [-- vllm serve M ...]"
-    parser.add_argument(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        help="catalogue name, config.json, checkpoint folder or GGUF file",
-    )
-    parser.add_argument("--gpu", help="catalogue name, or a file of nvidia-smi")
+    add_model_arguments(parser)
     parser.add_argument(
         "--context",
         type=counts,
@@ -94,6 +88,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_engine_arguments(parser)
     engines.add_arguments(parser)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL and --gpu, of `fit`, `fix` and `load`."""
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="catalogue name, config.json, checkpoint folder or GGUF file",
+    )
+    parser.add_argument("--gpu", help="catalogue name, or a file of nvidia-smi")
 
 
 def add_rough_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

@@ -21,19 +21,13 @@ Exit codes: 0 it fits already, or something makes it fit; 1 nothing does; 2 a mi
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `kvsim fix`."""
-    from kvsim.cli.fit import add_rough_arguments
+    from kvsim.cli.fit import add_model_arguments, add_rough_arguments
     from kvsim.memory.levers import LEVERS
     from kvsim.specs import add_engine_arguments, argument_type
 
     parser.epilog = _EPILOG.format(levers=", ".join(LEVERS))
     parser.usage = "kvsim fix MODEL --gpu G [options] [-- vllm serve M ...]"
-    parser.add_argument(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        help="catalogue name, config.json, checkpoint folder or GGUF file",
-    )
-    parser.add_argument("--gpu", help="catalogue name, or a file of nvidia-smi")
+    add_model_arguments(parser)
     count = {"type": argument_type(parse_count), "metavar": "N"}
     parser.add_argument("--seqs", **count, help="requests that must have room at once (default: only one of "
                         "max_model_len, without which no engine starts)")  # fmt: skip

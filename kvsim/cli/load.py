@@ -21,19 +21,14 @@ Exit codes: 0 answered; 1 the timeline ends because the engine does not start; 2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `kvsim load`."""
+    from kvsim.cli.fit import add_model_arguments
     from kvsim.memory.hardware import GPUS_PER_NODE
     from kvsim.memory.loading import LOADERS
     from kvsim.specs import add_engine_arguments, argument_type
 
     parser.epilog = _EPILOG
     parser.usage = "kvsim load MODEL [options] [--gpu G --timeline] [-- vllm serve M ...]"
-    parser.add_argument(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        help="catalogue name, config.json, checkpoint folder or GGUF file",
-    )
-    parser.add_argument("--gpu", help="catalogue name, or a file of nvidia-smi")
+    add_model_arguments(parser)
     parser.add_argument("--loader", choices=tuple(LOADERS), help="one way to load only (default: all)")
     parser.add_argument("--gpus-per-node", type=argument_type(parse_count), metavar="N", default=GPUS_PER_NODE,
                         help=f"ranks that load from the memory of one host (default: {GPUS_PER_NODE})")  # fmt: skip
