@@ -1,7 +1,7 @@
 """float16 and bfloat16 as the compiled kernels see them: the bits in a uint16, for which numba has no float.
 
-`widened` and `narrowed` are the definition, in NumPy; `widen` and `narrow` the same in loops that the compiler makes
-vectors of. Sign and payload of a NaN are not defined, as nowhere in this package.
+`ref.widen` and `ref.narrow` are the definition, in NumPy; `widen` and `narrow` the same in loops that the compiler
+makes vectors of. Sign and payload of a NaN are not defined, as nowhere in this package.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvsim._jit import inline_njit, njit
-
-FLOATS = ("float32", "float16", "bfloat16")
+from kvsim.kernels.quant.rules import FLOATS
 
 
 def float_name(x: np.ndarray, dtype: str | None) -> str:
@@ -29,23 +28,6 @@ def storage(name: str) -> np.dtype:
     if name not in FLOATS:
         raise ValueError(f"dtype {name!r} is none of {', '.join(FLOATS)}")
     return np.dtype("uint16" if name == "bfloat16" else name)
-
-
-def widened(x: np.ndarray, name: str) -> np.ndarray:
-    """`x` as float32, exactly."""
-    if name == "bfloat16":
-        return (x.astype(np.uint32) << 16).view(np.float32)
-    return x.astype(np.float32)
-
-
-def narrowed(y: np.ndarray, name: str) -> np.ndarray:
-    """float32 rounded to `name`, half to even; what is too large becomes infinite."""
-    if name == "bfloat16":
-        bits = y.view(np.uint32)
-        rounded = (bits + (0x7FFF + ((bits >> 16) & 1)).astype(np.uint32)) >> 16
-        return np.where(np.isnan(y), 0x7FC0, rounded).astype(np.uint16)
-    with np.errstate(over="ignore"):
-        return y.astype(name)
 
 
 @inline_njit
@@ -112,7 +94,7 @@ def narrow_bfloat(bits, out):
 
 
 def widen(x: np.ndarray, name: str, out: np.ndarray) -> None:
-    """`widened` of a contiguous vector into the float32 vector `out`."""
+    """`ref.widen` of a contiguous vector into the float32 vector `out`."""
     if name == "bfloat16":
         widen_bfloat(x, out.view(np.uint32))
     else:
@@ -130,7 +112,7 @@ def wide(x: np.ndarray, name: str) -> np.ndarray:
 
 
 def narrow(y: np.ndarray, name: str, out: np.ndarray) -> None:
-    """`narrowed` of a contiguous float32 vector into `out`."""
+    """`ref.narrow` of a contiguous float32 vector into `out`."""
     if name == "bfloat16":
         narrow_bfloat(y.view(np.uint32), out)
     else:

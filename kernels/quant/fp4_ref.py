@@ -21,15 +21,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvsim.kernels.quant.bits16 import float_name, narrowed, storage, widened
+from kvsim.kernels.quant.bits16 import float_name, storage
+from kvsim.kernels.quant.ref import fp8_values, narrow, widen
+from kvsim.kernels.quant.rules import FP8_MAX
 
 E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
 E2M1_SIGNED = np.concatenate([E2M1, -E2M1])
-# e4m3 without its sign: eight subnormal numbers in units of 2^-9, then 1.m * 2^(e - 7); 0x7f is NaN.
-E4M3 = np.array([*(m * 2.0**-9 for m in range(8)),
-                 *((1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8))], np.float32)  # fmt: skip
-E4M3[0x7F] = np.nan
-E4M3_MAX = np.float32(448)
+E4M3 = fp8_values("e4m3")[:0x80]  # without its sign; 0x7f is NaN
+E4M3_MAX = np.float32(FP8_MAX["e4m3"])
 # Dettmers et al., QLoRA (2023), appendix E: the values that bitsandbytes has, as float32.
 NF4 = np.array(
     [
@@ -57,7 +56,7 @@ def quantize_nvfp4(x, global_scale=1.0, four_over_six=False, dtype=None, out: Pa
     name = float_name(x, dtype)
     g = checked_global(global_scale)
     out = checked(out, x.shape, "nvfp4")
-    groups = widened(x, name).reshape(-1, 16)
+    groups = widen(x, name).reshape(-1, 16)
     with np.errstate(all="ignore"):
         largest = np.abs(groups).max(axis=1, keepdims=True)
         codes, scales, error = _nvfp4(groups, largest * SIXTH, g)
@@ -83,7 +82,7 @@ def quantize_mxfp4(x, dtype=None, out: Packed | None = None) -> Packed:
     """`x` along its last axis, a multiple of 32: codes (..., n / 2) and e8m0 scales (..., n / 32), both uint8."""
     name = float_name(x, dtype)
     out = checked(out, x.shape, "mxfp4")
-    groups = widened(x, name).reshape(-1, 32)
+    groups = widen(x, name).reshape(-1, 32)
     largest = np.abs(groups).max(axis=1, keepdims=True)
     exponents = np.clip(np.frexp(np.where(np.isfinite(largest), largest, 1))[1] - 1 - 2, -127, 127)
     scales = np.where(np.isfinite(largest), np.where(largest == 0, 0, exponents + 127), 0xFF).astype(np.uint8)
@@ -103,7 +102,7 @@ def quantize_nf4(x, dtype=None, out: Packed | None = None) -> Packed:
     """All of `x`, flattened: codes (n / 2) as uint8 and scales (n / 64) as float32, both rounded up."""
     name = float_name(x, dtype)
     out = checked(out, x.shape, "nf4")
-    flat = widened(x, name).reshape(-1)
+    flat = widen(x, name).reshape(-1)
     whole = flat.size // 64 * 64
     groups = flat[:whole].reshape(-1, 64)
     with np.errstate(all="ignore"):
@@ -126,7 +125,7 @@ def dequantize_nf4(codes, scales, shape, dtype="float32", out=None) -> np.ndarra
     n = out.size
     values = NF4[np.stack([codes >> 4, codes & 15], axis=1).reshape(-1)[:n]]
     with np.errstate(all="ignore"):
-        out[...] = narrowed(values * np.repeat(scales, 64)[:n], dtype).reshape(shape)
+        out[...] = narrow(values * np.repeat(scales, 64)[:n], dtype).reshape(shape)
     return out
 
 
@@ -230,5 +229,5 @@ def _dequantized(kind, codes, scales, factors, dtype, out):
     out = checked_groups(kind, codes, scales, dtype, out)
     values = E2M1_SIGNED[np.stack([codes & 15, codes >> 4], axis=-1)].reshape(-1, GROUP[kind])
     with np.errstate(all="ignore"):
-        out[...] = narrowed(values * factors.reshape(-1, 1), dtype).reshape(out.shape)
+        out[...] = narrow(values * factors.reshape(-1, 1), dtype).reshape(out.shape)
     return out

@@ -23,8 +23,9 @@ from __future__ import annotations
 import numpy as np
 
 from kvsim.formats import GGML_BLOCKS
-from kvsim.kernels.quant.bits16 import float_name, narrowed, storage, widened
+from kvsim.kernels.quant.bits16 import float_name, storage
 from kvsim.kernels.quant.fp4_ref import E2M1, E2M1_SIGNED
+from kvsim.kernels.quant.ref import narrow, widen
 
 GGML_TYPES = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "mxfp4")
 BLOCK = 32
@@ -36,7 +37,7 @@ def quantize_ggml(x: np.ndarray, type: str, dtype: str | None = None, out: np.nd
     `x` is float32, float16, or the bits of bfloat16 with dtype="bfloat16"."""
     name = float_name(x, dtype)
     out = checked(out, blocks_shape(x.shape, type), np.dtype(np.uint8))
-    blocks = widened(x, name).reshape(-1, BLOCK)
+    blocks = widen(x, name).reshape(-1, BLOCK)
     with np.errstate(all="ignore"):
         if type == "mxfp4":
             exponent = _exponents(blocks)
@@ -68,7 +69,7 @@ def dequantize_ggml(blocks: np.ndarray, type: str, dtype: str = "float32", out: 
             is_affine = type.endswith("_1")
             codes = _unpacked(rows[:, 4 if is_affine else 2 :], bits)
             y = codes * d + _float(rows[:, 2:4]) if is_affine else (codes - np.float32(1 << (bits - 1))) * d
-    out[...] = narrowed(y, dtype).reshape(out.shape)
+    out[...] = narrow(y, dtype).reshape(out.shape)
     return out
 
 

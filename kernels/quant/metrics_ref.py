@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvsim.kernels.quant import ref
+
 LANES = 256
 CHUNK = 256 * LANES
 NUM_QUERIES = 256  # a head, by default
@@ -183,7 +185,7 @@ def widen(x: np.ndarray, dtype: str | None = None) -> np.ndarray:
     """The same numbers in float64."""
     kind = dtype_of(x, dtype)
     if kind == "bfloat16":
-        x = (x.astype(np.uint32) << 16).view(np.float32)
+        x = ref.widen(x, kind)
     elif x.dtype == np.uint16:
         x = x.view(np.float16)
     return x.astype(np.float64)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvsim.kernels.quant.bits16 import float_name, narrowed, storage, widened
+from kvsim.kernels.quant.bits16 import float_name, storage
+from kvsim.kernels.quant.ref import narrow, widen
 
 
 def rotate(
@@ -20,10 +21,10 @@ def rotate(
     name = float_name(x, dtype)
     out = checked(out, x.shape, name)
     signs = sign_of(seed, x.shape[-1])
-    y = widened(x, name).reshape(-1, x.shape[-1])
+    y = widen(x, name).reshape(-1, x.shape[-1])
     with np.errstate(all="ignore"):
         y = butterflies(y if inverse else y * signs)
-        out[...] = narrowed(y * signs if inverse else y, name).reshape(x.shape)
+        out[...] = narrow(y * signs if inverse else y, name).reshape(x.shape)
     return out
 
 

@@ -20,9 +20,11 @@ from typing import NamedTuple
 import numpy as np
 
 from kvsim.formats import KV_FORMATS, kv_format
-from kvsim.kernels.quant.bits16 import float_name, narrowed, storage, widened
+from kvsim.kernels.quant import ggml_ref
+from kvsim.kernels.quant.bits16 import float_name, storage
 from kvsim.kernels.quant.fp4_ref import E4M3, E4M3_MAX, nearest
 from kvsim.kernels.quant.lloyd_max import VLLM_LEVELS, bounds, levels
+from kvsim.kernels.quant.ref import narrow, widen
 from kvsim.kernels.quant.rotate_ref import butterflies
 
 PRESETS = tuple(name for name in KV_FORMATS if name.startswith("turboquant_"))
@@ -58,7 +60,7 @@ def quantize_turboquant(
     out = checked(out, k, v, name, where)
     slots = out.reshape(-1, where.slot)
     slots[...] = 0
-    keys, values = (widened(x, name).reshape(-1, k.shape[-1]) for x in (k, v))
+    keys, values = (widen(x, name).reshape(-1, k.shape[-1]) for x in (k, v))
     with np.errstate(all="ignore"):
         if where.key_bits == 8:
             slots[:, : where.value_start] = _e4m3(keys)
@@ -105,7 +107,7 @@ def dequantize_turboquant(slots, preset: str, dim: int, dtype: str = "float32", 
         codes = _unpacked(rows[:, where.value_start : end], where.value_bits).astype(np.float32)
         values = codes * _float(rows[:, end : end + 2]) + _float(rows[:, end + 2 : end + 4])
         for array, numbers in zip(out, (keys, values), strict=True):
-            array[...] = narrowed(numbers, dtype).reshape(array.shape)
+            array[...] = narrow(numbers, dtype).reshape(array.shape)
     return out
 
 
@@ -121,7 +123,7 @@ def checked(out, k, v, name: str, where: Layout) -> np.ndarray:
     """`out`, or a new array where none is given."""
     if v.shape != k.shape or v.dtype != k.dtype:
         raise ValueError(f"keys are {k.dtype} of shape {k.shape}, values {v.dtype} of shape {v.shape}")
-    return _new_or(out, (*k.shape[:-1], where.slot), np.dtype(np.uint8))
+    return ggml_ref.checked(out, (*k.shape[:-1], where.slot), np.dtype(np.uint8))
 
 
 def checked_numbers(out, slots, dim: int, dtype: str, where: Layout) -> tuple:
@@ -131,17 +133,7 @@ def checked_numbers(out, slots, dim: int, dtype: str, where: Layout) -> tuple:
         )
     shape = (*slots.shape[:-1], dim)
     k, v = out or (None, None)
-    return _new_or(k, shape, storage(dtype)), _new_or(v, shape, storage(dtype))
-
-
-def _new_or(out, shape, dtype):
-    if out is None:
-        return np.empty(shape, dtype)
-    if out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous:
-        raise ValueError(
-            f"out is {out.dtype} of shape {out.shape}: it has to be contiguous {dtype} of shape {shape}"
-        )
-    return out
+    return ggml_ref.checked(k, shape, storage(dtype)), ggml_ref.checked(v, shape, storage(dtype))
 
 
 def _e4m3(x):

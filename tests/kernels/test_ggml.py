@@ -10,6 +10,7 @@ from kvsim import _jit
 from kvsim.formats import GGML_BLOCKS, KV_FORMATS
 from kvsim.kernels.quant import bits16, ggml_cpu, ggml_ref
 from kvsim.kernels.quant.ggml_ref import GGML_TYPES
+from kvsim.kernels.quant.ref import widen
 
 EDGES = (
     0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 127.0, -127.0, 0.5 / 127, 8.0, -8.0, 15.0, 31.0, 2.0**-149, -(2.0**-149),
@@ -75,7 +76,7 @@ def test_every_16_bit_number_is_taken(type, dtype):
     x = both.view(bits16.storage(dtype))
     ref = ggml_ref.quantize_ggml(x, type, dtype)
     np.testing.assert_array_equal(ref, ggml_cpu.quantize_ggml(x, type, dtype))
-    np.testing.assert_array_equal(ref, ggml_ref.quantize_ggml(bits16.widened(x, dtype), type))
+    np.testing.assert_array_equal(ref, ggml_ref.quantize_ggml(widen(x, dtype), type))
     got = ggml_cpu.dequantize_ggml(ref, type, dtype)
     assert_same_floats(ggml_ref.dequantize_ggml(ref, type, dtype), got, dtype)
 

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from kvsim.kernels.quant import bits16, rotate_cpu, rotate_ref
+from kvsim.kernels.quant import rotate_cpu, rotate_ref
+from kvsim.kernels.quant.ref import narrow
 from tests.kernels.test_ggml import any_bits, assert_same_floats, patterns, plain_bits, without_warnings
 
 __all__ = ["without_warnings"]  # a fixture of every test here
@@ -65,7 +66,7 @@ def test_compiled_loops_are_the_definition(bits, seed, inverse):
 @pytest.mark.parametrize("n", SIZES)
 def test_every_size_and_float(n, dtype):
     x = np.random.default_rng(n).standard_normal((6, 2, n), dtype=np.float32)
-    x = bits16.narrowed(x, dtype)[::2]
+    x = narrow(x, dtype)[::2]
     for inverse in (False, True):
         ref = rotate_ref.rotate(x, 5, inverse, dtype)
         assert_same_floats(ref, rotate_cpu.rotate(x, 5, inverse, dtype), dtype)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from kvsim.formats import KV_FORMATS
-from kvsim.kernels.quant import bits16, lloyd_max, rotate_ref, turboquant_cpu, turboquant_ref
+from kvsim.kernels.quant import lloyd_max, rotate_ref, turboquant_cpu, turboquant_ref
+from kvsim.kernels.quant.ref import narrow
 from kvsim.kernels.quant.turboquant_ref import PRESETS
 from tests.kernels.test_ggml import any_bits, assert_same_floats, patterns, plain_bits, without_warnings
 
@@ -99,7 +100,7 @@ def test_compiled_slots_are_the_definition(bits):
 @pytest.mark.parametrize("dim", [8, 32, 128])
 def test_every_float_and_size(preset, dtype, dim):
     x = np.random.default_rng(3).standard_normal((2, 20, dim), dtype=np.float32)
-    k, v = bits16.narrowed(x, dtype)
+    k, v = narrow(x, dtype)
     assert_equal(k[::2], v[::2], preset, dtype)
 
 
