@@ -201,7 +201,7 @@ def _end_soon_after_interrupt() -> None:
             sys.__excepthook__(kind, error, trace)
 
     def unraisable(what):
-        if not isinstance(what.exc_value, KeyboardInterrupt):
+        if not _interrupts:  # what an interrupt left half made may fail when it is taken down
             sys.__unraisablehook__(what)
 
     sys.excepthook = show

@@ -219,6 +219,25 @@ def test_an_interrupt_printed_by_c_code_is_no_traceback():
         assert ("Traceback" in done.stderr) is shown
 
 
+@pytest.mark.parametrize("is_interrupted", [True, False])
+def test_what_an_interrupt_left_half_made_is_taken_down_in_silence(is_interrupted):
+    code = (
+        "import os, signal, kvsim.cli\n"
+        "kvsim.cli._end_soon_after_interrupt()\n"
+        "class HalfMade:\n"
+        "    def __del__(self):\n"
+        "        self.handle.close()\n"
+        "try:\n"
+        "    if {}: signal.raise_signal(signal.SIGINT)\n"
+        "except KeyboardInterrupt:\n"
+        "    pass\n"
+        "HalfMade()\n"
+        "os._exit(0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code.format(is_interrupted)], capture_output=True, text=True)
+    assert done.returncode == 0 and ("AttributeError" in done.stderr) != is_interrupted
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("after_s", [0.2, 0.35, 0.5, 0.8, 1.1, 1.3, 2.5, 5.0])
 def test_interrupted_at_any_moment(after_s, tmp_path):
