@@ -4,21 +4,26 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
 
 from kvsim import _jit
 
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:  # beside a device, where `pytest -m gpu tests/kernels/test_..._cuda.py` needs none
+    settings = None
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
-for name, examples in (("small", 25), ("default", 300), ("long", 3000)):
-    settings.register_profile(
-        name,
-        max_examples=examples,
-        deadline=None,
-        derandomize=name != "long",
-        suppress_health_check=list(HealthCheck),
-    )
-settings.load_profile(os.environ.get("KVSIM_HYPOTHESIS", "default"))
+if settings is not None:
+    for name, examples in (("small", 25), ("default", 300), ("long", 3000)):
+        settings.register_profile(
+            name,
+            max_examples=examples,
+            deadline=None,
+            derandomize=name != "long",
+            suppress_health_check=list(HealthCheck),
+        )
+    settings.load_profile(os.environ.get("KVSIM_HYPOTHESIS", "default"))
 
 
 def pytest_collection_modifyitems(items):

@@ -16,7 +16,16 @@ from kvsim import _jit, metrics
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 SHARED = FOLDER.parents[1] / "shared"
-SUITES = ("startup", "load", "loop", "sweep", "kernels", "kernels_blocks", "kernels_quant")
+SUITES = (
+    "startup",
+    "load",
+    "loop",
+    "sweep",
+    "kernels",
+    "kernels_blocks",
+    "kernels_quant",
+    "kernels_accounting",
+)
 KINDS = ("time_", "track_", "peakmem_")
 needs_jit = pytest.mark.skipif(_jit.is_disabled(), reason="benchmarks of plain Python say nothing")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from kvsim.errors import UserError
+from kvsim.units import parse_count
 
 SHAPE = ("layers", "kv_heads", "head_dim", "tokens")
 # What each question takes beside its own flags.
@@ -19,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--seqs and --trace, and the flags of the questions without a model's name."""
     from kvsim.cli.models import counts
     from kvsim.cli.traffic import count
+    from kvsim.specs import argument_type
 
     group = parser.add_argument_group("sequences at once")
     group.add_argument("--seqs", type=count, metavar="N", help="the longest context of N sequences at once, "
@@ -28,6 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--columns", metavar="ROLE=COLUMN,...", help="of --trace, where its columns are no known ones: "
                        "prompt=in_tok,output=out_tok")  # fmt: skip
+    group.add_argument("--monte-carlo", type=count, metavar="N", help="fill the pool N times with lengths drawn from "
+                       "--trace: how many run at once and what is wasted, as distributions, and how often --seqs (or "
+                       "--max-num-seqs) do not fit")  # fmt: skip
+    group.add_argument(
+        "--seed", type=argument_type(parse_count), metavar="N", help="of --monte-carlo (default: 0)"
+    )
+    group.add_argument("--backend", choices=("cpu", "cuda", "ref"), help="of --monte-carlo, with the same result: "
+                       "compiled (default), a GPU, or NumPy")  # fmt: skip
     shape = parser.add_argument_group("KV bytes of a shape without a name")
     shape.add_argument("--layers", type=count, metavar="N", help="layers that keep K and V")
     shape.add_argument("--kv-heads", type=counts, metavar="N,...", help="KV heads of a layer")
@@ -88,7 +98,20 @@ def with_concurrency(facts: dict, deployment, budget, args: argparse.Namespace) 
         if not len(trace):
             raise UserError(f"--trace {args.trace} has no requests; give one that has")
         facts |= {"trace": report.trace_facts(trace, lambda n: capacity(deployment, budget, n))}
+        if args.monte_carlo is not None:
+            facts |= {"monte_carlo": _monte_carlo(deployment, budget, trace, args)}
     return facts
+
+
+def _monte_carlo(deployment, budget, trace, args: argparse.Namespace) -> dict:
+    from kvsim.memory.montecarlo import MOST_SCENARIOS
+    from kvsim.report.montecarlo import monte_carlo_facts
+
+    vllm_only(deployment, "--monte-carlo")
+    if args.monte_carlo > MOST_SCENARIOS:
+        raise UserError(f"--monte-carlo is {args.monte_carlo:,}; give at most {MOST_SCENARIOS:,}")
+    seed, backend = args.seed or 0, args.backend or "auto"
+    return monte_carlo_facts(deployment, budget, trace, args.monte_carlo, seed, backend, args.seqs)
 
 
 def vllm_only(deployment, flag: str) -> None:

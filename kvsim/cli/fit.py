@@ -14,6 +14,7 @@ _EPILOG = """examples:
   kvsim fit llama-3.1-8b --gpu l4 --max-model-len -1 --emit vllm
   kvsim fit llama-3-70b --gpu h100 -tp 4 --context 4096 --seqs 32       are 32 sequences of 4,096 tokens too many?
   kvsim fit llama-3.1-8b --gpu l40s --trace chat-small                  requests at once, by the lengths of a trace
+  kvsim fit llama-3.1-8b --gpu l40s --trace chat-small --seqs 64 --monte-carlo 10k    how often do 64 not fit?
   kvsim fit --layers 32 --kv-heads 8 --head-dim 128 --tokens 8192       KV bytes of any shape
   kvsim fit --worksheet plan.toml                                       a capacity worksheet, step by step
   kvsim fit --gpu rtx-4090 --from-log vllm.log                          a logged start beside what kvsim reckons
@@ -140,7 +141,9 @@ def main(args: argparse.Namespace) -> int:
     if args.emit:
         _refuse(args, ("seqs", "trace"), "changes nothing beside --emit; leave it out")
     if args.trace is None:
-        _refuse(args, ("columns",), "goes with --trace; see --help")
+        _refuse(args, ("columns", "monte_carlo"), "goes with --trace; see --help")
+    if args.monte_carlo is None:
+        _refuse(args, ("seed", "backend"), "goes with --monte-carlo; see --help")
     draft.take(args)
     deployment = with_total(deployment_of(args, None, None), args.total)
     budget = memory.fit(deployment, args.overhead, args.cuda_context)
@@ -170,11 +173,13 @@ def main(args: argparse.Namespace) -> int:
 # Flags of one question only, None where they are not given.
 _OF_SERVING = (
     "model", "context", "budget", "emit", "overhead", "cuda_context", "total", "seqs", "trace", "columns",
+    "monte_carlo", "seed", "backend",
 )  # fmt: skip
 _OF_TRAINING = ("optimizer", "lora_rank", "activations")
 _OF_MIN_GPUS = ("price", "gpus_per_node")
 _BESIDE_MIN_GPUS = (
     "context", "budget", "emit", "params", "gpu_gb", "kv_reserve", "train", "cuda_context", "seqs", "trace", "columns",
+    "monte_carlo", "seed", "backend",
 )  # fmt: skip
 
 

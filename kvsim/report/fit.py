@@ -15,6 +15,7 @@ from kvsim.memory.planner import pages_per_request
 from kvsim.memory.weights import replica_weight_bytes
 from kvsim.report.catalogue import CONTEXTS, nominal_weights, table_lines
 from kvsim.report.concurrency import seqs_lines, trace_lines
+from kvsim.report.montecarlo import monte_carlo_lines
 from kvsim.specs import ENGINE_FLAGS, NOT_VLLM, Deployment, GpuSpec
 from kvsim.units import GB, GIB
 
@@ -186,6 +187,7 @@ def fit_text(facts: dict) -> str:
     lines += ["", f"5. Requests at once, each grown to its full length{of_rank}", *_capacities(facts)]
     lines += seqs_lines(facts["seqs"]) if "seqs" in facts else []
     lines += trace_lines(facts["trace"]) if "trace" in facts else []
+    lines += monte_carlo_lines(facts["monte_carlo"], ranks) if "monte_carlo" in facts else []
     lines += (
         [
             "",
