@@ -19,6 +19,7 @@ import kvsim
 from kvsim import metrics
 from kvsim.engine import state as st
 from kvsim.errors import UserError
+from kvsim.units import NS_PER_S
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -68,6 +69,8 @@ class Result:
     # Called when somebody asks: a sweep has thousands of runs, and reads only their summaries.
     _make_bins: Callable[[], pa.Table]
     _make_deployment: Callable[[], dict]
+    # Where requests had their regions (docs/allocators.md), in order; None where there were no events or no regions.
+    regions: pa.Table | None = None
 
     @functools.cached_property
     def bins(self) -> pa.Table:
@@ -128,15 +131,18 @@ class Result:
         outcomes, causes = outcome_and_cause(run)
         summary = head(trace, deployment, options, seed, command) | totals(run, table, outcomes)
         summary["wall"] = {"load_s": load_s, "prepare_s": prepare_s, "engine_s": engine_s, "write_s": 0.0}
+        summary |= memory_shares(run.state, budget)
         summary |= _latency_summary(run, table, outcomes, options["goodput"])
+        has_regions = len(run.state.region_log) > 0
         record = options["record"]
         return cls(
             requests=None if record == "summary" else request_table(table, trace, outcomes, causes),
-            events=event_table(run.events) if record == "events" else None,
+            events=event_table(run.events, largest_free=largest_free_of(run)) if record == "events" else None,
             notes=(*trace.notes, *deployment.notes, *budget.notes),
             _summary=summary,
             _make_bins=functools.partial(bin_table, *bins_of(run.state), budget),
             _make_deployment=plain(deployment, budget, options),
+            regions=region_table(run.state) if has_regions else None,
         )
 
     @classmethod
@@ -241,6 +247,36 @@ def totals(run: EngineRun, table: metrics.Columns, outcomes: np.ndarray) -> dict
         "kv_cache_usage": metrics.usage(run.state.used_time),
         "prefix_cache": prefix_cache(int(now.prefix_queries), int(now.prefix_hits)),
         "makespan_s": float(now.t) / 1e9,
+    }
+
+
+def memory_shares(state: st.State, budget) -> dict:
+    """The allocator, what it copied, and what the pool held: shares of all its token places, weighted by time."""
+    now, settings, bins = state.now[0], state.settings[0], state.timeline
+    block_size = int(settings.block_size)
+    places = (int(settings.num_gpu_blocks) - 1) * block_size
+    names = ("used_area", "wasted_area", "internal_area")
+
+    def shares(duration: int, used_area: int, wasted_area: int, internal_area: int) -> dict:
+        if settings.allocator == st.PAGED:  # the ends of last blocks are all that is lost
+            internal_area = wasted_area
+        areas = {
+            "useful": used_area * block_size - wasted_area,
+            "reserved": wasted_area - internal_area,
+            "internal": internal_area,
+            "free": places * duration - used_area * block_size,
+        }
+        whole = places * duration
+        parts = {name: area / whole if whole else None for name, area in areas.items()}
+        return {"seconds": duration / NS_PER_S, **parts}
+
+    busy = int(state.used_time[1:].sum())
+    starved = [int(now[f"starved_{name}"]) for name in names]
+    return {
+        "allocator": st.ALLOCATORS[int(settings.allocator)],
+        "kv_copied_bytes": round(int(now.copied_tokens) * budget.bytes_per_block / block_size),
+        "kv_while_running": shares(busy, *(int(bins[name].sum()) for name in names)),
+        "kv_while_waiting_for_memory": shares(int(now.starved_time), *starved),
     }
 
 
@@ -359,8 +395,43 @@ def request_table(table, trace, outcomes, causes, replica=None) -> pa.Table:
     )
 
 
-def event_table(events: np.ndarray, replica=None) -> pa.Table:
-    """The events table of rows of state.EVENT; `replica` int16[n], None: all 0."""
+def largest_free_of(run: EngineRun) -> np.ndarray | None:
+    """int32[events]: the largest free piece, in blocks, where somebody asked for more, else -1; None with paging."""
+    log = run.state.region_log[: int(run.state.now[0].num_region_rows)]
+    if len(run.state.region_log) == 0:
+        return None
+    asked = log[log["kind"] == st.REGION_SHORT]
+    largest = np.full(len(run.events), -1, np.int32)
+    largest[asked["event"]] = asked["num_blocks"]
+    return largest
+
+
+def region_table(state: st.State) -> pa.Table:
+    """The log of regions as a table, in order."""
+    import pyarrow as pa
+
+    log = state.region_log[: int(state.now[0].num_region_rows)]
+    log = log[log["kind"] != st.REGION_SHORT]
+
+    def plain(name):
+        return pa.array(np.ascontiguousarray(log[name]))
+
+    return pa.table(
+        {
+            "seq": plain("event"),  # of the event that comes next, or that it belongs to
+            "time_ns": plain("time"),
+            "step": plain("step"),
+            "kind": words(log["kind"], st.REGION_KINDS[: st.REGION_SHORT]),
+            "request": plain("request"),
+            "start_block": plain("start"),
+            "num_blocks": plain("num_blocks"),
+        }
+    )
+
+
+def event_table(events: np.ndarray, replica=None, largest_free=None) -> pa.Table:
+    """The events table of rows of state.EVENT; `replica` int16[n], None: all 0; `largest_free` int32[n], -1 is null,
+    None: all null."""
     import pyarrow as pa
 
     n = len(events)
@@ -382,6 +453,9 @@ def event_table(events: np.ndarray, replica=None) -> pa.Table:
             "blocks_needed": plain("blocks_needed"),
             "tokens_lost": plain("tokens_lost"),
             "for_request": plain("for_request"),
+            "largest_free_blocks": pa.nulls(n, pa.int32())
+            if largest_free is None
+            else pa.array(largest_free, mask=largest_free < 0),
         }
     )
 
@@ -398,7 +472,10 @@ def bins_of(state: st.State) -> tuple[np.ndarray, int, int]:
     """A copy of the bins in use, their width and the end of the last one, ns."""
     width, end = int(state.now[0].bin_width), int(state.now[0].accounted)
     used = state.timeline[: -(-end // width)]
-    return np.frombuffer(used.tobytes(), st.BIN), width, end  # as bytes, or numpy copies field by field
+    bins = np.frombuffer(bytearray(used.tobytes()), st.BIN)  # as bytes, or numpy copies field by field
+    if state.settings[0].allocator == st.PAGED:  # the ends of last blocks are all that is lost
+        bins["internal_area"] = bins["wasted_area"]
+    return bins, width, end
 
 
 def bin_table(bins: np.ndarray, width: int, end: int, budget, replica: int = 0) -> pa.Table:
@@ -435,6 +512,12 @@ def bin_table(bins: np.ndarray, width: int, end: int, budget, replica: int = 0) 
             "preemptions": count("preemptions"),
             "rejections": count("rejections"),
             "wasted_bytes_mean": mean("wasted_area", bytes_per_token),
+            "internal_bytes_mean": mean("internal_area", bytes_per_token),
+            "reserved_bytes_mean": pa.array(
+                (bins["wasted_area"] - bins["internal_area"]) / widths * bytes_per_token
+            ),
+            "external_bytes_mean": mean("external_area", budget.bytes_per_block),
+            "copied_tokens": count("copied_tokens"),
         }
     )
 

@@ -155,6 +155,7 @@ def simulate(
         record_events=record == "events",
     )
     groups = _groups(deployment, budget)
+    _check_allocator(deployment, groups, replicas, on_step)
     span = int(trace.arrival_ns[-1]) if len(trace) else 0
     bin_width_ns = _ns(bin_s, "bin") if bin_s is not None else _nice_width(span // 1000)
 
@@ -209,6 +210,25 @@ def _groups(deployment, budget) -> list[dict]:
         return budget.engine_groups()
     except UserError as error:
         raise UserError(f"{deployment.model.name} cannot be replayed: {error}") from None
+
+
+def _check_allocator(deployment, groups: list[dict], replicas: int, on_step) -> None:
+    """UserError for what is simulated with paging alone."""
+    allocator = deployment.settings.allocator
+    if allocator == "paged":
+        return
+    for is_asked, what in (
+        (
+            len(groups) != 1 or groups[0]["kind"] != "full",
+            f"{deployment.model.name}, which has several kinds of layers,",
+        ),
+        (replicas > 1, "a fleet"),
+        (on_step is not None, "a step log"),
+    ):
+        if is_asked:
+            raise UserError(
+                f"{what} is simulated with allocator paged alone, not with {allocator}; leave one of them out"
+            )
 
 
 def make_content_keys(trace: Trace, settings: EngineSettings) -> st.Keys:
@@ -279,6 +299,7 @@ def pack_settings(
         enable_prefix_caching=settings.enable_prefix_caching,
         cache_every_block=cache_every_block,
         policy=st.POLICIES.index(settings.scheduling_policy),
+        allocator=st.ALLOCATORS.index(settings.allocator),
         async_scheduling=settings.async_scheduling,
         long_prefill_token_threshold=settings.long_prefill_token_threshold,
         long_prefill_token_threshold_adaptive=settings.long_prefill_token_threshold_adaptive,
@@ -294,7 +315,7 @@ def pack_settings(
         strict=strict,
         lockstep=lockstep,
         fed=fed,
-        identities=identities or settings.enable_prefix_caching,
+        identities=(identities and settings.allocator == "paged") or settings.enable_prefix_caching,
         log_steps=log_steps,
         record_events=record_events,
         check=check,
@@ -339,11 +360,20 @@ def relieve(state: st.State, status: int, fixed_bins: bool) -> st.State:
 
 
 def _more_events(state: st.State) -> st.State:
-    """Make room for twice as many events, or as many as the next step may need."""
+    """Make room for twice as many events, or as many as the next step may need, and in the log of regions."""
     now = state.now[0]
-    events = st.table(st.EVENT, max(2 * len(state.events), int(now.num_events + now.needs)))
-    events[: now.num_events] = state.events[: now.num_events]
-    return state._replace(events=events)
+
+    def longer(rows: np.recarray, num_used: int) -> np.recarray:
+        if num_used + now.needs <= len(rows):
+            return rows
+        more = st.table(rows.dtype, max(2 * len(rows), int(num_used + now.needs)))
+        more[:num_used] = rows[:num_used]
+        return more
+
+    state = state._replace(events=longer(state.events, int(now.num_events)))
+    if len(state.region_log) > 0:
+        state = state._replace(region_log=longer(state.region_log, int(now.num_region_rows)))
+    return state
 
 
 def _wider_bins(state: st.State, time_ns: int) -> st.State:

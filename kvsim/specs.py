@@ -481,9 +481,10 @@ def deployment(model: str | Path | ModelSpec, *, gpu: str | GpuSpec, **settings)
     given = _read_settings(asked)
     given = _as_engine(given, asked)
     _check_ranges(given)
+    given, notes = _with_allocator(given, asked)
     _refuse_not_built(given)
     check_parallel(model, given)
-    notes = [*_version_notes(given), *_format_notes(model, gpu, given), *_file_notes(model, gpu, given)]
+    notes += [*_version_notes(given), *_format_notes(model, gpu, given), *_file_notes(model, gpu, given)]
     resolved, more = _resolve_sizes(model, gpu, given)
     notes += more
     if resolved.engine == "sglang" and "gpu_memory_utilization" not in asked:
@@ -497,6 +498,19 @@ def _as_engine(s: EngineSettings, asked: dict) -> EngineSettings:
     if s.engine not in other_engines.SETTINGS:
         return s
     return msgspec.structs.replace(s, **other_engines.defaults(s.engine, asked))
+
+
+def _with_allocator(s: EngineSettings, asked: dict) -> tuple[EngineSettings, list[str]]:
+    """The settings, and a note, for an allocator that shares no blocks: prefix caching is off."""
+    if s.allocator == "paged" or not s.enable_prefix_caching:
+        return s, []
+    if asked.get("enable_prefix_caching"):
+        raise UserError(
+            f"enable_prefix_caching needs blocks that requests share, and allocator {s.allocator} gives each request"
+            " memory of its own; leave one of them out"
+        )
+    note = f"enable_prefix_caching off: allocator {s.allocator} gives each request memory of its own"
+    return msgspec.structs.replace(s, enable_prefix_caching=False), [note]
 
 
 @functools.cache
@@ -567,15 +581,13 @@ def _check_ranges(s: EngineSettings) -> None:
 _CHOICES = {
     "scheduling_policy": ("fcfs", "priority"),
     "engine": formats.ENGINES,
-    "allocator": ("paged", "reserve_max", "reserve_final", "contiguous"),
+    "allocator": ("paged", "contiguous", "exact", "buddy", "first-fit", "best-fit"),
     "performance_mode": ("balanced", "interactivity", "throughput"),
 }
 
 
 def _refuse_not_built(s: EngineSettings) -> None:
     """What vLLM can do and kvsim cannot yet; a wrong simulation would be worse than none."""
-    if s.allocator != "paged":
-        raise UserError(f"allocator {s.allocator} is not built yet; use allocator paged")
     if s.data_parallel_size > 1 and s.engine != "vllm":
         raise UserError(
             f"data_parallel_size {s.data_parallel_size} is sized for engine vllm alone; leave it out, for one replica"
@@ -985,7 +997,13 @@ ENGINE_FLAGS = (
     Flag("enforce_eager", "bool", "no CUDA graphs, and none of their memory"),
     Flag("engine", "str", "whose memory rules: vllm, sglang, llama.cpp or tensorrt-llm"),
     Flag("engine_version", "str", "release of vLLM whose memory rules apply"),
-    Flag("allocator", "str", "how KV memory is handed out; paged"),
+    Flag(
+        "allocator",
+        "str",
+        "where a request's KV lies: paged; or in one piece, made for max_model_len tokens (contiguous), for those that"
+        " it will have (exact), for a power of two (buddy), or for those so far (first-fit, best-fit), and then it is"
+        " out of memory where it cannot grow (docs/allocators.md)",
+    ),
     Flag("prefix_unit", "count", "tokens that one prefix id of the trace stands for"),
 )
 NOT_VLLM = ("engine", "engine_version", "allocator", "prefix_unit")

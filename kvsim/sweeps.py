@@ -29,7 +29,7 @@ MAIN_METRICS = (
 # Of a summary: the same in all cells, or the wall clock's, or an input.
 _NO_METRICS = (
     "schema_version", "simulated", "kvsim_version", "engine", "seed", "command", "trace", "model", "gpu",
-    "inputs_sha256", "wall", "failure",
+    "inputs_sha256", "wall", "failure", "allocator",
 )  # fmt: skip
 
 

@@ -125,3 +125,31 @@ def test_C13_weights_are_shared_and_kv_is_not_except_a_prefix(shared_tokens):
     assert peak(enable_prefix_caching=False) == k * whole
     one, many = (kv.fit(deployment(20_000, max_model_len=2048, max_num_seqs=n)) for n in (1, k))
     assert one.weights_bytes == many.weights_bytes
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 64])
+def test_E14_paging_removes_the_fragmentation_tax(block_size):
+    """At most block_size - 1 tokens of waste a sequence at any time, whatever max_model_len; a region for the longest
+    request wastes all that its own does not fill."""
+    rng = np.random.default_rng(14)
+    trace = made(1, 1, 0.02, n=400)
+    trace.prompt_tokens[:] = rng.integers(1, 600, 400)
+    trace.output_tokens[:] = rng.integers(1, 400, 400)
+
+    def wasted_tokens(allocator):
+        dep = deployment(
+            1 + 64_000 // block_size, max_model_len=2048, block_size=block_size, allocator=allocator,
+            enable_prefix_caching=False,
+        )  # fmt: skip
+        run = kv.simulate(trace, dep)
+        assert run.summary()["outcomes"]["finished"] == 400
+        bins = run.bins.filter(run.bins["running_mean"].to_numpy() > 0)
+        token_bytes = 2 * 32 * 8 * 128 * 2  # K and V, layers, KV heads, head size, bfloat16
+        wasted = bins["wasted_bytes_mean"].to_numpy() / token_bytes
+        return wasted / bins["running_mean"].to_numpy(), run.summary()["kv_while_waiting_for_memory"]
+
+    paged, full = wasted_tokens("paged")
+    assert (paged <= block_size - 1 + 1e-9).all() and (block_size == 1 or paged.max() > 0)
+    assert full["seconds"] > 0 and full["internal"] < block_size / 400 and full["reserved"] == 0
+    contiguous, full = wasted_tokens("contiguous")
+    assert (contiguous >= 2048 - 1000).all() and full["reserved"] + full["internal"] > 0.5

@@ -297,7 +297,7 @@ def test_scheduling_defaults():
         ({"dtype": "bf17"}, "did you mean 'bf16'"),
         ({"engine_version": "new"}, "write it like 0.33.0"),
         ({"scheduling_policy": "lifo"}, "one of fcfs, priority"),
-        ({"allocator": "reserve_max"}, "use allocator paged"),
+        ({"allocator": "reserve_max"}, "one of paged, contiguous, exact, buddy, first-fit, best-fit"),
         ({"engine": "sglang", "engine_version": "0.5"}, "of engine sglang one set of rules is modelled"),
         ({"engine": "tgi"}, "one of vllm, sglang, llama.cpp, tensorrt-llm"),
         ({"data_parallel_size": 2, "engine": "sglang"}, "sized for engine vllm alone"),

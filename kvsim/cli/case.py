@@ -205,7 +205,11 @@ def replay(case: dict, config: dict, write_step=None):
     order = np.argsort(arrivals, kind="stable")
     settings = run.pack_settings(
         SimpleNamespace(
-            **config, scheduling_policy=config["policy"], max_num_queued_reqs=None, max_num_queued_tokens=None
+            **config,
+            scheduling_policy=config["policy"],
+            allocator="paged",
+            max_num_queued_reqs=None,
+            max_num_queued_tokens=None,
         ),
         config["num_gpu_blocks"],
         cache_every_block=config["prefix_cache_retention_interval"] is None,

@@ -20,6 +20,7 @@ _EPILOG = """examples:
   kvsim run azure.csv.gz --model llama-3.1-8b --gpu a100-80gb --max-num-seqs 128 -o out
   kvsim run mooncake.jsonl --gpu h100 -- vllm serve meta-llama/Llama-3.1-8B --max-model-len 32k
   kvsim run chat-small --deadline 30 --goodput ttft:500 tpot:50 --require 'goodput>=0.99'
+  kvsim run chat-small --gpu l4 --max-model-len 8192 --allocator contiguous
   kvsim run azure-conv-like --replicas 4 --router random --rate-scale 4
   kvsim run --case c02.case.json.gz --step-log out.jsonl.gz
 

@@ -10,7 +10,21 @@ import numpy as np
 
 from kvsim._jit import inline_njit, inner_njit, njit
 from kvsim.engine.queues import num_waiting
-from kvsim.engine.state import CHUNKED, FULL, GAP_FIRST, GAP_SHIFT, MAMBA, SLIDING, STATE
+from kvsim.engine.regions import check_regions, free_region
+from kvsim.engine.state import (
+    CHUNKED,
+    ENDED,
+    FULL,
+    GAP_FIRST,
+    GAP_SHIFT,
+    MAMBA,
+    PAGED,
+    POOL_FULL,
+    POOL_FULL_GATE,
+    PREEMPTION_IN_STEP,
+    SLIDING,
+    STATE,
+)
 
 
 @inline_njit
@@ -374,10 +388,12 @@ def touch_hits(s, row, num_hits):
 
 
 @inline_njit
-def release(s, row):
-    """Free all blocks of the request `row`, group by group, last block first (1.7). Its computed tokens are gone
-    and its slot is free."""
-    now = s.now[0]
+def release(s, r):
+    """Free all blocks of the request `r`, group by group, last block first (1.7). Its computed tokens are gone and its
+    slot is free."""
+    now, row = s.now[0], s.requests[r]
+    if s.settings[0].allocator != PAGED:
+        free_region(s, r)
     if not s.settings[0].identities:
         now.free_blocks += row.held_blocks
     elif row.slot >= 0:
@@ -472,8 +488,8 @@ def open_slot(s, row):
 def check_integrity(s):
     """0, or a code for the first broken invariant: 1 free + used is not the pool, 2 references and tables
     differ, 3 tokens held do not add up, 4 a block table is shorter than its tokens, 5 the free list is not
-    exactly the blocks without references, 6 the prefix map is not exactly the blocks with keys. Safe at any
-    event."""
+    exactly the blocks without references, 6 the prefix map is not exactly the blocks with keys, above 6 see
+    `check_regions`. Safe at any event."""
     now, req = s.now[0], s.requests
     usable = s.settings[0].num_gpu_blocks - 1
     entries = held_tokens = held_blocks = 0
@@ -492,6 +508,8 @@ def check_integrity(s):
         return 1
     if held_tokens != now.held_tokens:
         return 3
+    if s.settings[0].allocator != PAGED:
+        return check_regions(s)
     return check_blocks(s) if s.settings[0].identities else 0
 
 
@@ -599,6 +617,25 @@ def add_to_bin(s, duration, used_area, used_max, unfilled_area):
     line.waiting_max = max(line.waiting_max, waiting)
     line.cached_area += now.cached_blocks * duration
     line.wasted_area += unfilled_area * now.num_token_groups
+    line.internal_area += now.internal_tokens * duration
+    if now.wait_request >= 0:
+        add_to_starved(s, duration, used_area, unfilled_area)
+
+
+@inner_njit
+def add_to_starved(s, duration, used_area, unfilled_area):
+    """The part of `add_to_bin` for while what keeps the queue head out is memory; with regions, no free piece is long
+    enough for it then. Needs a noted wait, which may be that of a request that has ended since."""
+    now = s.now[0]
+    is_full = now.wait_cause >= POOL_FULL_GATE or now.wait_cause == PREEMPTION_IN_STEP
+    if not is_full or s.requests[now.wait_request].status == ENDED:
+        return
+    now.starved_time += duration
+    now.starved_used_area += used_area
+    now.starved_wasted_area += unfilled_area * now.num_token_groups
+    now.starved_internal_area += now.internal_tokens * duration
+    if s.settings[0].allocator != PAGED and now.wait_cause == POOL_FULL:
+        s.timeline[now.bin].external_area += (s.settings[0].num_gpu_blocks - 1) * duration - used_area
 
 
 @inline_njit

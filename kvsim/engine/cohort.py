@@ -392,6 +392,21 @@ def leave_running(s, r):
 
 
 @inline_njit
+def leave_flight(s, r):
+    """Take the running request `r` out of the step in flight, if its output there is that of a member. An entry of its
+    own stays: whoever has ended gets nothing from it."""
+    now = s.now[0]
+    if now.decodes == now.handed or s.requests[r].phase < 0:
+        return
+    flight = s.flights[flight_row(s, now.handed)]
+    k = flight_row(s, now.handed) * s.settings[0].max_num_seqs
+    end = k + flight.num_entries
+    while k < end and s.step[k].request != r:
+        k += 1
+    flight.num_members -= k == end
+
+
+@inline_njit
 def last_member(s):
     """The last member in running order, or NOBODY."""
     r = s.now[0].last_running

@@ -91,6 +91,7 @@ from kvsim.engine.state import (
     NEVER,
     NO_CAUSE,
     NO_OUTPUT_REQUESTED,
+    PAGED,
     PAUSED,
     PROMPT_GE_MAX_MODEL_LEN,
     PROMPT_PLUS_MAX_TOKENS_GT_MAX_MODEL_LEN,
@@ -251,9 +252,11 @@ def launch(s, duration):
 
 @inline_njit
 def has_room(s, count):
-    """True when the event buffer takes `count` more events."""
+    """True when the event buffer takes `count` more events, and the log of regions a row for each."""
     now = s.now[0]
     now.needs = count
+    if len(s.region_log) > 0 and now.num_region_rows + count > len(s.region_log):
+        return False
     return len(s.events) == 0 or now.num_events + count <= len(s.events)
 
 
@@ -405,7 +408,7 @@ def expire(s):
             scatter(s)  # its output in flight is not for it any more
         leave_queue(s, r)
         free_before, lost = now.free_blocks, row.computed
-        release(s, row)
+        release(s, r)
         end_request(s, r, TIMED_OUT, DEADLINE, now.t)
         record(now, s.events, now.t, now.num_steps, EVENT_TIME_OUT, r, DEADLINE, free_before, 0, lost, -1)
         count += 1
@@ -463,6 +466,8 @@ def coast(s, until_ns, most_steps):
             if now.is_visiting or now.num_outgrowing > 0:
                 room = 1
                 if is_visit_due(s):
+                    if cfg.allocator != PAGED:  # who does not find a place to grow ends
+                        break
                     if is_head_waiting_for_blocks(s):  # what is cached now, it may find
                         break
                     visit_quietly(s)
@@ -1097,6 +1102,6 @@ def end_in_step(s, r, index):
         leave_running(s, r)
     else:
         leave_queue(s, r)
-    release(s, row)
+    release(s, r)
     end_request(s, r, outcome, cause, now.t)
     record(now, s.events, now.t, index, kind, r, cause, free_before, 0, 0, -1)

@@ -32,6 +32,7 @@ from kvsim.engine.cohort import (
     join_all,
     joins_at_once,
     last_member,
+    leave_flight,
     leave_running,
     list_of,
     list_phases,
@@ -54,16 +55,24 @@ from kvsim.engine.queues import (
     queue_head,
     ready_turns,
 )
+from kvsim.engine.regions import grow_region, largest_free, log_region, take_region
 from kvsim.engine.state import (
+    ALLOCATOR_FULL,
+    BUDDY,
+    CONTIGUOUS,
     ENDED,
     EVENT_ADMIT,
+    EVENT_OOM,
     EVENT_PREEMPT,
     EVENT_RESUME,
     EVENT_UNSERVABLE,
     EVENT_WAIT,
+    EXACT,
     MAX_NUM_SEQS,
     NEVER_FITS,
     NO_CAUSE,
+    OOM,
+    PAGED,
     POOL_FULL,
     POOL_FULL_GATE,
     POOL_FULL_GROWTH,
@@ -73,6 +82,7 @@ from kvsim.engine.state import (
     PREFILL_INTERVAL,
     PRIORITY,
     PRIORITY_VICTIM,
+    REGION_SHORT,
     RUNNING,
     SELF_PREEMPTED,
     TOKEN_BUDGET,
@@ -179,7 +189,7 @@ def run_one(s, r):
         return True
     lacking = blocks_with_room(s, r, n)
     if lacking < 0:
-        return s.settings[0].policy == PRIORITY  # 3.8
+        return goes_on(s)
     row.is_steady = row.is_steady > 0
     entry = s.step[now.first_entry + now.num_scheduled]
     entry.request = r
@@ -201,10 +211,48 @@ def blocks_with_room(s, r, n):
         free_skipped(s, row)
     lacking = blocks_lacking(row, n, s.settings[0])
     if lacking > 0:
+        if s.settings[0].allocator != PAGED:
+            return grow_in_one_piece(s, r, lacking)
         needed = blocks_beyond(s, row.num_blocks, row.num_blocks + lacking, False)
         if needed > now.free_blocks and not make_room(s, r, needed):
             return -1
     return lacking
+
+
+@inline_njit
+def goes_on(s):
+    """True when the running phase goes on after a request that had to go itself (3.8)."""
+    return s.settings[0].policy == PRIORITY or s.settings[0].allocator != PAGED
+
+
+@inner_njit
+def grow_in_one_piece(s, r, lacking):
+    """`blocks_with_room` for a region, which becomes `lacking` blocks longer, or twice as long. Nobody makes room:
+    without a place for it the request ends."""
+    row = s.requests[r]
+    if s.settings[0].allocator == BUDDY:
+        lacking = row.num_blocks
+    copied = grow_region(s, r, row.num_blocks + lacking)
+    if copied < 0:
+        run_out_of_memory(s, r, row.num_blocks + lacking)
+        return -1
+    line_at(s, s.now[0].t).copied_tokens += copied
+    return lacking
+
+
+@inner_njit
+def run_out_of_memory(s, r, needed):
+    """End the running request `r`, which asks for `needed` blocks in one piece. An output in flight is not for it any
+    more."""
+    now, row = s.now[0], s.requests[r]
+    leave_flight(s, r)
+    leave_running(s, r)
+    log_region(s, r, REGION_SHORT, -1, largest_free(s))
+    free_before, lost = now.free_blocks, row.computed
+    release(s, r)
+    now.num_dropped += 1
+    end_request(s, r, OOM, ALLOCATOR_FULL, now.t)
+    record(now, s.events, now.t, now.num_steps, EVENT_OOM, r, ALLOCATOR_FULL, free_before, needed, lost, -1)
 
 
 @inline_njit
@@ -237,6 +285,8 @@ def way_to_run(s):
             blocks += blocks_beyond(s, row.num_blocks, row.num_blocks + lacking, False)
     if tokens > now.budget:
         return ONE_BY_ONE
+    if cfg.allocator != PAGED:  # of the others nobody leaves on the way
+        return ONE_BY_ONE if blocks > blocks_to_grow(s) else TOGETHER
     if blocks <= now.free_blocks:
         return TOGETHER
     if cfg.async_scheduling or cfg.policy == PRIORITY or now.window_groups > 0:
@@ -252,7 +302,7 @@ def run_together(s, way):
     is_growing = now.is_visiting > 0 or way == AS_FAR_AS_IT_GOES
     if is_crossing_due(s):
         cross_windows(s)
-    if not is_growing:
+    if not is_growing and now.growing_groups > 0:
         grow_together(s)
     if is_growing or now.num_outgrowing > 0:
         x = visit(s, is_growing)
@@ -338,7 +388,7 @@ def visit(s, is_growing):
 
 @inline_njit
 def visit_member(s, r, is_growing):
-    """`run_one` for a member, but for the sums of the step. False: it preempted itself."""
+    """`run_one` for a member, but for the sums of the step. False: it preempted itself, and the phase is over."""
     now, row = s.now[0], s.requests[r]
     settle(s, row)
     lacking = 0
@@ -347,7 +397,7 @@ def visit_member(s, r, is_growing):
     else:
         free_skipped(s, row)
     if lacking < 0:
-        return False
+        return goes_on(s)
     if lacking > 0:
         take(s, row, s.step[now.first_entry + now.num_scheduled], lacking)
     row.computed += 1
@@ -458,7 +508,7 @@ def preempt(s, victim, for_request, needed):
     front or in its rank (3.7)."""
     now, row = s.now[0], s.requests[victim]
     free_before, lost = now.free_blocks, row.computed
-    release(s, row)
+    release(s, victim)
     row.status = PREEMPTED
     row.is_steady = 0
     row.num_preemptions += 1
@@ -605,7 +655,7 @@ def admit_waiting(s):
     while now.budget > 0 and num_waiting(now) > 0 and now.num_running < cfg.max_num_seqs:
         r = queue_head(s)
         whole = most_blocks(s, s.requests[r])
-        if cfg.scheduler_reserve_full_isl and not cfg.strict and whole > cfg.num_gpu_blocks - 1:
+        if not cfg.strict and never_fits(s, whole):
             drop_unservable(s, r, whole)
             continue
         num_hits, free_hits = find_hits(s, r)
@@ -626,9 +676,39 @@ def admit_waiting(s):
 
 @inline_njit
 def most_blocks(s, row):
-    """Blocks of all groups that the known tokens of a request need at once, with nothing cached (2.3, 6.4)."""
+    """Blocks of all groups that the known tokens of a request need at once, with nothing cached (2.3, 6.4); those of
+    its first region."""
+    if s.settings[0].allocator != PAGED:
+        return first_region(s, row)
     tokens = min(known_tokens(row), s.settings[0].max_model_len)
     return blocks_beyond(s, 0, blocks_for(s.settings[0], tokens), True)
+
+
+@inner_njit
+def first_region(s, row):
+    """Blocks of the region with which a request is admitted."""
+    cfg = s.settings[0]
+    tokens = known_tokens(row)
+    if cfg.allocator == CONTIGUOUS:
+        tokens = cfg.max_model_len
+    elif cfg.allocator == EXACT:
+        tokens = row.prompt + row.output
+    size = blocks_for(cfg, min(tokens, cfg.max_model_len))
+    if cfg.allocator != BUDDY:
+        return size
+    power = 1
+    while power < size:
+        power *= 2
+    return power
+
+
+@inline_njit
+def never_fits(s, whole):
+    """True when admission knows that `whole`, the `most_blocks` of a request, is more than there will ever be."""
+    cfg = s.settings[0]
+    if cfg.allocator != PAGED:
+        return whole > s.now[0].largest_region
+    return cfg.scheduler_reserve_full_isl and whole > cfg.num_gpu_blocks - 1
 
 
 @inline_njit
@@ -723,6 +803,10 @@ def pool_obstacle(s, r, n, num_hits, free_hits, whole):
     ones, and its hits that are free until it touches them. `whole`: its `most_blocks`."""
     now, cfg = s.now[0], s.settings[0]
     watermark = cfg.watermark_blocks if now.num_running > 0 else 0
+    if cfg.allocator != PAGED:
+        if whole > largest_free(s):
+            return POOL_FULL, whole
+        return POOL_FULL_WATERMARK if whole + watermark > now.free_blocks else NO_CAUSE, whole
     if now.has_states and hits_fresh_state(s, num_hits):  # the engine asks for more than there are (6.10)
         return POOL_FULL_GATE if cfg.scheduler_reserve_full_isl else POOL_FULL, cfg.num_gpu_blocks + 1
     known = min(known_tokens(s.requests[r]), cfg.max_model_len)
@@ -763,6 +847,9 @@ def admit(s, r, n, num_hits):
         touch_hits(s, row, num_hits)
         count_hits(now, row, hit, is_first)
     lacking = blocks_lacking(row, hit + n, s.settings[0])
+    if s.settings[0].allocator != PAGED:
+        lacking = first_region(s, row)
+        take_region(s, r, lacking)
     row.computed = hit
     now.held_tokens += hit
     entry.request = r
@@ -819,6 +906,8 @@ def is_blocked_for_long(s):
         return False
     if now.num_running >= cfg.max_num_seqs:
         return now.wait_cause == MAX_NUM_SEQS and cfg.enable_chunked_prefill and not now.has_states
+    if cfg.allocator != PAGED:
+        return now.wait_cause == POOL_FULL and now.wait_least > largest_free(s)
     # It needs what it needed when this was noted, less the cached blocks that it finds: no more than then, as long as
     # the first that it missed is missing. Windows and states find more by other rules.
     if now.wait_cause != POOL_FULL_GATE or now.wait_least <= now.free_blocks:
@@ -858,6 +947,8 @@ def note_wait(s):
     now.wait_least, now.wait_hits = needed - free_hits, now.num_hits
     if r != now.wait_request or cause != now.wait_cause:
         now.wait_request, now.wait_cause = r, cause
+        if cfg.allocator != PAGED and cause >= POOL_FULL_GATE:
+            log_region(s, r, REGION_SHORT, -1, largest_free(s))
         record(now, s.events, now.t, now.num_steps, EVENT_WAIT, r, cause, now.free_blocks, needed, 0, -1)
 
 

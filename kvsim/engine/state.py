@@ -31,7 +31,7 @@ CAUSES = (
     "preemption_in_step", "token_budget", "max_num_seqs", "prefill_interval",
     "pool_full_gate", "pool_full_watermark", "pool_full",
     "pool_full_growth", "self_preempted", "priority_victim",
-    "deadline", "never_fits", "max_model_len", "horizon", "stalled",
+    "deadline", "never_fits", "allocator_full", "max_model_len", "horizon", "stalled",
     "weights", "activations", "cuda_graphs", "one_max_length_request",
 )  # fmt: skip
 (
@@ -40,7 +40,7 @@ CAUSES = (
     PREEMPTION_IN_STEP, TOKEN_BUDGET, MAX_NUM_SEQS, PREFILL_INTERVAL,
     POOL_FULL_GATE, POOL_FULL_WATERMARK, POOL_FULL,
     POOL_FULL_GROWTH, SELF_PREEMPTED, PRIORITY_VICTIM,
-    DEADLINE, NEVER_FITS, CAUSE_MAX_MODEL_LEN, CAUSE_HORIZON, CAUSE_STALLED,
+    DEADLINE, NEVER_FITS, ALLOCATOR_FULL, CAUSE_MAX_MODEL_LEN, CAUSE_HORIZON, CAUSE_STALLED,
     CAUSE_WEIGHTS, CAUSE_ACTIVATIONS, CAUSE_CUDA_GRAPHS, CAUSE_ONE_MAX_LENGTH_REQUEST,
 ) = range(len(CAUSES))  # fmt: skip
 
@@ -54,6 +54,11 @@ FRONTEND_ENGINE, FRONTEND_OPENAI, FRONTEND_STRICT = range(3)
 # Who is admitted first, and who is preempted first.
 POLICIES = ("fcfs", "priority")
 FCFS, PRIORITY = range(2)
+
+# Where a request's KV lies: in blocks from anywhere, or in one region (`engine.regions`), which is made for the longest
+# request, for the tokens that this one will have, for a power of two, or for its tokens so far.
+ALLOCATORS = ("paged", "contiguous", "exact", "buddy", "first-fit", "best-fit")
+PAGED, CONTIGUOUS, EXACT, BUDDY, FIRST_FIT, BEST_FIT = range(len(ALLOCATORS))
 
 # What the layers of a KV group keep of a sequence (6.4): everything, the last tokens, those since the last
 # multiple of a chunk, or a recurrent state: with prefix caching one for every block boundary that is of use (6.10),
@@ -115,6 +120,7 @@ class Settings(NamedTuple):
     log_steps: int  # 1: `advance` returns after each `schedule()` too
     record_events: int
     check: int  # 1: check the invariants after everything that happens
+    allocator: int
 
 
 # The State passes from function to function as the pointers and sizes of its arrays: the fewer they are, the faster
@@ -169,7 +175,7 @@ REQUEST = np.dtype(
         ),  # block up to which some group found more at its latest admission, 0: none (6.8)
         ("peak_blocks", np.int32),
         ("num_preemptions", np.int32),
-        ("slot", np.int32),  # row of the block tables, -1: none
+        ("slot", np.int32),  # row of the block tables, or the first block of its region; -1: none
         ("before", np.int32),  # neighbours in the running list, -1: none
         ("after", np.int32),
         ("next_received", np.int32),  # who was received next, -1: nobody yet
@@ -341,6 +347,26 @@ EVENT = np.dtype(
     align=True,
 )
 
+# A row of the log of regions: what became of the one of a request, before event number `event`, or in it. REGION_SHORT
+# says what the largest free piece was when that event's request asked for more.
+REGION_KINDS = ("take", "grow", "move", "free", "short")
+REGION_TAKE, REGION_GROW, REGION_MOVE, REGION_FREE, REGION_SHORT = range(len(REGION_KINDS))
+REGION_EVENT = np.dtype(
+    [
+        ("time", np.int64),
+        ("step", np.int64),
+        ("request", np.int64),
+        ("event", np.int64),
+        ("start", np.int32),  # its first block
+        ("num_blocks", np.int32),
+        ("kind", np.int8),
+    ],
+    align=True,
+)
+
+# A stretch of free blocks.
+PIECE = np.dtype([("start", np.int64), ("length", np.int64)])
+
 # A time bin: areas are level x ns, the rest are counts and maxima.
 BIN = np.dtype(
     [
@@ -350,6 +376,9 @@ BIN = np.dtype(
             "cached_area",  # free blocks that hold cached content, x ns
             "wasted_area",  # token places allocated and not holding a token, x ns
             "prefill_tokens", "decode_tokens", "steps", "preemptions", "rejections",
+            "internal_area",  # token places in regions that their requests will never use, x ns
+            "external_area",  # blocks free, but in pieces too small for the head of the queue, x ns
+            "copied_tokens",  # with growing regions
         )
     ]
 )  # fmt: skip
@@ -382,6 +411,8 @@ class State(NamedTuple):
     free_time: np.ndarray  # int64[num_gpu_blocks], ns spent with that many blocks free
     gap_lanes: np.ndarray  # int64[GAP_LANE + GAP_BUCKETS], gaps between two tokens of a request
     ns_per_s: np.ndarray  # float64[1]: 1e9, which as a constant would be fetched anew in each quiet step
+    free_regions: np.ndarray  # PIECE[as many as there can be], none with paging
+    region_log: np.ndarray  # REGION_EVENT[capacity], none with paging
 
     @property
     def used_time(self) -> np.ndarray:
@@ -435,6 +466,10 @@ NOW = np.dtype(
             "total_scheduled", "total_prefill", "total_decode", "total_generated", "total_rejected",
             "prefix_queries", "prefix_hits", "gap_sum",
             "gap_count", "num_ended", "needs", "broken",
+            # regions
+            "num_free_regions", "largest_region", "internal_tokens", "copied_tokens", "num_region_rows",
+            # while the queue head waits for memory: ns, and areas as in the timeline
+            "starved_time", "starved_used_area", "starved_wasted_area", "starved_internal_area",
         )
     ]
 )  # fmt: skip
@@ -470,6 +505,8 @@ def pack(
     settings = Settings(*(int(value) for value in settings))
     seqs, depth = settings.max_num_seqs, 2 if settings.async_scheduling else 1
     groups = [_group(group, settings) for group in groups]
+    if settings.allocator != PAGED:
+        _check_regions(settings, groups)
     has_windows = any(group.kind != FULL for group in groups)  # blocks go back: it matters which is where
     if has_windows and settings.enable_prefix_caching:
         settings = settings._replace(identities=1)
@@ -501,7 +538,13 @@ def pack(
     lookups = _lookups(groups)
     growing_groups = sum(group.kind != STATE for group in groups)
     must_walk = settings.log_steps or len(cost.windows) > 2
-    is_visiting = settings.identities or growing_groups == 0
+    # Regions that grow do that in running order; those that do not need nothing until the end.
+    is_visiting = (
+        settings.identities or growing_groups == 0 or settings.allocator in (BUDDY, FIRST_FIT, BEST_FIT)
+    )
+    if settings.allocator in (CONTIGUOUS, EXACT):
+        growing_groups = 0
+    free_regions = _free_regions(settings)
     now = _record(
         NOW,
         next_row=n if settings.fed else 0,
@@ -511,6 +554,8 @@ def pack(
         free_blocks=usable,
         free_end=usable if settings.identities else 0,
         num_free_slots=seqs,
+        num_free_regions=np.count_nonzero(free_regions.length),
+        largest_region=free_regions.length.max(initial=0),
         table_stride=stride,
         hits_at=seqs * stride * len(groups),
         num_keys=len(keys.oldest) // len(groups),
@@ -561,12 +606,39 @@ def pack(
         groups=_group_table(groups, lookups),
         pool=pool,
         keys=keys,
+        free_regions=free_regions,
+        region_log=table(
+            REGION_EVENT, 2 * ROWS_AT_A_TIME if settings.record_events and settings.allocator != PAGED else 0
+        ),
         events=table(EVENT, (event_capacity or _likely_events(n)) if settings.record_events else 0),
         timeline=table(BIN, num_bins),
         free_time=np.zeros(settings.num_gpu_blocks, np.int64),
         gap_lanes=np.zeros(GAP_LANE + GAP_BUCKETS, np.int64),
         ns_per_s=np.array([1e9]),
     )
+
+
+def _check_regions(settings: Settings, groups: list[Group]) -> None:
+    """A region is of one group of full attention, and of nobody else."""
+    assert len(groups) == 1 and groups[0].kind == FULL
+    assert not (settings.enable_prefix_caching or settings.identities or settings.log_steps)
+
+
+def _free_regions(settings: Settings) -> np.recarray:
+    """The whole pool, free: one piece, or with buddies the powers of two that it is the sum of, in room for as many
+    pieces as there can be: between regions, of which one request owns two while it moves, or beside each half of a
+    buddy."""
+    usable, seqs = settings.num_gpu_blocks - 1, settings.max_num_seqs
+    if settings.allocator == PAGED:
+        return table(PIECE, 0)
+    sizes, most = [usable], seqs + 2
+    if settings.allocator == BUDDY:
+        sizes = [1 << k for k in reversed(range(usable.bit_length())) if usable >> k & 1]
+        most *= usable.bit_length()
+    pieces = table(PIECE, min(usable, most) + 1)
+    pieces["length"][: len(sizes)] = sizes
+    pieces["start"][: len(sizes)] = np.cumsum([0, *sizes[:-1]])
+    return pieces
 
 
 def _requests(n: int, given: dict[str, np.ndarray]) -> np.recarray:
@@ -587,6 +659,7 @@ def _is_plain(settings: Settings) -> bool:
     has_rules = (
         settings.policy != FCFS, settings.lockstep, settings.check,
         settings.long_prefill_token_threshold > 0, settings.prefill_schedule_interval > 1, settings.deadline_ns < NEVER,
+        settings.allocator != PAGED,
     )  # fmt: skip
     return not any(has_rules)
 

@@ -10,9 +10,13 @@ from kvsim.report import words
 
 MAX_ROWS = 16  # of the table in a terminal
 _MEANS = ("blocks_used_mean", "blocks_cached_mean")  # of one pool, as is num_gpu_blocks
-_LEVELS = ("running_mean", "waiting_mean", "wasted_bytes_mean")
+_LEVELS = (
+    "running_mean", "waiting_mean", "wasted_bytes_mean", "internal_bytes_mean", "reserved_bytes_mean",
+    "external_bytes_mean",
+)  # fmt: skip
 _SUMS = (
     "running_max", "waiting_max", "prefill_tokens", "decode_tokens", "steps", "preemptions", "rejections",
+    "copied_tokens",
 )  # fmt: skip
 
 
@@ -42,10 +46,12 @@ def one_timeline(result):
 
     merged = {"time_ns": start, "width_ns": width, "blocks_used_max": highest, "blocks_free_min": lowest}
     for name in (*_MEANS, *_LEVELS):
+        if name not in column:  # of a run that an older kvsim wrote
+            continue
         # A replica that is done before the others counts with nothing for the rest.
         level = total(column[name] * column["width_ns"]) / width
         merged[name] = level / n if name in _MEANS else level
-    merged |= {name: np.rint(total(column[name])).astype(np.int64) for name in _SUMS}
+    merged |= {name: np.rint(total(column[name])).astype(np.int64) for name in _SUMS if name in column}
     return pa.table({name: merged[name] for name in bins.column_names if name != "replica"})
 
 

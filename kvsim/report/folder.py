@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 SUMMARY, DEPLOYMENT, PAGE = "summary.json", "deployment.json", "timeline.html"
 PICTURES = ("timeline.png", "timeline.svg")  # `kvsim plot` puts one there
-TABLES = {"requests": "requests.parquet", "events": "events.parquet", "bins": "timeline.parquet"}
+TABLES = {
+    "requests": "requests.parquet", "events": "events.parquet", "bins": "timeline.parquet",
+    "regions": "regions.parquet",
+}  # fmt: skip
 
 # What must be there to read a run back; columns may be added.
 COLUMNS = {
@@ -37,6 +40,7 @@ COLUMNS = {
         "blocks_free_min", "running_mean", "running_max", "waiting_mean", "waiting_max", "prefill_tokens",
         "decode_tokens", "steps", "preemptions", "rejections", "wasted_bytes_mean",
     ),
+    "regions": ("seq", "time_ns", "step", "kind", "request", "start_block", "num_blocks"),
 }  # fmt: skip
 
 
@@ -95,6 +99,7 @@ def load(folder: str | Path) -> Result:
             f"{folder} lacks what kvsim writes into {SUMMARY} and {DEPLOYMENT}; run it again"
         ) from None
     kept = {"requests": record != "summary", "events": record == "events", "bins": True}
+    kept["regions"] = kept["events"] and summary.get("allocator", "paged") != "paged"
     tables = {name: _read_table(folder / TABLES[name], name) if kept[name] else None for name in TABLES}
     return Result(
         requests=tables["requests"],
@@ -103,6 +108,7 @@ def load(folder: str | Path) -> Result:
         _summary=summary,
         _make_bins=functools.partial(tables.get, "bins"),
         _make_deployment=functools.partial(dict, deployment),
+        regions=tables["regions"],
     )
 
 

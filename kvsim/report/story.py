@@ -355,7 +355,12 @@ def _tell_unservable(result, row, event):
 
 
 def _tell_oom(result, row, event):
-    return f"killed: out of memory ({event['cause']})"
+    held, free = event["blocks_free_after"] - event["blocks_free_before"], event["blocks_free_before"]
+    return (
+        f"killed: out of memory ({event['cause']}). Its {words.count(held, 'block')} had to become"
+        f" {event['blocks_needed']:,} in one piece, and of {free:,} free ones the largest piece had"
+        f" {event['largest_free_blocks']:,}; {words.count(event['tokens_lost'], 'computed token')} lost"
+    )
 
 
 _TELL = {

@@ -18,7 +18,7 @@ from kvsim.metrics import LATENCIES
 from kvsim.report import words
 from kvsim.report.fleet import MAX_ROWS, num_replicas, of_replica, one_timeline, replica_rows
 from kvsim.report.story import head_waits
-from kvsim.units import NS_PER_S, format_ns
+from kvsim.units import NS_PER_S, format_gib, format_ns
 
 WIDTH = 80
 CHART_COLUMNS = 52
@@ -213,7 +213,28 @@ def _usage(summary: dict) -> list[str]:
     mean, p95, peak = (f"{100 * usage[name]:.1f} %" for name in ("mean", "p95", "max"))
     pool, most = words.count(max(0, blocks), "block"), words.count(summary["peak_blocks_used"], "block")
     each = f"{summary['num_replicas']} KV pools" if "num_replicas" in summary else "KV pool"
-    return _wrapped(f"{each} of {pool}: mean {mean}, p95 {p95}, peak {peak} ({most})")
+    lines = _wrapped(f"{each} of {pool}: mean {mean}, p95 {p95}, peak {peak} ({most})")
+    return lines + _shares(summary)
+
+
+def _shares(summary: dict) -> list[str]:
+    """What regions made of the pool: while somebody waited for memory, else while anybody ran. Nothing with paging."""
+    if summary.get("allocator", "paged") == "paged":
+        return []
+    when, shares = "requests waited for memory", summary["kv_while_waiting_for_memory"]
+    if not shares["seconds"]:
+        when, shares = "requests ran", summary["kv_while_running"]
+    if not shares["seconds"]:
+        return []
+    held, later, never, free = (
+        words.percent(shares[name], 1) for name in ("useful", "reserved", "internal", "free")
+    )
+    copied = summary["kv_copied_bytes"]
+    return _wrapped(
+        f"{summary['allocator']}: while {when}, {held} of the pool held tokens, {later} was kept for later ones,"
+        f" {never} for none, {free} was free"
+        + (f"; {format_gib(copied)} were copied to grow" if copied else "")
+    )
 
 
 def _replicas(summary: dict) -> list[str]:

@@ -226,8 +226,8 @@ MUTATIONS = (
     ),
     Mutation(
         "who preempts itself ends the phase under priorities too", "3.8", SCHEDULE,
-        '        return s.settings[0].policy == PRIORITY  # 3.8',
-        '        return False',
+        '    return s.settings[0].policy == PRIORITY or ',
+        '    return ',
     ),
     Mutation(
         "requests are admitted in a step with a preemption", "3.10", SCHEDULE,
@@ -316,8 +316,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a request one block too long for the pool is served", "3.22", SCHEDULE,
-        "whole > cfg.num_gpu_blocks - 1:",
-        "whole > cfg.num_gpu_blocks:",
+        "and whole > cfg.num_gpu_blocks - 1",
+        "and whole > cfg.num_gpu_blocks",
     ),
     Mutation(
         "a livelock is given up in its first round", "3.22", SCHEDULE,

@@ -27,6 +27,7 @@ class Settings:
     long_prefill_token_threshold_adaptive: bool = False
     scheduler_reserve_full_isl: bool = True
     watermark: float = 0.0
+    allocator: str = "paged"  # what the others do is in regions.py
     prefill_schedule_interval: int = 1
     policy: str = "fcfs"  # or priority: smaller is earlier
     async_scheduling: bool = False
@@ -622,8 +623,12 @@ class Engine:
             if self.make_room(step, request, n):
                 is_prefill = request.is_prefill_chunk
                 self.assign(step, request, n, self.no_hits, is_prefill, advances_prefill=is_prefill)  # 3.9
-            elif self.settings.policy == "fcfs":  # 3.8
+            elif self.is_over_after_failure():
                 return
+
+    def is_over_after_failure(self):
+        """Whether the running phase ends with a request that had to go itself (3.8)."""
+        return self.settings.policy == "fcfs"
 
     def num_to_grow(self, step, request):
         """Tokens of the running `request` to schedule (3.3, 3.5)."""
@@ -720,7 +725,7 @@ class Engine:
             # 3.10 never applies: the output that is stale is processed before the next schedule().
             assert request.num_stale_tokens == 0
             whole = self.blocks_at_the_gate(request, self.no_hits)
-            if not s.strict and s.scheduler_reserve_full_isl and whole > self.pool.num_usable:
+            if not s.strict and self.can_never_fit(whole):
                 self.remove_unservable(step, request, whole)
                 continue
             hits = self.look_up(request)
@@ -733,6 +738,10 @@ class Engine:
                 break
         if not step.defer:  # 3.16
             self.cap_bound = len(self.waiting) > 0
+
+    def can_never_fit(self, whole):
+        """Whether admission sees that a request of `whole` blocks is too big for the pool (3.22)."""
+        return self.settings.scheduler_reserve_full_isl and whole > self.pool.num_usable
 
     def first_chunk(self, step, request, hits):
         """Tokens of `request` to schedule on admission, 0 if it has to wait for more budget (3.13)."""
