@@ -68,6 +68,16 @@ def has_instruction(feature: str) -> bool:
     return config.CPU_NAME != "generic" and bool(binding.get_host_cpu_features().get(feature, False))
 
 
+def num_threads() -> int:
+    """How many threads a kernel may use: what numba is told, without starting its pool, which no kernel uses."""
+    if is_disabled():
+        return 1
+    from numba.core import config
+    from numba.np.ufunc import parallel
+
+    return parallel.get_num_threads() if parallel._is_initialized else config.NUMBA_NUM_THREADS
+
+
 def import_numba() -> None:
     """Import all of numba that compiled code needs: in a process of our own without the linear algebra of SciPy, which
     takes 0.1 s to import and no kernel here uses, and without which numba has no `np.dot`."""

@@ -267,3 +267,13 @@ def test_real_scheduler_on_the_first_requests(load, tmp_path):
     assert compare.main(words) == 0
     rows = json.loads(path.read_text())["rows"]
     assert len(rows) == 2 and all(row["is_same"] for row in rows)
+
+
+@needs_jit
+def test_kernels_beside_gguf_and_torch(load, capsys):
+    """Where a package is missing, its rows say so."""
+    kernels = load("peers.kernels")
+    assert kernels.main(["--numbers", "4096", "--repeat", "1"]) == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert {row.split()[0] for row in rows} == {"gguf", "torch"}
+    assert all("  equal  " in row or "not available" in row for row in rows)

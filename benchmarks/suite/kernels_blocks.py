@@ -1,53 +1,42 @@
-"""Block formats (ggml, four-bit floats, TurboQuant) on one thread, as fractions of a memory copy in the same process:
-bytes read and written a second over those of `np.copyto`, the best of interleaved passes over float32."""
-
-import os
-import time
+"""Block formats (ggml, four-bit floats, TurboQuant) as fractions of a memory copy in the same process and as many
+threads: bytes read and written a second over those of `np.copyto`, the best of interleaved passes over float32."""
 
 import numpy as np
 
 from kvsim.kernels.quant import fp4_cpu, ggml_cpu, rotate_cpu, turboquant_cpu
 from kvsim.kernels.quant.ggml_ref import GGML_TYPES
 
-IS_QUICK = bool(os.environ.get("KVSIM_BENCH_QUICK"))  # the smoke test of `make bench`
-NUMBERS = 2**16 if IS_QUICK else 2**26  # 256 MiB of float32, far beyond the caches
-PASSES = 2 if IS_QUICK else 20
+from .kernels import THREADS, VALUES, best_seconds, copy
+
 NAMES = [*GGML_TYPES, "nvfp4", "mxfp4_ocp", "nf4", "turboquant_4bit_nc", "hadamard"]
 
 
 class Blocks:
     """Each format there and back."""
 
-    params = (NAMES, ["quantize", "dequantize"])
-    param_names = ("format", "work")
+    params = (NAMES, ["quantize", "dequantize"], THREADS)
+    param_names = ("format", "work", "threads")
 
     def setup_cache(self):
-        return {(name, work): value for name in NAMES for work, value in fractions(name).items()}
+        return {(name, threads): fractions(name, threads) for name in NAMES for threads in THREADS}
 
     setup_cache.timeout = 3600
 
-    def track_fraction_of_copy(self, found, name, work):
-        return found[name, work]
+    def track_fraction_of_copy(self, found, name, work, threads):
+        return found[name, threads][work]
 
     track_fraction_of_copy.unit = "of a copy"
 
 
-def fractions(name):
-    """Of the speed of a copy, there and back; both run once before they are timed."""
+def fractions(name, threads):
+    """Of the speed of a copy, there and back."""
     few = np.random.default_rng(1).standard_normal((512, 128), dtype=np.float32)
-    x = np.tile(few, (NUMBERS // few.size, 1))
+    x = np.tile(few, (VALUES // few.size, 1))
     y = np.empty_like(x)
     there, back, moved = calls(name, x, y)
-    jobs = {"copy": (lambda: np.copyto(y, x), 2 * x.nbytes), "quantize": (there, moved),
-            "dequantize": (back, moved)}  # fmt: skip
-    best = dict.fromkeys(jobs, float("inf"))
-    for _ in range(PASSES + 1):
-        for job, (run, _) in jobs.items():
-            start = time.perf_counter()
-            run()
-            best[job] = min(best[job], time.perf_counter() - start)
-    speed = {job: size / best[job] for job, (_, size) in jobs.items()}
-    return {job: speed[job] / speed["copy"] for job in ("quantize", "dequantize")}
+    copied, *seconds = best_seconds(threads, lambda: copy(y, x), there, back)
+    fraction = moved / (2 * x.nbytes)
+    return {work: fraction * copied / s for work, s in zip(("quantize", "dequantize"), seconds, strict=True)}
 
 
 def calls(name, x, y):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from kvsim._jit import inline_njit, inner_njit, njit
-from kvsim.kernels.quant import bits16, fp4_ref
-from kvsim.kernels.quant.bits16 import float_name
+from kvsim.kernels.quant import fp4_ref
+from kvsim.kernels.quant.cpu import e4m3_of
 from kvsim.kernels.quant.fp4_ref import E2M1_SIGNED, E4M3, NF4, NF4_BOUNDS, Packed, checked
+from kvsim.kernels.quant.half import narrow, widened
+from kvsim.kernels.quant.ref import float_name
+from kvsim.kernels.quant.threads import in_parts
 
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _INFINITE = np.uint32(0x7F800000)
@@ -15,12 +18,14 @@ _INFINITE = np.uint32(0x7F800000)
 
 def quantize_nvfp4(x, global_scale=1.0, four_over_six=False, dtype=None, out: Packed | None = None) -> Packed:
     """fp4_ref.quantize_nvfp4."""
-    numbers = bits16.wide(x, float_name(x, dtype))
+    numbers = widened(x, float_name(x, dtype))
     g = fp4_ref.checked_global(global_scale)
     out = checked(out, x.shape, "nvfp4")
-    nvfp4(
-        numbers, numbers.view(np.uint32), g, four_over_six, out.codes.reshape(-1), out.scales.reshape(-1), 16
-    )
+
+    def work(x, codes, scales):
+        nvfp4(x, x.view(np.uint32), g, four_over_six, codes, scales, 16)
+
+    _each_part(work, numbers, out.codes, out.scales, 16)
     return out
 
 
@@ -31,9 +36,13 @@ def dequantize_nvfp4(codes, scales, global_scale=1.0, dtype="float32", out=None)
 
 def quantize_mxfp4(x, dtype=None, out: Packed | None = None) -> Packed:
     """fp4_ref.quantize_mxfp4."""
-    numbers = bits16.wide(x, float_name(x, dtype))
+    numbers = widened(x, float_name(x, dtype))
     out = checked(out, x.shape, "mxfp4")
-    mxfp4(numbers, numbers.view(np.uint32), out.codes.reshape(-1), out.scales.reshape(-1), 32)
+
+    def work(x, codes, scales):
+        mxfp4(x, x.view(np.uint32), codes, scales, 32)
+
+    _each_part(work, numbers, out.codes, out.scales, 32)
     return out
 
 
@@ -44,10 +53,14 @@ def dequantize_mxfp4(codes, scales, dtype="float32", out=None) -> np.ndarray:
 
 def quantize_nf4(x, dtype=None, out: Packed | None = None) -> Packed:
     """fp4_ref.quantize_nf4."""
-    numbers = bits16.wide(x, float_name(x, dtype))
+    numbers = widened(x, float_name(x, dtype))
     out = checked(out, x.shape, "nf4")
     whole = numbers.size // 64 * 64
-    nf4(numbers[:whole], numbers.view(np.uint32), out.codes, out.scales, 64)
+
+    def work(x, codes, scales):
+        nf4(x, x.view(np.uint32), codes, scales, 64)
+
+    _each_part(work, numbers[:whole], out.codes, out.scales, 64)
     if whole < numbers.size:  # the short block, which has rules of its own
         last = Packed(out.codes[whole // 2 :], out.scales[whole // 64 :])
         fp4_ref.quantize_nf4(numbers[whole:], out=last)
@@ -58,22 +71,45 @@ def dequantize_nf4(codes, scales, shape, dtype="float32", out=None) -> np.ndarra
     """fp4_ref.dequantize_nf4."""
     out = fp4_ref.checked_nf4(codes, scales, shape, dtype, out)
     flat = out.reshape(-1)
-    wide = flat if dtype == "float32" else np.empty(flat.size, np.float32)
-    numbers_nf4(np.ascontiguousarray(codes), np.ascontiguousarray(scales), wide, 64)
-    if dtype != "float32":
-        bits16.narrow(wide, dtype, flat)
+
+    def work(numbers, codes, scales):
+        wide = numbers if dtype == "float32" else np.empty(numbers.size, np.float32)
+        numbers_nf4(codes, scales, wide, 64)
+        if dtype != "float32":
+            narrow(wide, dtype, numbers)
+
+    _each_part(work, flat, np.ascontiguousarray(codes), np.ascontiguousarray(scales), 64)
     return out
 
 
 def _dequantized(kind, codes, scales, g, dtype, out):
     out = fp4_ref.checked_groups(kind, codes, scales, dtype, out)
     flat = out.reshape(-1)
-    wide = flat if dtype == "float32" else np.empty(flat.size, np.float32)
-    packed = np.ascontiguousarray(codes).reshape(-1), np.ascontiguousarray(scales).reshape(-1)
-    numbers_e2m1(*packed, g, wide, fp4_ref.GROUP[kind], kind == "mxfp4")
-    if dtype != "float32":
-        bits16.narrow(wide, dtype, flat)
+    group = fp4_ref.GROUP[kind]
+
+    def work(numbers, codes, scales):
+        wide = numbers if dtype == "float32" else np.empty(numbers.size, np.float32)
+        numbers_e2m1(codes, scales, g, wide, group, kind == "mxfp4")
+        if dtype != "float32":
+            narrow(wide, dtype, numbers)
+
+    _each_part(work, flat, np.ascontiguousarray(codes), np.ascontiguousarray(scales), group)
     return out
+
+
+def _each_part(work, numbers, codes, scales, group: int) -> None:
+    """`work` on parts of a vector of numbers, two codes a byte, and a scale a group."""
+    codes, scales = codes.reshape(-1), scales.reshape(-1)
+
+    def part_of(part):
+        end = part.stop
+        work(
+            numbers[part],
+            codes[part.start // 2 : -(-end // 2)],
+            scales[part.start // group : -(-end // group)],
+        )
+
+    in_parts(part_of, numbers.size, group)
 
 
 @njit
@@ -89,10 +125,10 @@ def nvfp4(x, bits, g, four_over_six, codes, scales, group):
             continue
         top = np.uint32(largest)
         wanted = np.float32(inverse_g * (top.view(np.float32) * np.float32(1 / 6)))
-        scale = e4m3(min(wanted, np.float32(448)))
+        scale = e4m3_of(wanted, 1)
         if four_over_six:
             wanted = np.float32(inverse_g * (top.view(np.float32) * np.float32(0.25)))
-            other = e4m3(min(wanted, np.float32(448)))
+            other = e4m3_of(wanted, 1)
             if squared_error(x, bits, start, group, other, g) < squared_error(
                 x, bits, start, group, scale, g
             ):
@@ -153,19 +189,6 @@ def largest_magnitude(bits, start, group):
 @inline_njit
 def inverse_of(factor):
     return np.float32(0) if factor == np.float32(0) else np.float32(1) / factor
-
-
-@inline_njit
-def e4m3(v):
-    """The byte of a number from 0 to 448, rounded half to even."""
-    if v < np.float32(2.0**-6):  # units of 2^-9, those of float32 at 2^14
-        sum_ = np.float32(v + np.float32(2.0**14))
-        return np.uint8(sum_.view(np.uint32) - np.uint32(0x46800000))
-    v = np.float32(v)
-    u = v.view(np.uint32)
-    odd = np.uint32(np.uint32(u >> np.uint32(20)) & np.uint32(1))
-    rounded = np.uint32(np.uint32(u + np.uint32(0x7FFFF) + odd) >> np.uint32(20))
-    return np.uint8(rounded - np.uint32((127 - 7) << 3))
 
 
 @inline_njit

@@ -21,8 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvsim.kernels.quant.bits16 import float_name, storage
-from kvsim.kernels.quant.ref import fp8_values, narrow, widen
+from kvsim.kernels.quant.ref import float_name, fp8_values, narrow, storage, widen
 from kvsim.kernels.quant.rules import FP8_MAX
 
 E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)

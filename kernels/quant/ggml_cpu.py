@@ -15,9 +15,11 @@ import numpy as np
 
 from kvsim._jit import inline_njit, inner_njit, njit
 from kvsim.formats import GGML_BLOCKS
-from kvsim.kernels.quant import bits16
 from kvsim.kernels.quant.fp4_cpu import twice_e2m1
 from kvsim.kernels.quant.ggml_ref import BLOCK, blocks_shape, checked, numbers_shape
+from kvsim.kernels.quant.half import half_to_float, narrow, scale_to_half, widen
+from kvsim.kernels.quant.ref import float_name, storage
+from kvsim.kernels.quant.threads import in_parts
 
 _TILE = 64  # blocks
 _CHUNK = 1 << 15  # numbers of 16 bits that are converted at a time, 128 KiB as float32
@@ -51,37 +53,54 @@ class Tile(NamedTuple):
 
 def quantize_ggml(x: np.ndarray, type: str, dtype: str | None = None, out: np.ndarray | None = None):
     """ggml_ref.quantize_ggml."""
-    name = bits16.float_name(x, dtype)
+    name = float_name(x, dtype)
     out = checked(out, blocks_shape(x.shape, type), np.dtype(np.uint8))
     flat, packed = np.ascontiguousarray(x).reshape(-1), out.reshape(-1)
-    tile = _tile()
-    if name == "float32":
-        _quantize(flat, packed, type, tile)
-        return out
-    wide = np.empty(min(_CHUNK, flat.size), np.float32)
-    size = GGML_BLOCKS[type][1]
-    for start in range(0, flat.size, _CHUNK):
-        part = flat[start : start + _CHUNK]
-        bits16.widen(part, name, wide)
-        _quantize(wide[: part.size], packed[start // BLOCK * size :], type, tile)
+
+    def work(part):
+        tile = _tile()
+        if name == "float32":
+            _quantize(flat[part], packed[_bytes(part, type)], type, tile)
+            return
+        wide = np.empty(min(_CHUNK, flat.size), np.float32)
+        for chunk in _chunks(part):
+            numbers = flat[chunk]
+            widen(numbers, name, wide)
+            _quantize(wide[: numbers.size], packed[_bytes(chunk, type)], type, tile)
+
+    in_parts(work, flat.size, BLOCK)
     return out
 
 
 def dequantize_ggml(blocks: np.ndarray, type: str, dtype: str = "float32", out: np.ndarray | None = None):
     """ggml_ref.dequantize_ggml."""
-    out = checked(out, numbers_shape(blocks, type), bits16.storage(dtype))
+    out = checked(out, numbers_shape(blocks, type), storage(dtype))
     packed, flat = np.ascontiguousarray(blocks).reshape(-1), out.reshape(-1)
-    tile = _tile()
-    if dtype == "float32":
-        _dequantize(packed, flat, type, tile)
-        return out
-    wide = np.empty(min(_CHUNK, flat.size), np.float32)
-    size = GGML_BLOCKS[type][1]
-    for start in range(0, flat.size, _CHUNK):
-        part = flat[start : start + _CHUNK]
-        _dequantize(packed[start // BLOCK * size :], wide[: part.size], type, tile)
-        bits16.narrow(wide[: part.size], dtype, part)
+
+    def work(part):
+        tile = _tile()
+        if dtype == "float32":
+            _dequantize(packed[_bytes(part, type)], flat[part], type, tile)
+            return
+        wide = np.empty(min(_CHUNK, flat.size), np.float32)
+        for chunk in _chunks(part):
+            numbers = flat[chunk]
+            _dequantize(packed[_bytes(chunk, type)], wide[: numbers.size], type, tile)
+            narrow(wide[: numbers.size], dtype, numbers)
+
+    in_parts(work, flat.size, BLOCK)
     return out
+
+
+def _bytes(part: slice, type: str) -> slice:
+    """Where the blocks of a part of the numbers are."""
+    size = GGML_BLOCKS[type][1]
+    return slice(part.start // BLOCK * size, part.stop // BLOCK * size)
+
+
+def _chunks(part: slice):
+    for start in range(part.start, part.stop, _CHUNK):
+        yield slice(start, min(start + _CHUNK, part.stop))
 
 
 def _tile() -> Tile:
@@ -197,7 +216,7 @@ def quantize_affine(x, out, tile, block, bits):
             tile.minimum_bits[b] = smallest
         for b in range(count):
             tile.d[b] = tile.d[b] - tile.minimum[b]
-            tile.half_minimum[b] = bits16.half_bits(tile.minimum_bits[b])
+            tile.half_minimum[b] = scale_to_half(tile.minimum[b])
         scales(tile, count, np.float32((1 << bits) - 1))
         for b in range(count):
             store_half(out, (first + b) * (4 + (bits - 4) * 4 + block // 2) + 2, tile.half_minimum[b])
@@ -221,7 +240,7 @@ def scales(tile, count, divisor):
         if tile.d[b] == np.float32(0):
             tile.inverse[b] = np.float32(0)
     for b in range(count):
-        tile.half_d[b] = bits16.half_bits(tile.d_bits[b])
+        tile.half_d[b] = scale_to_half(tile.d[b])
 
 
 @inline_njit
@@ -289,7 +308,7 @@ def dequantize_8(blocks, codes, out, tile, block):
     for first in range(0, out.size // block, tile.d.size):
         count = min(tile.d.size, out.size // block - first)
         for b in range(count):
-            tile.d[b] = bits16.half_value(load_half(blocks, (first + b) * size))
+            tile.d[b] = half_to_float(load_half(blocks, (first + b) * size))
         for b in range(count):
             start, here, d = (first + b) * block, (first + b) * size + 2, tile.d[b]
             for i in range(block):
@@ -307,10 +326,10 @@ def dequantize_packed(blocks, out, tile, block, bits, is_affine):
         count = min(tile.d.size, out.size // block - first)
         for b in range(count):
             here = (first + b) * size
-            tile.d[b] = bits16.half_value(load_half(blocks, here))
+            tile.d[b] = half_to_float(load_half(blocks, here))
             tile.minimum[b] = np.float32(-0.0)  # which changes nothing, not even a -0.0
             if is_affine:
-                tile.minimum[b] = bits16.half_value(load_half(blocks, here + 2))
+                tile.minimum[b] = half_to_float(load_half(blocks, here + 2))
         for b in range(count):
             start, here = (first + b) * block, (first + b) * size + head
             d, minimum = tile.d[b], tile.minimum[b]

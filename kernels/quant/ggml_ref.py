@@ -23,9 +23,8 @@ from __future__ import annotations
 import numpy as np
 
 from kvsim.formats import GGML_BLOCKS
-from kvsim.kernels.quant.bits16 import float_name, storage
 from kvsim.kernels.quant.fp4_ref import E2M1, E2M1_SIGNED
-from kvsim.kernels.quant.ref import narrow, widen
+from kvsim.kernels.quant.ref import float_name, narrow, storage, widen
 
 GGML_TYPES = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "mxfp4")
 BLOCK = 32

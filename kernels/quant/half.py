@@ -1,4 +1,5 @@
-"""fp16 and bfloat16 in compiled code, as the 16 bits they are: numba's CPU has no such types.
+"""fp16 and bfloat16 in compiled code, as the 16 bits they are: numba's CPU has no such types. `ref.widen` and
+`ref.narrow` are the definition.
 
 With the F16C instructions (x86 since 2013) a conversion is one instruction for eight numbers or more; without them LLVM
 would call a library function that numba does not link, so integers do it. NaN becomes *a* NaN of the other type: only
@@ -35,6 +36,7 @@ def _truncate(builder, number):
     return builder.bitcast(builder.fptrunc(number, ir.HalfType()), ir.IntType(16))
 
 
+@_jit.inline_njit
 def half_to_float_by_integers(bits):
     """fp32 of the bits of an fp16."""
     size = np.int32(bits & 0x7FFF)
@@ -43,6 +45,7 @@ def half_to_float_by_integers(bits):
     return bits_float(np.int32(wide | np.int32(np.int16(bits)) & np.int32(-0x80000000)))
 
 
+@_jit.inline_njit
 def float_to_half_by_integers(number):
     """Bits of the fp16 nearest to an fp32, half to even."""
     bits = float_bits(number)
@@ -56,16 +59,24 @@ def float_to_half_by_integers(number):
     return np.uint16(half | (bits >> 16 & 0x8000))
 
 
+@_jit.inline_njit
 def bfloat_to_float(bits):
     """fp32 of the bits of a bfloat16."""
     return bits_float(np.int32(np.uint32(bits) << np.uint32(16)))
 
 
+@_jit.inline_njit
 def float_to_bfloat(number):
     """Bits of the bfloat16 nearest to an fp32, half to even."""
+    return np.uint16(0x7FC0) if number != number else number_to_bfloat(number)
+
+
+@_jit.inline_njit
+def number_to_bfloat(number):
+    """`float_to_bfloat` of what is no NaN, or the NaN of `ref.NAN`."""
     bits = np.uint32(float_bits(number))
     rounded = np.uint32(bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
-    return np.uint16(0x7FC0) if number != number else np.uint16(rounded)
+    return np.uint16(rounded)
 
 
 if _jit.is_disabled():
@@ -80,13 +91,58 @@ if _jit.is_disabled():
 else:
     bits_float = _jit.conversion("int32", "float32", _bitcast("float"))
     float_bits = _jit.conversion("float32", "int32", _bitcast("int"))
-    half_to_float_by_integers, float_to_half_by_integers, bfloat_to_float, float_to_bfloat = map(
-        _jit.inline_njit,
-        (half_to_float_by_integers, float_to_half_by_integers, bfloat_to_float, float_to_bfloat),
-    )
 
 if not _jit.is_disabled() and _jit.has_instruction("f16c"):
     half_to_float = _jit.conversion("uint16", "float32", _extend)
     float_to_half = _jit.conversion("float32", "uint16", _truncate)
 else:
     half_to_float, float_to_half = half_to_float_by_integers, float_to_half_by_integers
+
+
+@_jit.inline_njit
+def scale_to_half(number):
+    """`float_to_half` with one NaN, as formats have it that keep scales among their bytes."""
+    return np.uint16(0x7E00) if number != number else float_to_half(number)
+
+
+# ---------------------------------------------------------------- arrays
+
+
+@_jit.njit
+def _widen(x, is_half, out):
+    if is_half:
+        for i in range(x.size):
+            out[i] = half_to_float(x[i])
+    else:
+        for i in range(x.size):
+            out[i] = bfloat_to_float(x[i])
+
+
+@_jit.njit
+def _narrow(y, is_half, out):
+    if is_half:
+        for i in range(y.size):
+            out[i] = float_to_half(y[i])
+    else:
+        for i in range(y.size):
+            out[i] = float_to_bfloat(y[i])
+
+
+def widen(x: np.ndarray, dtype: str, out: np.ndarray) -> None:
+    """`ref.widen` of a contiguous vector of 16-bit floats into the float32 vector `out`."""
+    _widen(x.view(np.uint16), dtype == "float16", out)
+
+
+def narrow(y: np.ndarray, dtype: str, out: np.ndarray) -> None:
+    """`ref.narrow` of a contiguous float32 vector into `out`, of 16-bit floats."""
+    _narrow(y, dtype == "float16", out.view(np.uint16))
+
+
+def widened(x: np.ndarray, dtype: str) -> np.ndarray:
+    """`x` as a contiguous vector of float32, not copied where it is one."""
+    flat = np.ascontiguousarray(x).reshape(-1)
+    if dtype == "float32":
+        return flat
+    out = np.empty(flat.size, np.float32)
+    widen(flat, dtype, out)
+    return out

@@ -7,12 +7,11 @@ those is added afterwards, in one order.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from kvsim._jit import inline_njit, njit
+from kvsim.kernels.quant.half import bfloat_to_float, half_to_float, widened
 from kvsim.kernels.quant.metrics_ref import (
     CHUNK,
     LANES,
@@ -27,6 +26,7 @@ from kvsim.kernels.quant.metrics_ref import (
     errors_of_sums,
     sample_queries,
 )
+from kvsim.kernels.quant.threads import each
 
 _BLOCK = 64 * CHUNK  # numbers a call
 _FLOAT, _HALF, _BFLOAT = 0, 1, 2
@@ -35,7 +35,7 @@ _QUERIES = 8  # a call
 
 def errors(before: np.ndarray, after: np.ndarray, dtype: str | None = None, threads: int = 1) -> Errors:
     """Mean squared error, signal to noise, largest error and cosine."""
-    sums = _chunk_sums(_add_errors, 5, before, after, dtype, threads)
+    sums = _chunk_sums(5, before, after, dtype, threads)
     ee, xx, yy, xy = (_sum(sums[i]) for i in range(4))
     # A maximum by `>` passes over NaN, a sum does not.
     largest = math.nan if math.isnan(ee) else float(sums[4].max(initial=0.0))
@@ -44,7 +44,7 @@ def errors(before: np.ndarray, after: np.ndarray, dtype: str | None = None, thre
 
 def mse(before: np.ndarray, after: np.ndarray, dtype: str | None = None, threads: int = 1) -> float:
     """Mean of (after - before)**2, which alone takes a third of the time of `errors`."""
-    sums = _chunk_sums(_add_squares, 1, before, after, dtype, threads)
+    sums = _chunk_sums(1, before, after, dtype, threads)
     return _sum(sums[0]) / before.size if before.size else math.nan
 
 
@@ -69,7 +69,7 @@ def relative_error(
         a, b = (_widen(all_rows[rows], dtype).reshape(-1) for all_rows in (x, y))
         return _worst_group(a, b, length, group or length)
 
-    return float(np.max(_each(worst, range(0, len(x), step), threads)))
+    return float(np.max(each(worst, range(0, len(x), step), threads)))
 
 
 def attention_errors(
@@ -109,12 +109,12 @@ def _attend(queries, keys, v, keys_after, v_after, visible, threads) -> np.ndarr
             queries[rows], keys, v, keys_after, v_after, visible[rows], weights, outputs, found[:, rows]
         )
 
-    _each(block, range(0, len(queries), _QUERIES), threads)
+    each(block, range(0, len(queries), _QUERIES), threads)
     return found
 
 
-def _chunk_sums(add: Callable, num_sums: int, before, after, dtype, threads) -> np.ndarray:
-    """float64[num_sums, chunks]: what `add` finds in each chunk."""
+def _chunk_sums(num_sums: int, before, after, dtype, threads) -> np.ndarray:
+    """float64[num_sums, chunks]: what `_add_chunks` finds in each."""
     check_same_shape(before, after)
     (x, x_kind), (y, y_kind) = (_bits(a, dtype) for a in (before, after))
     x, y, kinds = x.reshape(-1), y.reshape(-1), np.array([x_kind, y_kind])
@@ -123,18 +123,10 @@ def _chunk_sums(add: Callable, num_sums: int, before, after, dtype, threads) -> 
     def block(start: int) -> None:
         numbers, chunks = slice(start, start + _BLOCK), slice(start // CHUNK, (start + _BLOCK) // CHUNK)
         rows, lanes = np.empty((2, LANES)), np.empty(num_sums * LANES)
-        add(x[numbers], y[numbers], kinds, CHUNK, rows, lanes, sums[:, chunks])
+        _add_chunks(x[numbers], y[numbers], kinds, CHUNK, rows, lanes, sums[:, chunks])
 
-    _each(block, range(0, x.size, _BLOCK), threads)
+    each(block, range(0, x.size, _BLOCK), threads)
     return sums
-
-
-def _each(work: Callable, starts: Iterable[int], threads: int) -> list:
-    """What `work` returns for each start, in order."""
-    if threads == 1:
-        return [work(start) for start in starts]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, starts))
 
 
 def _sum(terms: np.ndarray) -> float:
@@ -149,9 +141,7 @@ def _widen(x: np.ndarray, dtype: str | None) -> np.ndarray:
     bits, kind = _bits(x, dtype)
     if kind == _FLOAT:
         return bits
-    wide = np.empty(x.shape, np.float32)
-    _widen_all(bits.reshape(-1), kind, wide.reshape(-1))
-    return wide
+    return widened(bits, "float16" if kind == _HALF else "bfloat16").reshape(x.shape)
 
 
 def _bits(x: np.ndarray, dtype: str | None) -> tuple[np.ndarray, int]:
@@ -162,79 +152,50 @@ def _bits(x: np.ndarray, dtype: str | None) -> tuple[np.ndarray, int]:
 
 
 @njit
-def _widen_all(x, kind, out):
-    _widen_into(x, 0, x.size, kind, out)
+def _add_chunks(x, y, kinds, chunk, rows, lanes, sums):
+    """sums[:, c] of each chunk: the squared error, or all that `errors` needs where there is room for it."""
+    for c in range(sums.shape[1]):
+        lanes[:] = 0.0
+        end = min((c + 1) * chunk, x.size)
+        for row in range(c * chunk, end, LANES):
+            width = min(end - row, LANES)
+            if kinds[0] == kinds[1]:
+                _add_row(x, y, row, width, lanes, kinds[0])
+            else:
+                for i in range(width):
+                    rows[0, i] = _number(x, row + i, kinds[0])
+                    rows[1, i] = _number(y, row + i, kinds[1])
+                _add_row(rows[0], rows[1], 0, width, lanes, _FLOAT)
+        for i in range(min(4, sums.shape[0])):
+            sums[i, c] = _total(lanes, i * LANES)
+        if sums.shape[0] > 4:
+            sums[4, c] = 0.0
+            for lane in range(LANES):
+                sums[4, c] = max(sums[4, c], lanes[4 * LANES + lane])
 
 
 @inline_njit
-def _widen_into(x, start, width, kind, out):
-    """out[:width] = x[start : start + width] as floats; `kind` is _HALF or _BFLOAT where x has bits."""
-    if kind == _HALF:
-        for i in range(width):
-            half = np.uint32(x[start + i])
-            # Exponent and fraction in their places, the exponent 112 too small; the product is exact.
-            small = np.uint32((half & np.uint32(0x7FFF)) << np.uint32(13)).view(np.float32)
-            wide = np.float32(small * np.float32(2.0**112)).view(np.uint32)
-            is_finite = half & np.uint32(0x7C00) != np.uint32(0x7C00)
-            wide = np.uint32(wide if is_finite else wide | np.uint32(0x7F800000))
-            out[i] = np.uint32(wide | np.uint32((half & np.uint32(0x8000)) << np.uint32(16))).view(np.float32)
-    elif kind == _BFLOAT:
-        for i in range(width):
-            out[i] = np.uint32(np.uint32(x[start + i]) << np.uint32(16)).view(np.float32)
+def _add_row(x, y, row, width, lanes, kind):
+    """Each kind in loops of its own, where it is a constant."""
+    if kind == _FLOAT:
+        _add_row_of(x, y, row, width, lanes, _FLOAT)
+    elif kind == _HALF:
+        _add_row_of(x, y, row, width, lanes, _HALF)
     else:
-        for i in range(width):
-            out[i] = x[start + i]
-
-
-@njit
-def _add_squares(x, y, kinds, chunk, rows, lanes, sums):
-    for c in range(sums.shape[1]):
-        lanes[:] = 0.0
-        end = min((c + 1) * chunk, x.size)
-        for row in range(c * chunk, end, LANES):
-            width = min(end - row, LANES)
-            if kinds[0] == _FLOAT and kinds[1] == _FLOAT:
-                _add_squares_of_row(x, y, row, width, lanes)
-            else:
-                _widen_into(x, row, width, kinds[0], rows[0])
-                _widen_into(y, row, width, kinds[1], rows[1])
-                _add_squares_of_row(rows[0], rows[1], 0, width, lanes)
-        sums[0, c] = _total(lanes, 0)
-
-
-@njit
-def _add_errors(x, y, kinds, chunk, rows, lanes, sums):
-    for c in range(sums.shape[1]):
-        lanes[:] = 0.0
-        end = min((c + 1) * chunk, x.size)
-        for row in range(c * chunk, end, LANES):
-            width = min(end - row, LANES)
-            if kinds[0] == _FLOAT and kinds[1] == _FLOAT:
-                _add_errors_of_row(x, y, row, width, lanes)
-            else:
-                _widen_into(x, row, width, kinds[0], rows[0])
-                _widen_into(y, row, width, kinds[1], rows[1])
-                _add_errors_of_row(rows[0], rows[1], 0, width, lanes)
-        for i in range(4):
-            sums[i, c] = _total(lanes, i * LANES)
-        sums[4, c] = 0.0
-        for lane in range(LANES):
-            sums[4, c] = max(sums[4, c], lanes[4 * LANES + lane])
+        _add_row_of(x, y, row, width, lanes, _BFLOAT)
 
 
 # Loops over lanes, without a reduction in them, are vectorised without leave to change the order of additions. All the
 # lanes are in one array at constant distances, since LLVM does not tell apart more than a few arrays that are written.
 @inline_njit
-def _add_squares_of_row(x, y, row, width, lanes):
+def _add_row_of(x, y, row, width, lanes, kind):
+    if lanes.size == LANES:
+        for lane in range(width):
+            error = _number(y, row + lane, kind) - _number(x, row + lane, kind)
+            lanes[lane] += error * error
+        return
     for lane in range(width):
-        error = np.float64(y[row + lane]) - np.float64(x[row + lane])
-        lanes[lane] += error * error
-
-
-@inline_njit
-def _add_errors_of_row(x, y, row, width, lanes):
-    for lane in range(width):
-        a, b = np.float64(x[row + lane]), np.float64(y[row + lane])
+        a, b = _number(x, row + lane, kind), _number(y, row + lane, kind)
         error = b - a
         size = abs(error)
         lanes[lane] += error * error
@@ -243,6 +204,14 @@ def _add_errors_of_row(x, y, row, width, lanes):
         lanes[3 * LANES + lane] += a * b
         largest = lanes[4 * LANES + lane]
         lanes[4 * LANES + lane] = size if size > largest else largest
+
+
+@inline_njit
+def _number(x, i, kind):
+    """x[i] in float64; `kind` is _HALF or _BFLOAT where x has bits."""
+    if kind == _FLOAT:
+        return np.float64(x[i])
+    return np.float64(half_to_float(x[i]) if kind == _HALF else bfloat_to_float(x[i]))
 
 
 @inline_njit

@@ -10,13 +10,31 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvsim.kernels.quant.rules import Rule
+from kvsim.kernels.quant.rules import FLOATS, Rule
 
 NAN = np.float32(np.nan)
 _HALVES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 
 
 # ---------------------------------------------------------------- floats
+
+
+def storage(dtype: str) -> np.dtype:
+    """What an array of this float format is kept in."""
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype {dtype!r} is none of {', '.join(FLOATS)}")
+    return np.dtype(_HALVES[dtype])
+
+
+def float_name(x: np.ndarray, dtype: str | None) -> str:
+    """The float format of `x`: its dtype, or "bfloat16" for a uint16 that `dtype` calls so."""
+    name = dtype or x.dtype.name
+    if name not in FLOATS or x.dtype.name != storage(name).name:
+        raise ValueError(
+            f"an array of {x.dtype.name} is not {name}: give float32, float16, or the uint16 bits of bfloat16 with"
+            " dtype='bfloat16'"
+        )
+    return name
 
 
 def widen(x, dtype: str) -> np.ndarray:

@@ -5,28 +5,36 @@ from __future__ import annotations
 import numpy as np
 
 from kvsim._jit import inline_njit, njit
-from kvsim.kernels.quant import bits16
+from kvsim.kernels.quant.half import narrow, widen
+from kvsim.kernels.quant.ref import float_name
 from kvsim.kernels.quant.rotate_ref import checked, scale_of, sign_of
+from kvsim.kernels.quant.threads import in_parts
 
 
 def rotate(
     x, seed: int | None = None, inverse: bool = False, dtype: str | None = None, out=None
 ) -> np.ndarray:
     """rotate_ref.rotate."""
-    name = bits16.float_name(x, dtype)
+    name = float_name(x, dtype)
     out = checked(out, x.shape, name)
     n = x.shape[-1]
     flat, result = np.ascontiguousarray(x).reshape(-1), out.reshape(-1)
-    wide = result if name == "float32" else np.empty(flat.size, np.float32)
-    if name == "float32":
-        wide[:] = flat
-    else:
-        bits16.widen(flat, name, wide)
     ones = np.ones(n, np.float32)
     signs = sign_of(seed, n)
-    rotate_rows(wide, ones if inverse else signs, signs * scale_of(n) if inverse else ones * scale_of(n), n)
-    if name != "float32":
-        bits16.narrow(wide, name, result)
+    before, after = (ones, signs * scale_of(n)) if inverse else (signs, ones * scale_of(n))
+
+    def work(part):
+        numbers = flat[part]
+        wide = result[part] if name == "float32" else np.empty(numbers.size, np.float32)
+        if name == "float32":
+            wide[:] = numbers
+        else:
+            widen(numbers, name, wide)
+        rotate_rows(wide, before, after, n)
+        if name != "float32":
+            narrow(wide, name, result[part])
+
+    in_parts(work, flat.size, n)
     return out
 
 

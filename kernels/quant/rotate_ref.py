@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvsim.kernels.quant.bits16 import float_name, storage
-from kvsim.kernels.quant.ref import narrow, widen
+from kvsim.kernels.quant.ref import float_name, narrow, storage, widen
 
 
 def rotate(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from kvsim._jit import inline_njit, njit
-from kvsim.kernels.quant import bits16
-from kvsim.kernels.quant.fp4_cpu import e4m3
+from kvsim.kernels.quant.cpu import e4m3_of
 from kvsim.kernels.quant.fp4_ref import E4M3
 from kvsim.kernels.quant.ggml_cpu import load_half, store_half
+from kvsim.kernels.quant.half import half_to_float, narrow, scale_to_half, widened
 from kvsim.kernels.quant.lloyd_max import VLLM_LEVELS, bounds, levels
+from kvsim.kernels.quant.ref import float_name
 from kvsim.kernels.quant.rotate_cpu import butterflies
 from kvsim.kernels.quant.rotate_ref import scale_of
+from kvsim.kernels.quant.threads import in_parts
 from kvsim.kernels.quant.turboquant_ref import checked, checked_numbers, layout
 
 
@@ -19,27 +21,24 @@ def quantize_turboquant(
     k, v, preset: str, dtype: str | None = None, out: np.ndarray | None = None
 ) -> np.ndarray:
     """turboquant_ref.quantize_turboquant."""
-    name = bits16.float_name(k, dtype)
+    name = float_name(k, dtype)
     dim = k.shape[-1]
     where = layout(preset, dim)
     out = checked(out, k, v, name, where)
-    keys, values = (bits16.wide(x, name) for x in (k, v))
+    keys, values = (widened(x, name) for x in (k, v))
     slots = out.reshape(-1)
-    work = np.empty((2, dim), np.float32)
-    if where.key_bits == 8:
-        store_e4m3(keys, keys.view(np.uint32), slots, dim, where.slot)
-    else:
-        store_keys(
-            keys,
-            slots,
-            work[0],
-            work[1],
-            bounds(where.key_bits, dim, VLLM_LEVELS),
-            scale_of(dim),
-            where.key_bits,
-            where.slot,
-        )
-    store_values(values, slots, work[0], dim, where.value_bits, where.value_start, where.slot)
+    between = None if where.key_bits == 8 else bounds(where.key_bits, dim, VLLM_LEVELS)
+
+    def work(part):
+        k, v, here = keys[part], values[part], slots[_slots(part, dim, where.slot)]
+        room = np.empty((2, dim), np.float32)
+        if where.key_bits == 8:
+            store_e4m3(k, here, dim, where.slot)
+        else:
+            store_keys(k, here, room[0], room[1], between, scale_of(dim), where.key_bits, where.slot)
+        store_values(v, here, room[0], dim, where.value_bits, where.value_start, where.slot)
+
+    in_parts(work, keys.size, dim)
     return out
 
 
@@ -48,33 +47,39 @@ def dequantize_turboquant(slots, preset: str, dim: int, dtype: str = "float32", 
     where = layout(preset, dim)
     out = checked_numbers(out, slots, dim, dtype, where)
     flat = np.ascontiguousarray(slots).reshape(-1)
-    is_wide = dtype == "float32"
-    keys, values = (array.reshape(-1) if is_wide else np.empty(array.size, np.float32) for array in out)
-    work = np.empty(dim, np.float32)
-    if where.key_bits == 8:
-        load_e4m3(flat, keys, dim, where.slot)
-    else:
-        load_keys(
-            flat, keys, work, levels(where.key_bits, dim, VLLM_LEVELS), scale_of(dim), where.key_bits, where.slot,
-            preset.endswith("_nc"),
-        )  # fmt: skip
-    load_values(flat, values, dim, where.value_bits, where.value_start, where.slot)
-    if not is_wide:
-        for array, numbers in zip(out, (keys, values), strict=True):
-            bits16.narrow(numbers, dtype, array.reshape(-1))
+    numbers = [array.reshape(-1) for array in out]
+    means = None if where.key_bits == 8 else levels(where.key_bits, dim, VLLM_LEVELS)
+
+    def work(part):
+        here, n = flat[_slots(part, dim, where.slot)], part.stop - part.start
+        keys, values = (array[part] if dtype == "float32" else np.empty(n, np.float32) for array in numbers)
+        if where.key_bits == 8:
+            load_e4m3(here, keys, dim, where.slot)
+        else:
+            load_keys(
+                here, keys, np.empty(dim, np.float32), means, scale_of(dim), where.key_bits,
+                where.slot, preset.endswith("_nc"),
+            )  # fmt: skip
+        load_values(here, values, dim, where.value_bits, where.value_start, where.slot)
+        if dtype != "float32":
+            for array, wide in zip(numbers, (keys, values), strict=True):
+                narrow(wide, dtype, array[part])
+
+    in_parts(work, numbers[0].size, dim)
     return out
 
 
+def _slots(part: slice, dim: int, slot: int) -> slice:
+    """Where the slots of a part of the keys are."""
+    return slice(part.start // dim * slot, part.stop // dim * slot)
+
+
 @njit
-def store_e4m3(x, bits, slots, dim, slot):
+def store_e4m3(x, slots, dim, slot):
     for row in range(x.size // dim):
         for i in range(dim):
             v = x[row * dim + i]
-            code = np.uint8(0x7F)
-            if v == v:
-                sign = np.uint8(np.uint32(bits[row * dim + i] >> np.uint32(24)) & np.uint32(0x80))
-                code = np.uint8(e4m3(min(abs(v), np.float32(448))) | sign)
-            slots[row * slot + i] = code
+            slots[row * slot + i] = e4m3_of(v, 1) if v == v else np.uint8(0x7F)
 
 
 @njit
@@ -97,7 +102,7 @@ def store_keys(x, slots, y, codes, bounds, scale, bits, slot):
             for i in range(dim):
                 codes[i] = codes[i] + (np.float32(1) if y[i] >= bound else np.float32(0))
         pack(codes, slots, here, dim, bits)
-        store_half(slots, here + dim * bits // 8, bits16.half_bits(norm.view(np.uint32)))
+        store_half(slots, here + dim * bits // 8, scale_to_half(norm))
 
 
 @njit
@@ -117,10 +122,8 @@ def store_values(x, slots, codes, dim, bits, value_start, slot):
             v = (x[start + i] - smallest) / scale + np.float32(0.5)
             codes[i] = min(v, top) if v - v == np.float32(0) else np.float32(0)
         pack(codes, slots, here + value_start, dim, bits)
-        scale = np.float32(scale)
-        smallest = np.float32(smallest)
-        store_half(slots, here + end, bits16.half_bits(scale.view(np.uint32)))
-        store_half(slots, here + end + 2, bits16.half_bits(smallest.view(np.uint32)))
+        store_half(slots, here + end, scale_to_half(scale))
+        store_half(slots, here + end + 2, scale_to_half(smallest))
         for i in range(here + end + 4, here + slot):
             slots[i] = np.uint8(0)
 
@@ -148,7 +151,7 @@ def load_keys(slots, out, work, levels, scale, bits, slot, is_norm_corrected):
             for i in range(dim):
                 out[start + i] = out[start + i] * factor
         butterflies(out, start, dim)
-        norm = bits16.half_value(load_half(slots, here + dim * bits // 8))
+        norm = half_to_float(load_half(slots, here + dim * bits // 8))
         for i in range(dim):
             out[start + i] = (out[start + i] * scale) * norm
 
@@ -158,8 +161,8 @@ def load_values(slots, out, dim, bits, value_start, slot):
     end = value_start + dim * bits // 8
     for row in range(out.size // dim):
         here = row * slot
-        scale = bits16.half_value(load_half(slots, here + end))
-        zero = bits16.half_value(load_half(slots, here + end + 2))
+        scale = half_to_float(load_half(slots, here + end))
+        zero = half_to_float(load_half(slots, here + end + 2))
         for i in range(dim):
             code = code_at(slots, here + value_start, i, bits)
             out[row * dim + i] = np.float32(np.int32(code)) * scale + zero

@@ -21,10 +21,9 @@ import numpy as np
 
 from kvsim.formats import KV_FORMATS, kv_format
 from kvsim.kernels.quant import ggml_ref
-from kvsim.kernels.quant.bits16 import float_name, storage
 from kvsim.kernels.quant.fp4_ref import E4M3, E4M3_MAX, nearest
 from kvsim.kernels.quant.lloyd_max import VLLM_LEVELS, bounds, levels
-from kvsim.kernels.quant.ref import narrow, widen
+from kvsim.kernels.quant.ref import float_name, narrow, storage, widen
 from kvsim.kernels.quant.rotate_ref import butterflies
 
 PRESETS = tuple(name for name in KV_FORMATS if name.startswith("turboquant_"))

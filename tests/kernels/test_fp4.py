@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from kvsim import _jit
 from kvsim.formats import KV_FORMATS
-from kvsim.kernels.quant import bits16, fp4_cpu, fp4_ref
+from kvsim.kernels.quant import fp4_cpu, fp4_ref, ref
 from tests.kernels.test_ggml import any_bits, assert_same_floats, patterns, plain_bits, without_warnings
 
 __all__ = ["without_warnings"]  # a fixture of every test here
@@ -55,7 +56,7 @@ def test_compiled_codes_are_the_definition(bits):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_16_bit_numbers_are_taken(way, dtype):
     bits = np.random.default_rng(1).permutation(np.arange(65_536, dtype=np.uint16))[:4096].reshape(16, 256)
-    assert_equal(way, bits.view(bits16.storage(dtype)), dtype)
+    assert_equal(way, bits.view(ref.storage(dtype)), dtype)
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 63, 64, 65, 127, 129])
@@ -158,3 +159,18 @@ def test_what_is_wrong_is_said(backend):
         backend.dequantize_mxfp4(np.zeros(15, np.uint8), np.zeros(1, np.uint8))
     with pytest.raises(ValueError, match=r"scales are float64 of shape \(1,\)"):
         backend.dequantize_nf4(np.zeros(32, np.uint8), np.zeros(1), (64,))
+
+
+def test_threads_change_no_byte(monkeypatch):
+    monkeypatch.setattr(_jit, "num_threads", lambda: 3)
+    monkeypatch.setattr("kvsim.kernels.quant.threads._LEAST", 64)
+    x = np.random.default_rng(2).standard_normal((13, 96)).astype(np.float32)
+    for kind in ("nvfp4", "mxfp4", "nf4"):
+        ref, got = (getattr(backend, f"quantize_{kind}")(x) for backend in (fp4_ref, fp4_cpu))
+        shape = (x.shape,) if kind == "nf4" else ()
+        both = [
+            getattr(backend, f"dequantize_{kind}")(*ref, *shape, dtype="float16")
+            for backend in (fp4_ref, fp4_cpu)
+        ]
+        for a, b in ((ref.codes, got.codes), (ref.scales, got.scales), both):
+            np.testing.assert_array_equal(a, b)

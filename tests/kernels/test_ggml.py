@@ -8,9 +8,9 @@ from hypothesis.extra.numpy import arrays
 
 from kvsim import _jit
 from kvsim.formats import GGML_BLOCKS, KV_FORMATS
-from kvsim.kernels.quant import bits16, ggml_cpu, ggml_ref
+from kvsim.kernels.quant import ggml_cpu, ggml_ref
 from kvsim.kernels.quant.ggml_ref import GGML_TYPES
-from kvsim.kernels.quant.ref import widen
+from kvsim.kernels.quant.ref import narrow, storage, widen
 
 EDGES = (
     0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 127.0, -127.0, 0.5 / 127, 8.0, -8.0, 15.0, 31.0, 2.0**-149, -(2.0**-149),
@@ -73,7 +73,7 @@ def test_every_16_bit_number_is_taken(type, dtype):
     both = np.stack([all_bits, np.random.default_rng(1).permutation(all_bits)])
     if _jit.is_disabled():
         both = both[:, ::64]
-    x = both.view(bits16.storage(dtype))
+    x = both.view(storage(dtype))
     ref = ggml_ref.quantize_ggml(x, type, dtype)
     np.testing.assert_array_equal(ref, ggml_cpu.quantize_ggml(x, type, dtype))
     np.testing.assert_array_equal(ref, ggml_ref.quantize_ggml(widen(x, dtype), type))
@@ -213,3 +213,17 @@ def test_what_is_wrong_is_said(backend):
         backend.dequantize_ggml(np.zeros(34, np.uint8), "q4_0")
     with pytest.raises(ValueError, match="dtype 'float64' is none of float32, float16, bfloat16"):
         backend.dequantize_ggml(np.zeros(34, np.uint8), "q8_0", "float64")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_threads_change_no_byte(monkeypatch, dtype):
+    monkeypatch.setattr(_jit, "num_threads", lambda: 3)
+    monkeypatch.setattr("kvsim.kernels.quant.threads._LEAST", 64)
+    x = np.random.default_rng(2).standard_normal((7, 96)).astype(np.float32)
+    x = x if dtype == "float32" else narrow(x, dtype)
+    for type in GGML_TYPES:
+        blocks = ggml_ref.quantize_ggml(x, type, dtype)
+        np.testing.assert_array_equal(ggml_cpu.quantize_ggml(x, type, dtype), blocks)
+        np.testing.assert_array_equal(
+            ggml_cpu.dequantize_ggml(blocks, type, dtype), ggml_ref.dequantize_ggml(blocks, type, dtype)
+        )

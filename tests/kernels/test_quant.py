@@ -2,8 +2,10 @@
 arithmetic that is written out here."""
 
 import itertools
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from kvsim import _jit
 from kvsim.kernels import quant
 from kvsim.kernels.quant import Rule, half, ref
 from kvsim.kernels.quant.rules import FLOATS, ROUNDINGS, ZEROS
+from kvsim.kernels.quant.threads import each
 
 needs_jit = pytest.mark.skipif(_jit.is_disabled(), reason="without the JIT this takes minutes")
 
@@ -120,6 +123,86 @@ def test_cpu_equals_ref_on_any_shape(rule, dtype, shape, kind, seed):
 @given(st.sampled_from(RULES), st.lists(st.floats(width=32), min_size=1, max_size=24))
 def test_cpu_equals_ref_on_any_numbers(rule, values):
     assert_backends_agree(np.array([values, values[::-1]], np.float32), rule, "float32")
+
+
+@needs_jit
+def test_infinite_scales_make_the_same_nan_everywhere():
+    codes, scales = np.arange(-8, 8, dtype=np.int8).reshape(2, 8), np.array([[np.inf], [1.5]], np.float32)
+    for to in FLOATS:
+        both = [
+            quant.dequantize_grouped(codes, scales, None, Rule(), 8, dtype=to, backend=b)
+            for b in ("ref", "cpu")
+        ]
+        assert_same(both[1], both[0], to)
+
+
+@needs_jit
+def test_bfloat16_at_odd_addresses_is_as_at_even_ones():
+    x = floats(numbers((9, 34), 5, "plain"), "bfloat16")
+    for rule in (Rule(), Rule(4, group=8), quant.VLLM_INT8):
+        whole = quant.fake_quantize_grouped(x, rule, dtype="bfloat16", backend="ref")
+        odd = np.empty(x.size + 1, np.uint16)[1:].reshape(x.shape)  # no word begins here
+        odd[...] = x
+        assert_same(quant.fake_quantize_grouped(odd, rule, dtype="bfloat16", backend="cpu"), whole, rule)
+        out = np.empty(x.size + 1, np.uint16)[1:].reshape(x.shape)
+        quant.fake_quantize_grouped(x, rule, dtype="bfloat16", out=out, backend="cpu")
+        assert_same(out, whole, rule)
+
+
+@needs_jit
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_change_no_byte(monkeypatch, threads):
+    """Whatever is cut: rows, the tokens of one head, or neither where one scale is for all."""
+    monkeypatch.setattr(_jit, "num_threads", lambda: threads)
+    monkeypatch.setattr("kvsim.kernels.quant.threads._LEAST", 64)
+    spread = []
+    monkeypatch.setattr(
+        "kvsim.kernels.quant.cpu.each", lambda work, parts, n: spread.extend(each(work, parts, n))
+    )
+    for index, rule in enumerate(
+        (*RULES[::7], Rule(), Rule(axis=-2), Rule(3, group=8), quant.kivi(4, "keys"))
+    ):
+        for shape in ((1, 500), (37, 40), (3, 100, 5), (1, 1), (0, 8), (2, 0)):
+            assert_backends_agree(floats(numbers(shape, index, "special"), "float16"), rule, "float16")
+    assert len(spread) > 1000
+    x = numbers((5, 77), 1, "special")
+    for codes in ("e4m3", "e5m2"):
+        both = [quant.quantize_fp8(x, codes, 0.5, backend=b) for b in ("ref", "cpu")]
+        assert_same(both[1], both[0], codes)
+        both = [quant.dequantize_fp8(both[0], codes, 0.5, backend=b) for b in ("ref", "cpu")]
+        assert_same(both[1], both[0], codes)
+
+
+@needs_jit
+def test_kernels_may_be_called_from_several_threads_at_once(monkeypatch):
+    monkeypatch.setattr(_jit, "num_threads", lambda: 2)
+    monkeypatch.setattr("kvsim.kernels.quant.threads._LEAST", 64)
+    x = numbers((64, 40), 1, "plain")
+    expected = quant.fake_quantize_grouped(x, Rule(4), backend="ref")
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(lambda _: quant.fake_quantize_grouped(x, Rule(4), backend="cpu"), range(40)):
+            assert_same(got, expected, "at once")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_each_keeps_the_order_and_tells_of_what_fails(threads):
+    assert each(lambda i: i * i, range(20), threads) == [i * i for i in range(20)]
+    assert each(str, [], threads) == []
+    for bad in (0, 19):
+        with pytest.raises(ZeroDivisionError):
+            each(lambda i, bad=bad: 1 // (i - bad), range(20), threads)
+
+
+def test_threads_are_as_many_as_numba_is_told():
+    """Asked before and after numba's pool has begun, which asking does not begin."""
+    code = (
+        "import numba\nfrom numba.np.ufunc import parallel\nfrom kvsim import _jit\n"
+        "print(_jit.num_threads(), parallel._is_initialized)\n"
+        "numba.set_num_threads(1)\nprint(_jit.num_threads())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          env={**os.environ, "NUMBA_NUM_THREADS": "3", "NUMBA_DISABLE_JIT": "0"})  # fmt: skip
+    assert done.stdout == "3 False\n1\n"
 
 
 # ---------------------------------------------------------------- what a rule means

@@ -228,6 +228,11 @@ def test_fp8_is_that_of_ml_dtypes(codes, count):
             np.isnan(expected[~is_number].view(theirs).astype(np.float32)).all()
             and (got[~is_number] & 127 == 127).all()
         )
+    halves = every_half.astype(np.float16)
+    assert np.array_equal(
+        quant.quantize_fp8(halves, codes, saturate=False),
+        quant.quantize_fp8(every_half, codes, saturate=False),
+    )
     values = quant.dequantize_fp8(np.arange(256, dtype=np.uint8), codes, dtype="float32")
     assert np.array_equal(
         values, np.arange(256, dtype=np.uint8).view(theirs).astype(np.float32), equal_nan=True

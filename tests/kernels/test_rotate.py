@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from kvsim import _jit
 from kvsim.kernels.quant import rotate_cpu, rotate_ref
 from kvsim.kernels.quant.ref import narrow
 from tests.kernels.test_ggml import any_bits, assert_same_floats, patterns, plain_bits, without_warnings
@@ -82,3 +83,10 @@ def test_what_is_wrong_is_said(backend):
     with pytest.raises(ValueError, match="has to be contiguous float32"):
         backend.rotate(np.zeros((2, 64), np.float32), out=np.zeros((2, 64)))
     assert backend.rotate(np.zeros((0, 64), np.float32)).shape == (0, 64)
+
+
+def test_threads_change_no_bit(monkeypatch):
+    monkeypatch.setattr(_jit, "num_threads", lambda: 3)
+    monkeypatch.setattr("kvsim.kernels.quant.threads._LEAST", 64)
+    x = np.random.default_rng(2).standard_normal((11, 64)).astype(np.float16)
+    np.testing.assert_array_equal(rotate_cpu.rotate(x, 5), rotate_ref.rotate(x, 5))

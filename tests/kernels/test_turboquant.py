@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from kvsim import _jit
 from kvsim.formats import KV_FORMATS
 from kvsim.kernels.quant import lloyd_max, rotate_ref, turboquant_cpu, turboquant_ref
 from kvsim.kernels.quant.ref import narrow
@@ -175,3 +176,17 @@ def test_what_is_wrong_is_said(backend):
         backend.dequantize_turboquant(np.zeros((2, 100), np.uint8), "turboquant_3bit_nc", 128)
     with pytest.raises(ValueError, match="known for 1 to 4 bits, not for 5"):
         lloyd_max.levels(5)
+
+
+@pytest.mark.parametrize("preset", ["turboquant_k8v4", "turboquant_3bit_nc"])
+def test_threads_change_no_byte(monkeypatch, preset):
+    monkeypatch.setattr(_jit, "num_threads", lambda: 3)
+    monkeypatch.setattr("kvsim.kernels.quant.threads._LEAST", 64)
+    k, v = np.random.default_rng(2).standard_normal((2, 11, 3, 32)).astype(np.float32)
+    slots = turboquant_ref.quantize_turboquant(k, v, preset)
+    np.testing.assert_array_equal(turboquant_cpu.quantize_turboquant(k, v, preset), slots)
+    both = [
+        backend.dequantize_turboquant(slots, preset, 32, "float16")
+        for backend in (turboquant_ref, turboquant_cpu)
+    ]
+    np.testing.assert_array_equal(both[1], both[0])
