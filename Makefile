@@ -62,7 +62,7 @@ peers: .venv/test.done
 	touch $@
 
 .venv/test-all.done: .venv/test.done
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,plot,lint,bench,ray]' build
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,plot,lint,bench,ray,nvrtc]' build
 	touch $@
 
 clean:

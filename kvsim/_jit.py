@@ -22,7 +22,8 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
 _KEPT_CACHES = 4  # digests kept on disk; older ones are removed when a new one is made
-_PARTS = {"engine": "compiled", "router": "compiled-router"}  # marker files: all of it is in this directory
+# Marker files: all of it is in this directory.
+_PARTS = {"engine": "compiled", "router": "compiled-router", "kernels": "compiled-kernels"}
 is_own_process = False  # True in the `kvsim` command, where no other code uses numba
 
 
@@ -267,8 +268,8 @@ def _compiled_sources() -> list[Path]:
 
 
 def is_warm(part: str = "engine") -> bool:
-    """True when a run will find the machine code of the engine, or of the router that looks at the replicas of a
-    fleet, on disk (or needs none)."""
+    """True when a run will find the machine code of the engine, of the router that looks at the replicas of a fleet, or
+    of the quantization kernels on disk (or needs none)."""
     return is_disabled() or (cache_dir() / _PARTS[part]).exists()
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import msgspec
-
 from kvsim.errors import UserError, did_you_mean
 
 ENGINES = ("vllm", "sglang", "llama.cpp", "tensorrt-llm")
@@ -25,7 +23,7 @@ def had_by(engines: tuple[str, ...]) -> str:
 # ---------------------------------------------------------------- weights
 
 
-class Format(msgspec.Struct, frozen=True):
+class Format(NamedTuple):
     """A way to store weights: `bits` a number, `group_bits` more for every `group` of them, `channel_bits` more for
     every output channel of a matrix.
 
@@ -153,7 +151,7 @@ def _ggml_formats() -> dict[str, Format]:
             )  # fmt: skip
     for name, (most, wide) in _GGUF_MIXES.items():
         wider = (("v_proj", wide), ("down_proj", wide))
-        out[name] = msgspec.structs.replace(out[most], name=name, wider=wider, source="llama-quant.cpp")
+        out[name] = out[most]._replace(name=name, wider=wider, source="llama-quant.cpp")
     return out
 
 
@@ -244,7 +242,7 @@ def weight_format(name: str) -> Format:
 # ---------------------------------------------------------------- KV caches
 
 
-class Side(msgspec.Struct, frozen=True):
+class Side(NamedTuple):
     """How the keys, or the values, of a head are stored.
 
     A code has `bits`, those of rotated dimensions `rope_bits` where they differ. `group` numbers share `scale_bits` and
@@ -286,7 +284,7 @@ class KvBytes(NamedTuple):
     padding: int
 
 
-class KvFormat(msgspec.Struct, frozen=True):
+class KvFormat(NamedTuple):
     """A KV-cache format. A slot is the keys and values of one token in one head, rounded up to `align` bytes.
 
     `latent` says what MLA keeps of a token: "numbers" its rank and rope numbers as keys are stored, a whole number the
@@ -476,7 +474,7 @@ def kv_format(name: str, engine: str | None = "vllm") -> KvFormat:
     None any of that name. llama.cpp has types for keys and values apart: `"q8_0/q5_1"`."""
     if "/" in name and engine == "llama.cpp":
         k, v = (kv_format(side, engine) for side in name.split("/", 1))
-        return k if k == v else msgspec.structs.replace(k, name=f"{k.name}/{v.name}", v=v.v)
+        return k if k == v else k._replace(name=f"{k.name}/{v.name}", v=v.v)
     key = _KV_OF_ENGINE.get((engine, name), _KV_ALIASES.get(name, name))
     found = KV_FORMATS.get(key)
     if found is not None and (engine is None or engine in found.engines):

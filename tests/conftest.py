@@ -1,5 +1,8 @@
-"""Shared by all tests: where the reference data lie, and hypothesis profiles."""
+"""Shared by all tests: where the reference data lie, and hypothesis profiles.
 
+A machine with a device may lack what most tests need: there only what `pytest -m gpu` runs is collected."""
+
+import importlib.util
 import os
 from pathlib import Path
 
@@ -7,14 +10,13 @@ import pytest
 
 from kvsim import _jit
 
-try:
-    from hypothesis import HealthCheck, settings
-except ImportError:  # beside a device, where `pytest -m gpu tests/kernels/test_..._cuda.py` needs none
-    settings = None
-
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
-if settings is not None:
+IS_COMPLETE = all(importlib.util.find_spec(name) for name in ("hypothesis", "msgspec", "pyarrow", "scipy"))
+
+if IS_COMPLETE:
+    from hypothesis import HealthCheck, settings
+
     for name, examples in (("small", 25), ("default", 300), ("long", 3000)):
         settings.register_profile(
             name,
@@ -24,6 +26,14 @@ if settings is not None:
             suppress_health_check=list(HealthCheck),
         )
     settings.load_profile(os.environ.get("KVSIM_HYPOTHESIS", "default"))
+
+
+def pytest_ignore_collect(collection_path):
+    if IS_COMPLETE:
+        return None
+    if collection_path.is_dir():
+        return (collection_path.parent.name == "tests" and collection_path.name != "kernels") or None
+    return not collection_path.name.startswith("test_gpu") or None
 
 
 def pytest_collection_modifyitems(items):

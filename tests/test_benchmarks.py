@@ -26,6 +26,7 @@ SUITES = (
     "kernels_quant",
     "kernels_accounting",
 )
+DEVICE_SUITES = ("kernels_gpu",)
 KINDS = ("time_", "track_", "peakmem_")
 needs_jit = pytest.mark.skipif(_jit.is_disabled(), reason="benchmarks of plain Python say nothing")
 
@@ -81,7 +82,11 @@ def test_runs(name, load, monkeypatch):
 def test_configuration():
     conf = json.loads((FOLDER / "asv.conf.json").read_text())
     assert conf["repo"] == ".." and conf["branches"] == ["main"]
-    assert {path.stem for path in (FOLDER / conf["benchmark_dir"]).glob("*.py")} == {*SUITES, "__init__"}
+    assert {path.stem for path in (FOLDER / conf["benchmark_dir"]).glob("*.py")} == {
+        *SUITES,
+        *DEVICE_SUITES,
+        "__init__",
+    }
 
 
 def test_raw_code_runs(load):

@@ -5,7 +5,9 @@
 
 Floats are float32, float16 or, as uint16 with `dtype="bfloat16"`, bfloat16; any strides. Codes are packed along the
 grouped axis as a stream of bits, the first number lowest: int8 for signed 8-bit codes, else uint8. `backend` is
-"cpu" (compiled), "ref" (NumPy, the definition) or "auto", which is the first that works here.
+"cuda" (a device, by CuPy), "cpu" (compiled), "ref" (NumPy, the definition) or "auto": cuda for arrays that lie on a
+device, because a copy there and back takes longer than the CPU, else cpu, else ref. CuPy arrays give CuPy arrays;
+cuda copies NumPy arrays there and the results back.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvsim.kernels.quant import ref
+from kvsim.kernels.quant import cuda, ref
 from kvsim.kernels.quant.rules import (
     FLOATS,
     FP8_MAX,
@@ -39,6 +41,7 @@ __all__ = (
     "KiviSplit",
     "Quantized",
     "Rule",
+    "backends",
     "dequantize_fp8",
     "dequantize_grouped",
     "fake_quantize_grouped",
@@ -46,9 +49,11 @@ __all__ = (
     "kivi_split",
     "quantize_fp8",
     "quantize_grouped",
+    "self_test",
 )
 
-BACKENDS = ("auto", "cpu", "ref")
+BACKENDS = ("auto", "cuda", "cpu", "ref")
+_NAMES = ("codes", "scales", "zeros")
 _STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 
 
@@ -70,13 +75,19 @@ def quantize_grouped(
     shape = _folded(x.shape, checked(rule))
     outer, length, inner = shape
     in_codes, in_groups = ((outer, count, inner) for count in (rule.packed(length), rule.num_groups(length)))
+    work = _backend(backend, x)
     kinds = _kinds(rule)
     shapes = [_unfolded(part, x.shape, rule) for part in (in_codes, in_groups, in_groups)]
-    out = Quantized(*map(_output, out or (None,) * 3, shapes, kinds, Quantized._fields))
-    scales, zeros = np.empty((2, *in_groups), np.float32)
-    _backend(backend).quantize(
-        x.reshape(shape), rule, dtype, out.codes.view(np.uint8).reshape(in_codes), scales, zeros
+    out = Quantized(
+        *(_output(*each, x) for each in zip(out or (None,) * 3, shapes, kinds, _NAMES, strict=True))
     )
+    codes = out.codes.view(np.uint8).reshape(in_codes)
+    if work is cuda:
+        stored = [None if part is None else part.reshape(in_groups) for part in out[1:]]
+        work.quantize(x.reshape(shape), rule, dtype, codes, *stored)
+        return out
+    scales, zeros = np.empty((2, *in_groups), np.float32)
+    work.quantize(x.reshape(shape), rule, dtype, codes, scales, zeros)
     if rule.is_zero_hidden:
         scales = (scales.view(np.int32) | zeros.astype(np.int32)).view(np.float32)
     out.scales[...] = ref.narrow(scales, rule.scale_dtype).reshape(out.scales.shape)
@@ -93,7 +104,8 @@ def dequantize_grouped(
     checked(rule)
     if dtype not in FLOATS:
         raise ValueError(f"dtype is one of {', '.join(FLOATS)}, not {dtype!r}")
-    codes, scales = np.asarray(codes), np.asarray(scales)
+    codes, scales = _array(codes), _array(scales)
+    work = _backend(backend, codes)
     axis = codes.ndim + rule.axis
     if axis < 0 or codes.dtype.itemsize != 1 or codes.shape[axis] != rule.packed(length):
         raise ValueError(
@@ -111,6 +123,15 @@ def dequantize_grouped(
         raise ValueError(f"scales, and zeros where the rule keeps them, have shape {groups}")
     shape = _folded(numbers, rule)
     in_groups = shape[0], rule.num_groups(length), shape[2]
+    out = _output(out, numbers, _STORED[dtype], "out", codes)
+    codes = _contiguous(codes).view(np.uint8).reshape(shape[0], rule.packed(length), shape[2])
+    if work is cuda:
+        for name, part, kind in zip(_NAMES[1:], (scales, zeros), _kinds(rule)[1:], strict=True):
+            if part is not None and part.dtype != kind:
+                raise ValueError(f"{name} of this rule are {np.dtype(kind)} on a device, not {part.dtype}")
+        stored = [None if part is None else _contiguous(part).reshape(in_groups) for part in (scales, zeros)]
+        work.dequantize(codes, *stored, rule, dtype, out.reshape(shape))
+        return out
     scales = _one_nan(ref.widen(np.ascontiguousarray(scales), rule.scale_dtype))
     if rule.is_zero_hidden:
         bits = scales.view(np.int32)
@@ -120,10 +141,8 @@ def dequantize_grouped(
     else:
         kind = "float32" if rule.zero == "integer" else rule.scale_dtype
         zeros = _one_nan(ref.widen(np.ascontiguousarray(zeros), kind))
-    out = _output(out, numbers, _STORED[dtype], "out")
-    codes = np.ascontiguousarray(codes).view(np.uint8).reshape(shape[0], rule.packed(length), shape[2])
     both = scales.reshape(in_groups), zeros.reshape(in_groups)
-    _backend(backend).dequantize(codes, *both, rule, dtype, out.reshape(shape))
+    work.dequantize(codes, *both, rule, dtype, out.reshape(shape))
     return out
 
 
@@ -131,8 +150,8 @@ def fake_quantize_grouped(x, rule: Rule = INT8, *, dtype=None, out=None, backend
     """What comes back of `x` after `quantize_grouped` and `dequantize_grouped`, in its own dtype, without the codes."""
     x, dtype = _input(x, dtype)
     shape = _folded(x.shape, checked(rule))
-    out = _output(out, x.shape, x.dtype, "out")
-    _backend(backend).fake_quantize(x.reshape(shape), rule, dtype, out.reshape(shape))
+    out = _output(out, x.shape, x.dtype, "out", x)
+    _backend(backend, x).fake_quantize(x.reshape(shape), rule, dtype, out.reshape(shape))
     return out
 
 
@@ -142,31 +161,65 @@ def quantize_fp8(x, codes="e4m3", scale=1.0, *, saturate=True, dtype=None, out=N
     NaN becomes NaN. What is too large, infinities too, becomes the largest number, or without `saturate` the infinity
     of e5m2 and the NaN of e4m3. Scales that follow from the numbers are those of `Rule(codes="e4m3")`."""
     x, dtype = _input(x, dtype)
-    out = _output(out, x.shape, np.uint8, "out")
-    _backend(backend).quantize_fp8(x, _fp8(codes, scale), scale, saturate, dtype, out)
+    out = _output(out, x.shape, np.uint8, "out", x)
+    _backend(backend, x).quantize_fp8(x, _fp8(codes, scale), scale, saturate, dtype, out)
     return out
 
 
 def dequantize_fp8(bytes_, codes="e4m3", scale=1.0, *, dtype="float16", out=None, backend="auto"):
     """Numbers of bytes, times scale."""
-    bytes_ = np.ascontiguousarray(bytes_)
+    bytes_ = _contiguous(_array(bytes_))
     if bytes_.dtype != np.uint8 or dtype not in FLOATS:
         raise ValueError(
             f"fp8 is read from uint8 to one of {', '.join(FLOATS)}, not from {bytes_.dtype} to {dtype!r}"
         )
-    out = _output(out, bytes_.shape, _STORED[dtype], "out")
-    _backend(backend).dequantize_fp8(bytes_, _fp8(codes, scale), scale, dtype, out)
+    out = _output(out, bytes_.shape, _STORED[dtype], "out", bytes_)
+    _backend(backend, bytes_).dequantize_fp8(bytes_, _fp8(codes, scale), scale, dtype, out)
     return out
+
+
+def backends() -> dict[str, str | None]:
+    """Each backend and why it cannot be used here: None where it can. Nothing is compiled to tell."""
+    return {"cuda": cuda.missing(), "cpu": _why_no_cpu(), "ref": None}
+
+
+def self_test(backend: str) -> str | None:
+    """Replay golden.py's vectors on "cuda", "cpu" or "ref": None when all bytes are equal, else what differs."""
+    from kvsim.kernels.quant import golden
+
+    return golden.self_test(backend)
 
 
 # ---------------------------------------------------------------- arguments
 
 
-def _backend(name: str):
-    if name == "cuda":
-        raise ValueError("the cuda backend of kvsim.kernels.quant is not there yet; use cpu")
+def _why_no_cpu() -> str | None:
+    import importlib.util
+
+    from kvsim import _jit
+
+    if _jit.is_disabled():
+        return "NUMBA_DISABLE_JIT is set, so its loops are plain Python"
+    if importlib.util.find_spec("numba") is None:
+        return "numba is not installed: pip install numba"
+    return None
+
+
+def _backend(name: str, x=None):
+    """The module that does the work on `x`."""
     if name not in BACKENDS:
         raise ValueError(f"backend is one of {', '.join(BACKENDS)}, not {name!r}")
+    if cuda.is_on_device(x):
+        if name in ("auto", "cuda"):
+            return cuda
+        raise ValueError(
+            f"backend {name} takes NumPy arrays, and this one lies on a device: give x.get(), or use cuda"
+        )
+    if name == "cuda":
+        reason = cuda.missing()
+        if reason:
+            raise ValueError(f"no backend cuda: {reason}")
+        return cuda
     if name == "ref":
         return ref
     from kvsim import _jit
@@ -182,9 +235,17 @@ def _backend(name: str):
     return cpu
 
 
+def _array(x):
+    return x if cuda.is_on_device(x) else np.asarray(x)
+
+
+def _contiguous(x):
+    return cuda.contiguous(x) if cuda.is_on_device(x) else np.ascontiguousarray(x)
+
+
 def _input(x, dtype):
     """A contiguous array and the name of its dtype."""
-    x = np.ascontiguousarray(x)
+    x = _contiguous(x)
     name = dtype or x.dtype.name
     if name not in FLOATS or x.dtype != _STORED[name]:
         raise ValueError(
@@ -194,11 +255,12 @@ def _input(x, dtype):
     return x, name
 
 
-def _output(out, shape, dtype, name="out"):
+def _output(out, shape, dtype, name, x):
+    """`out`, or a new array where `x` lies."""
     if dtype is None:
         return None
     if out is None:
-        return np.empty(shape, dtype)
+        return cuda.empty(shape, dtype) if cuda.is_on_device(x) else np.empty(shape, dtype)
     if out.shape != tuple(shape) or out.dtype != dtype or not out.flags.c_contiguous:
         raise ValueError(
             f"{name} has to be a contiguous {np.dtype(dtype)} array of shape {tuple(shape)}, not {out.dtype} of"

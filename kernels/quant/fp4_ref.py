@@ -170,7 +170,11 @@ def checked_groups(kind: str, codes: np.ndarray, scales: np.ndarray, dtype: str,
         raise ValueError(
             f"{kind} codes are uint8, {group // 2} for a scale: {codes.dtype} of shape {codes.shape} are not"
         )
-    check_array("scales", np.ascontiguousarray(scales), (*shape[:-1], shape[-1] // group), np.dtype(np.uint8))
+    wanted = (*shape[:-1], shape[-1] // group)
+    if scales.shape != wanted or scales.dtype != np.uint8:
+        raise ValueError(
+            f"scales are {scales.dtype} of shape {scales.shape}: they have to be uint8 of shape {wanted}"
+        )
     return _new_or(out, shape, dtype)
 
 

@@ -1,4 +1,4 @@
-"""`kvsim doctor`: what works here?"""
+"""`kvsim doctor`: what works here? Packages, the engine, and each backend of the quantization kernels by its bytes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Look, run a small check of the engine, report. 0 when `kvsim run` works, else 1."""
+    """Look, run a small check of the engine and of the kernels, report. 0 when `kvsim run` works, else 1."""
     from kvsim.run import num_cores
 
     report = {"kvsim": _version("kvsim"), "python": platform.python_version(), "machine": platform.machine()}
@@ -31,6 +31,7 @@ def main(args: argparse.Namespace) -> int:
     report["packages"] = {name: _version(name) for name in _NEEDED}
     report["extras"] = {name: _version(name) for name, _, _ in _EXTRAS}
     report |= _engine_check()
+    report["kernels"] = _kernels_check()
     if args.json:
         import json
 
@@ -38,6 +39,22 @@ def main(args: argparse.Namespace) -> int:
     else:
         _print(report)
     return 0 if report["engine"] == "ok" else 1
+
+
+def _kernels_check() -> dict[str, str]:
+    """Each backend of the quantization kernels: "ok" when its bytes are the golden ones, else what is wrong or why it
+    cannot be used here."""
+    from kvsim import _jit
+    from kvsim.kernels import quant
+
+    found = {}
+    for name, reason in quant.backends().items():
+        if name == "cpu" and not reason and not _jit.is_warm("kernels"):
+            print("compiling the quantization kernels: once, about a minute ...", file=sys.stderr, flush=True)
+        found[name] = f"not here: {reason}" if reason else quant.self_test(name) or "ok"
+    if found["cpu"] == "ok":
+        _jit.mark_warm("kernels")
+    return found
 
 
 def _version(name: str) -> str | None:
@@ -83,5 +100,6 @@ def _print(report: dict) -> None:
             )
         )
     rows += [("engine", report["engine"]), ("machine code", report["cache"])]
+    rows += [(f"quant {name}", found) for name, found in report["kernels"].items()]
     for name, value in rows:
         print(f"{name:14}{value}", file=sys.stdout)

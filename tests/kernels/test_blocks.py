@@ -1,5 +1,5 @@
 """Block accounting: the definition against a naive twin, the compiled kernels against the definition, and invariants.
-The GPU's kernels are in test_blocks_cuda.py."""
+The GPU's kernels are in test_gpu_blocks.py."""
 
 import subprocess
 import sys

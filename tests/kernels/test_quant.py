@@ -560,7 +560,7 @@ def test_fp16_conversions_are_numpys(by):
         (lambda x: quant.quantize_grouped(x, Rule(8, is_zero_hidden=True)), "only a 4-bit integer zero"),
         (lambda x: quant.quantize_grouped(x, Rule(is_stepwise=True)), "is_stepwise is defined for zero min"),
         (lambda x: quant.quantize_grouped(x, Rule(floor=-1.0)), "are not negative"),
-        (lambda x: quant.quantize_grouped(x, backend="cuda"), "the cuda backend .* is not there yet"),
+        (lambda x: quant.quantize_grouped(x, backend="cuda"), "no backend cuda: "),
         (lambda x: quant.quantize_grouped(x, backend="gpu"), "not 'gpu'"),
         (lambda x: quant.fake_quantize_grouped(x, out=np.empty((8, 4), np.float32)), "array of shape"),
         (lambda x: quant.dequantize_grouped(*quant.quantize_grouped(x), Rule(), 9), "9 numbers of 8 bits take 9 bytes"),

@@ -1,7 +1,7 @@
 """Block accounting on a GPU, or on what stands in for one: the integers of the definition.
 
 The simulator has to be chosen before numba is imported, so it runs where the whole process has it, as one stage of
-.ci/run does, or in a process of its own. On a device: `pytest -m gpu tests/kernels/test_blocks_cuda.py`, for which
+.ci/run does, or in a process of its own. On a device: `pytest -m gpu tests/kernels/test_gpu_blocks.py`, for which
 numpy, numba, numba-cuda and pytest do.
 """
 
