@@ -7,6 +7,7 @@ kernels read the same descriptions. docs/formats.md has them as tables.
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from kvsim.errors import UserError, did_you_mean
@@ -347,14 +348,20 @@ class KvFormat(NamedTuple):
         )
         return 8 * self.slot_bytes(dim) / (2 * dim) + metadata / 2
 
+    def coded_tokens(self, side: Side, tokens: int) -> int:
+        """How many of a sequence's oldest tokens are coded; the others are still at 16 bits. Channels are coded a whole
+        window at a time, of a group or, as KIVI does, of the residual tokens."""
+        if side.axis == "channel":
+            return tokens - tokens % max(self.residual_tokens, side.group)
+        return max(0, tokens - self.residual_tokens)
+
     def bytes(self, tokens: int, heads: int, dim: int, page_tokens: int = 1) -> KvBytes:
         """Bytes of a sequence of `tokens` in one layer of `heads` KV heads, in pages of so many tokens."""
         payload = metadata = 0
         for side in (self.k, self.v):
-            coded = max(0, tokens - self.residual_tokens)
-            if side.axis == "channel":  # whole groups of tokens only; the rest waits at 16 bits
-                coded = coded // side.group * side.group
-                metadata += coded // side.group * dim * (side.scale_bits + side.zero_bits) // 8
+            coded = self.coded_tokens(side, tokens)
+            if side.axis == "channel":
+                metadata += coded // side.group * -(-dim * (side.scale_bits + side.zero_bits) // 8)
             payload += coded * side.code_bytes(dim) + (tokens - coded) * 2 * dim
             metadata += coded * side.scale_bytes(dim)
         slot = self.slot_bytes(dim)
@@ -459,6 +466,8 @@ KV_FORMATS = {
         KvFormat("kivi-2", Side(2, group=32, scale_bits=16, zero_bits=16, axis="channel", symmetric=False),
                  Side(2, group=32, scale_bits=16, zero_bits=16, symmetric=False), engines=(), residual_tokens=128,
                  latent="", source="KIVI: keys a channel over 32 tokens, values a token over 32 channels"),
+        _both("mxfp4", Side(4, group=32, scale_bits=8, codes="e2m1"), engines=(), latent="",
+              source="OCP MX 1.0: two e2m1 a byte, one shared exponent byte for 32"),
         _both("quanto-int4", Side(4, group=64, scale_bits=16, zero_bits=16, symmetric=False, rounding=""), engines=(),
               residual_tokens=128, latent="", source="transformers QuantizedCache with optimum-quanto, groups of 64"),
     )
@@ -469,12 +478,61 @@ _KV_OF_ENGINE = {("sglang", "int8"): "int8_asymmetric", ("tensorrt-llm", "int8")
 _KV_NEEDS = {("tensorrt-llm", "fp8_e4m3"): 8.9, ("tensorrt-llm", "nvfp4"): 10.0}
 
 
+# Integers of any width, grouped in any way, for research: int4-channel-g32, int8-token-sym, int2-token-g32-rot.
+_INTEGERS = re.compile(r"int([8432])-(token|channel)(?:-g([1-9]\d{0,4}))?(-sym|-zp)?(-rot)?")
+_MAX_CHANNEL_GROUP = 4096  # tokens
+
+
+def _integers(name: str) -> KvFormat | None:
+    """The format that a name of `_INTEGERS` spells, None for other names. Scales are fp16, and so is the minimum of a
+    group, unless it is symmetric (-sym) or has an integer zero point (-zp)."""
+    match = _INTEGERS.fullmatch(name)
+    if match is None:
+        return None
+    bits, axis, group, zero = int(match[1]), match[2], int(match[3] or 0), match[4]
+    is_power = group & (group - 1) == 0 and (group >= 8 or (axis, group) == ("token", 0))
+    if not is_power or (axis == "channel" and not group) or group > _MAX_CHANNEL_GROUP:
+        raise UserError(
+            f"{name}: groups are of 8, 16, 32, ... up to {_MAX_CHANNEL_GROUP:,} numbers, such as int{bits}-{axis}-g32"
+            + ("" if axis == "channel" else f", or the whole head, int{bits}-{axis}")
+        )
+    zero_bits = {"-sym": 0, "-zp": bits}.get(zero, 16)
+    side = Side(bits, group=group, scale_bits=16, zero_bits=zero_bits, axis=axis, symmetric=zero == "-sym")
+    plain = _both(name.removesuffix("-rot"), side, engines=(), latent="", source="integers for research")
+    return rotated(plain) if match[5] else plain
+
+
+def rotated(kv: KvFormat) -> KvFormat:
+    """A format with a Hadamard rotation of heads before it, which takes no bytes; as it is where it has one itself."""
+    if kv.k.rotation or kv.v.rotation:
+        return kv
+    k, v = (side._replace(rotation="hadamard") for side in (kv.k, kv.v))
+    name = "/".join(f"{part}-rot" for part in kv.name.split("/"))
+    return kv._replace(name=name, k=k, v=v, engines=())
+
+
+def _keys_and_values(name: str, engine: str | None) -> KvFormat:
+    """Keys in one format and values in another: `"q8_0/q5_1"`."""
+    k, v = (kv_format(side, engine) for side in name.split("/", 1))
+    if k == v:
+        return k
+    for side in (k, v):
+        if side.align > 1 or side.residual_tokens:
+            raise UserError(f"{name}: {side.name} is for keys and values together; name it alone")
+    engines = tuple(e for e in k.engines if e in v.engines and e == "llama.cpp")
+    return k._replace(name=f"{k.name}/{v.name}", v=v.v, engines=engines)
+
+
 def kv_format(name: str, engine: str | None = "vllm") -> KvFormat:
     """The KV-cache format that an engine calls `name` (`"auto"` must have been resolved to a dtype before); with engine
-    None any of that name. llama.cpp has types for keys and values apart: `"q8_0/q5_1"`."""
-    if "/" in name and engine == "llama.cpp":
-        k, v = (kv_format(side, engine) for side in name.split("/", 1))
-        return k if k == v else k._replace(name=f"{k.name}/{v.name}", v=v.v)
+    None any of that name, integers for research (`"int4-channel-g32"`) and rotated ones (`"q4_0-rot"`). llama.cpp, and
+    engine None, have keys and values apart: `"q8_0/q5_1"`."""
+    if "/" in name and engine in ("llama.cpp", None):
+        return _keys_and_values(name, engine)
+    if engine is None and (integers := _integers(name)) is not None:
+        return integers
+    if engine is None and name.endswith("-rot"):
+        return rotated(kv_format(name.removesuffix("-rot"), None))
     key = _KV_OF_ENGINE.get((engine, name), _KV_ALIASES.get(name, name))
     found = KV_FORMATS.get(key)
     if found is not None and (engine is None or engine in found.engines):

@@ -98,6 +98,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = "auto"
     quantization: str | None = None
     kv_cache_dtype: str = "auto"
+    kv_cache_dtype_skip_layers: tuple[int, ...] = ()  # keep the dtype; `kvsim quant` and Python have it
     gpu_memory_utilization: float = 0.92
     kv_cache_memory_bytes: int | None = None
     num_gpu_blocks_override: int | None = None
@@ -182,13 +183,16 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def kv_skipped_layers(self) -> tuple[int, ...]:
-        """Layers whose cache stays in the dtype, because the KV format leaves the first and the last ones alone; none
-        beside recurrent state, where attention is rare (vLLM 0.33, `get_boundary_skip_layers`)."""
+        """Layers whose cache stays in the dtype: those asked for, and the first and the last ones where the KV format
+        leaves them alone; none beside recurrent state, where attention is rare (vLLM 0.33,
+        `get_boundary_skip_layers`)."""
         layers = self.model.num_hidden_layers
-        if any(group.kind == "linear_state" for group in self.model.layer_groups):
+        has_state = any(group.kind == "linear_state" for group in self.model.layer_groups)
+        if has_state or self.settings.kv_cache_dtype in ("auto", self.dtype):
             return ()
         ends = min(self.kv_format.skips, layers // 2)
-        return (*range(ends), *range(layers - ends, layers))
+        own = (*range(ends), *range(layers - ends, layers))
+        return tuple(sorted({*own, *self.settings.kv_cache_dtype_skip_layers}))
 
     def kv_token_bytes(self, group: LayerGroup, is_skipped: bool = False) -> int:
         """What one token keeps in one layer of a group of attention layers on one rank (rule 5.3)."""
@@ -786,6 +790,7 @@ def _check_kv_format(model: ModelSpec, gpu: GpuSpec, s: EngineSettings, kv: form
             f"kv_cache_dtype {kv.name} beside the windows of {model.name} is not modelled, since its first and last"
             " layers have pages of another size; use another kv_cache_dtype"
         )
+    check_skipped_layers(model, s.engine, s.kv_cache_dtype_skip_layers)
     for group in model.layer_groups:
         if group.kind == "mla":
             kv.latent_bytes(group.kv_lora_rank + group.qk_rope_head_dim)
@@ -798,6 +803,21 @@ def _check_kv_format(model: ModelSpec, gpu: GpuSpec, s: EngineSettings, kv: form
                     f"kv_cache_dtype {kv.name} has kernels for heads of {dims}, and {model.name} has {group.head_dim}"
                 )
             kv.slot_bytes(group.head_dim, model.rotary_dim)
+
+
+def check_skipped_layers(model: ModelSpec, engine: str, skipped: tuple[int, ...]) -> None:
+    """Raise UserError for layers that are to keep their KV cache in the dtype, where that is not sized."""
+    kinds, layers = {group.kind for group in model.layer_groups}, model.num_hidden_layers
+    if skipped and (engine != "vllm" or kinds & {"sliding", "chunked", "linear_state"}):
+        where = (
+            f"engine {engine}" if engine != "vllm" else f"the windows or the recurrent state of {model.name}"
+        )
+        raise UserError(f"skipped layers beside {where} are not modelled; leave them out")
+    for layer in skipped:
+        if not 0 <= layer < layers:
+            raise UserError(
+                f"kv_cache_dtype_skip_layers has {layer}, and {model.name} has layers 0 to {layers - 1}"
+            )
 
 
 def _resolve_sizes(model: ModelSpec, gpu: GpuSpec, s: EngineSettings) -> tuple[EngineSettings, list[str]]:
@@ -918,7 +938,8 @@ def _for_skipped_layers(dep: Deployment) -> Deployment:
     wide = formats.weight_format(dep.dtype).bits // 8
     size = s.block_size * -(-wide * _KERNEL_BLOCK // s.block_size)
     layers = ", ".join(map(str, dep.kv_skipped_layers))
-    notes = [f"layers {layers} keep their KV cache in {dep.dtype}, as {dep.kv_format.name} leaves them alone"]
+    why = "as asked" if s.kv_cache_dtype_skip_layers else f"as {dep.kv_format.name} leaves them alone"
+    notes = [f"layers {layers} keep their KV cache in {dep.dtype}, {why}"]
     if size != s.block_size:
         notes.append(
             f"block_size {size} instead of {s.block_size}: blocks of both kinds of layers share the pool"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import lzma
 import math
+import mmap
 import os
 import struct
 import zipfile
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvsim.catalog.checkpoint import safetensors_layout
-from kvsim.errors import UserError
+from kvsim.errors import UserError, did_you_mean
 from kvsim.units import GIB, format_gib
 
 # What the arrays are called, whatever the case.
@@ -28,6 +29,7 @@ NAMES = {
     "q": ("q", "query", "queries"),
 }
 _AXES = {"b": "batch", "h": "heads", "t": "tokens", "d": "dim"}
+_LETTERS = {name: letter for letter, name in _AXES.items()} | {"layers": "l"}
 _SAFETENSORS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 MAX_UNPACKED_BYTES = 2 * GIB  # of one array of a compressed file
 # What a damaged file makes zipfile raise; ValueError is of names that are no text, RuntimeError of a password.
@@ -42,41 +44,64 @@ _LOCAL_HEADER = struct.Struct(
 
 class KvTensors(NamedTuple):
     """Read-only [batch, heads, tokens, dim], as views of the file; bfloat16 is uint16 with its bits, as `dtypes` says.
-    `q` is None where the file has none; it may have other heads and tokens than `k` and `v`."""
+    `q` is None where the file has none; it may have other heads and tokens than `k` and `v`. `has_layers`: the first
+    axis is one of layers."""
 
     k: np.ndarray
     v: np.ndarray
     q: np.ndarray | None
     dtypes: tuple[str, ...]  # of those three, without q of the two
+    has_layers: bool = False
+
+    def forget(self) -> None:
+        """Let the pages of the file that were looked at leave memory; they are mapped again when they are needed."""
+        for array in (self.k, self.v, self.q):
+            while isinstance(array, np.ndarray) and getattr(array, "_mmap", None) is None:
+                array = array.base
+            if array is not None and hasattr(mmap, "MADV_DONTNEED") and isinstance(array, np.ndarray):
+                array._mmap.madvise(mmap.MADV_DONTNEED)
 
 
-def load_tensors(path: str | os.PathLike, layout: str = "htd") -> KvTensors:
-    """The arrays of a file, whose axes `layout` names in order: t tokens, d dim, h heads (one without), b batch.
+def load_tensors(
+    path: str | os.PathLike, layout: str = "htd", names: dict[str, str] | None = None
+) -> KvTensors:
+    """The arrays of a file, whose axes `layout` names in order: t tokens, d dim, h heads (one without), b batch or l
+    layers; or in words, `"layers,heads,tokens,dim"`.
 
-    `"thd"` is a cache of vLLM, `"bhtd"` of transformers. Raises UserError for what is no such file."""
+    `"thd"` is a cache of vLLM, `"bhtd"` of transformers. `names` has the arrays' names by "k", "v" and "q", where they
+    are none of `NAMES`. Raises UserError for what is no such file."""
     path = Path(path)
-    check_layout(layout)
+    layout = check_layout(layout)
+    axes, has_layers = layout.replace("l", "b"), "l" in layout
     readers = {".npz": _npz, ".safetensors": _safetensors}
     if path.suffix.lower() not in readers:
         raise UserError(f"{path}: is no .npz or .safetensors file; save K and V as one of them")
     try:
-        arrays = readers[path.suffix.lower()](path)
+        arrays = readers[path.suffix.lower()](path, names or {})
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
     found = {
-        side: (_in_order(path, name, array, layout), dtype) for side, (name, array, dtype) in arrays.items()
+        side: (_in_order(path, name, array, axes), dtype) for side, (name, array, dtype) in arrays.items()
     }
     _check_fit(path, {side: array.shape for side, (array, _) in found.items()})
     q = found["q"][0] if "q" in found else None
-    return KvTensors(found["k"][0], found["v"][0], q, tuple(dtype for _, dtype in found.values()))
+    return KvTensors(found["k"][0], found["v"][0], q, tuple(dtype for _, dtype in found.values()), has_layers)
 
 
 def check_layout(layout: str) -> str:
-    """`layout`, or UserError where it does not name tokens and dim, and perhaps heads and batch, once each."""
-    if not {"t", "d"} <= set(layout) <= set(_AXES) or len(set(layout)) != len(layout):
-        axes = ", ".join(f"{letter} {name}" for letter, name in _AXES.items())
-        raise UserError(f"layout {layout!r} is none; order the letters of {axes}, such as thd or bhtd")
-    return layout
+    """`layout` in letters, or UserError where it does not name tokens and dim, and perhaps heads and batch or layers,
+    once each."""
+    letters = (
+        "".join(_LETTERS.get(word.strip(), "?") for word in layout.split(",")) if "," in layout else layout
+    )
+    axes = letters.replace("l", "b")
+    if not {"t", "d"} <= set(axes) <= set(_AXES) or len(set(axes)) != len(axes):
+        known = ", ".join(f"{letter} {name}" for name, letter in _LETTERS.items())
+        raise UserError(
+            f"layout {layout!r} is none; order the letters of {known}, such as thd or bhtd, or the words:"
+            " tokens,heads,dim"
+        )
+    return letters
 
 
 def _in_order(path: Path, name: str, array: np.ndarray, layout: str) -> np.ndarray:
@@ -110,10 +135,16 @@ def _said(shape: tuple[int, ...]) -> str:
     return ", ".join(f"{size} {name}" for size, name in zip(shape, _AXES.values(), strict=True))
 
 
-def _pick(path: Path, names: list[str]) -> dict[str, str]:
+def _pick(path: Path, names: list[str], asked: dict[str, str]) -> dict[str, str]:
     """Which of a file's arrays are "k", "v" and "q"."""
     picked = {}
     for side, known in NAMES.items():
+        if side in asked:
+            if asked[side] not in names:
+                hint = did_you_mean(asked[side], names)
+                raise UserError(f"{path}: has no array {asked[side]!r}, which is to be {side.upper()}{hint}")
+            picked[side] = asked[side]
+            continue
         hits = [name for name in names if name.lower() in known]
         if len(hits) > 1:
             raise UserError(
@@ -132,10 +163,10 @@ def _pick(path: Path, names: list[str]) -> dict[str, str]:
 # ---------------------------------------------------------------- safetensors
 
 
-def _safetensors(path: Path) -> dict[str, tuple[str, np.ndarray, str]]:
+def _safetensors(path: Path, names: dict[str, str]) -> dict[str, tuple[str, np.ndarray, str]]:
     start, described = safetensors_layout(path)
     out = {}
-    for side, name in _pick(path, list(described)).items():
+    for side, name in _pick(path, list(described), names).items():
         tensor = described[name]
         if tensor.dtype not in _SAFETENSORS:
             raise UserError(
@@ -160,13 +191,13 @@ def _mapped(path: Path, offset: int, dtype: np.dtype, shape: tuple[int, ...], or
 # ---------------------------------------------------------------- npz
 
 
-def _npz(path: Path) -> dict[str, tuple[str, np.ndarray, str]]:
+def _npz(path: Path, names: dict[str, str]) -> dict[str, tuple[str, np.ndarray, str]]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
             return {
                 side: (name, *_npz_array(path, archive, members[name], name))
-                for side, name in _pick(path, list(members)).items()
+                for side, name in _pick(path, list(members), names).items()
             }
     except _ZIP_ERRORS as error:
         reason = str(error) or "it ends early"

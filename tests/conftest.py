@@ -10,6 +10,9 @@ import pytest
 
 from kvsim import _jit
 
+# Before NumPy is imported: tests run beside each other, and its own threads spin while they wait.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 IS_COMPLETE = all(importlib.util.find_spec(name) for name in ("hypothesis", "msgspec", "pyarrow", "scipy"))

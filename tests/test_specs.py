@@ -368,8 +368,10 @@ def test_every_setting_has_a_flag():
     add_engine_arguments(parser)
     names = {f.name for f in msgspec.structs.fields(EngineSettings)}
     destinations = {a.dest for a in parser._actions}
-    # that of a draft is taken by the verbs that size memory (kvsim.cli.draft); the others warn of it
-    assert names - destinations == {"speculative_config"} and "unmodelled_speculative_config" in destinations
+    # that of a draft is taken by the verbs that size memory (kvsim.cli.draft), skipped layers by `kvsim quant`; the
+    # others warn of them
+    assert names - destinations == {"speculative_config", "kv_cache_dtype_skip_layers"}
+    assert {f"unmodelled_{name}" for name in names - destinations} <= destinations
     assert settings_from_args(parser.parse_args([])) == {}
     line = "-tp 2 --no-enable-chunked-prefill --max-model-len 32K --port 1"
     args = parser.parse_args(line.split())

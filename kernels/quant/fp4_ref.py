@@ -97,6 +97,20 @@ def dequantize_mxfp4(codes, scales, dtype="float32", out=None) -> np.ndarray:
     return _dequantized("mxfp4", codes, scales, _power_of_two(scales), dtype, out)
 
 
+def fake_quantize_sglang_fp4(x: np.ndarray) -> np.ndarray:
+    """What SGLang's fp4_e2m1 cache gives back of float32 `x`, whose last axis is a multiple of 16. 16 numbers share the
+    smallest power of two of which none is more than 6 times; ties go away from zero (BlockFP4KVQuantizeUtil of its
+    kvfp4_tensor.py). Groups with a NaN or an infinity are NaN. It has no compiled version."""
+    groups = x.reshape(-1, 16)
+    with np.errstate(all="ignore"):
+        largest = np.abs(groups).max(axis=1, keepdims=True)
+        exponents = np.ceil(np.log2(np.maximum(largest / np.float32(6), np.float32(1e-10))))
+        scales = np.exp2(exponents).astype(np.float32)
+        codes = np.searchsorted((E2M1[:-1] + E2M1[1:]) / 2, np.abs(groups / scales), "right")
+        back = np.where(groups < 0, -E2M1[codes], E2M1[codes]) * scales
+    return np.where(np.isfinite(largest), back, np.float32(np.nan)).reshape(x.shape)
+
+
 def quantize_nf4(x, dtype=None, out: Packed | None = None) -> Packed:
     """All of `x`, flattened: codes (n / 2) as uint8 and scales (n / 64) as float32, both rounded up."""
     name = float_name(x, dtype)

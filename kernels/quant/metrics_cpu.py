@@ -18,6 +18,7 @@ from kvsim.kernels.quant.metrics_ref import (
     NUM_QUERIES,
     AttentionErrors,
     Errors,
+    Sums,
     attention_errors_of,
     check_attention,
     check_groups,
@@ -35,11 +36,16 @@ _QUERIES = 8  # a call
 
 def errors(before: np.ndarray, after: np.ndarray, dtype: str | None = None, threads: int = 1) -> Errors:
     """Mean squared error, signal to noise, largest error and cosine."""
+    return errors_of_sums(error_sums(before, after, dtype, threads))
+
+
+def error_sums(before: np.ndarray, after: np.ndarray, dtype: str | None = None, threads: int = 1) -> Sums:
+    """The sums of `errors`."""
     sums = _chunk_sums(5, before, after, dtype, threads)
     ee, xx, yy, xy = (_sum(sums[i]) for i in range(4))
     # A maximum by `>` passes over NaN, a sum does not.
     largest = math.nan if math.isnan(ee) else float(sums[4].max(initial=0.0))
-    return errors_of_sums(before.size, ee, xx, yy, xy, largest)
+    return Sums(before.size, ee, xx, yy, xy, largest)
 
 
 def mse(before: np.ndarray, after: np.ndarray, dtype: str | None = None, threads: int = 1) -> float:

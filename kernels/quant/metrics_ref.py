@@ -54,14 +54,37 @@ class AttentionErrors(NamedTuple):
     output: np.ndarray
 
 
+class Sums(NamedTuple):
+    """What `Errors` are made of: e is the error, x before, y after. Those of parts of an array are added."""
+
+    size: int
+    ee: float
+    xx: float
+    yy: float
+    xy: float
+    max_error: float
+
+    def plus(self, other: Sums) -> Sums:
+        """Of both parts together; a NaN stays."""
+        *sums, max_error = map(sum, zip(self, other, strict=True))
+        if max_error == max_error:
+            max_error = max(self.max_error, other.max_error)
+        return Sums(*sums, max_error)
+
+
 def errors(before: np.ndarray, after: np.ndarray, dtype: str | None = None) -> Errors:
     """Mean squared error, signal to noise, largest error and cosine."""
+    return errors_of_sums(error_sums(before, after, dtype))
+
+
+def error_sums(before: np.ndarray, after: np.ndarray, dtype: str | None = None) -> Sums:
+    """The sums of `errors`."""
     check_same_shape(before, after)
     x, y = widen(before, dtype).reshape(-1), widen(after, dtype).reshape(-1)
     with np.errstate(all="ignore"):
         error = y - x
         terms = (error * error, x * x, y * y, x * y)
-        return errors_of_sums(x.size, *map(_sum, terms), max_error=float(np.abs(error).max(initial=0.0)))
+        return Sums(x.size, *map(_sum, terms), max_error=float(np.abs(error).max(initial=0.0)))
 
 
 def mse(before: np.ndarray, after: np.ndarray, dtype: str | None = None) -> float:
@@ -69,8 +92,9 @@ def mse(before: np.ndarray, after: np.ndarray, dtype: str | None = None) -> floa
     return errors(before, after, dtype).mse
 
 
-def errors_of_sums(size: int, ee: float, xx: float, yy: float, xy: float, max_error: float) -> Errors:
-    """`Errors` of sums of squares and products: e of the error, x before, y after."""
+def errors_of_sums(sums: Sums) -> Errors:
+    """`Errors` of these sums."""
+    size, ee, xx, yy, xy, max_error = sums
     if not size:
         return Errors(*[math.nan] * len(Errors._fields))
     if xx == 0 or yy == 0:

@@ -17,6 +17,7 @@ PROFILES = {"none": 0.0, "llama": 1.0, "qwen": 6.0}
 ROPE_BASE = 10_000.0
 _FACTORS = 16  # of the tokens' common directions
 _MEMORY = 0.6  # correlation of a factor with itself at the token before
+_WINDOW = 8192  # tokens made at a time
 
 
 class Head(NamedTuple):
@@ -47,12 +48,15 @@ def kv_head(
         raise ValueError(f"{num_tokens} tokens of {head_dim}; give two tokens or more, and a multiple of 32")
     rng = np.random.Generator(np.random.Philox(key=[seed, head]))
     mean, deviation, outliers = _channels(rng, head_dim, PROFILES[profile])
-    noise = _token_noise(rng, num_tokens, head_dim)
-    k_pre = mean + deviation * noise
-    k = rope(k_pre, np.arange(num_tokens))
-    v, is_loud = _values(rng, num_tokens, head_dim)
-    q = _queries(rng, noise / deviation, k, is_loud, num_queries)
-    return Head(*(a.astype(np.float32) for a in (k_pre, k, v, q)), outliers)
+    noise = _TokenNoise(rng, num_tokens, head_dim)
+    k_pre, k, v = (np.empty((num_tokens, head_dim), np.float32) for _ in range(3))
+    for start, rows in noise.windows(rng):
+        window = mean + deviation * rows
+        k_pre[start : start + _WINDOW] = window
+        k[start : start + _WINDOW] = rope(window, np.arange(start, start + len(rows)))
+    is_loud = _fill_values(rng, v)
+    q = _queries(rng, lambda tokens: noise.rows(tokens) / deviation, k, is_loud, num_queries)
+    return Head(k_pre, k, v, q.astype(np.float32), outliers)
 
 
 def kv_heads(num_heads: int, **options) -> Head:
@@ -84,32 +88,61 @@ def _channels(rng, dim: int, strength: float) -> tuple[np.ndarray, np.ndarray, n
     return mean, deviation, outliers
 
 
-def _token_noise(rng, num_tokens: int, dim: int) -> np.ndarray:
+class _TokenNoise:
     """Keys less their mean, in standard deviations: half of the variance is that of a few factors that neighbours
-    share, half is white."""
-    factors = rng.standard_normal((num_tokens, _FACTORS))
-    for token in range(1, num_tokens):
-        factors[token] = _MEMORY * factors[token - 1] + (1 - _MEMORY**2) ** 0.5 * factors[token]
-    loadings = rng.standard_normal((_FACTORS, dim)) / _FACTORS**0.5
-    return 0.7 * (factors @ loadings) + 0.7 * rng.standard_normal((num_tokens, dim))
+    share, half is white. Made a window of tokens at a time, since a million tokens are 1 GiB in float64."""
+
+    def __init__(self, rng, num_tokens: int, dim: int):
+        factors = rng.standard_normal((num_tokens, _FACTORS))
+        for token in range(1, num_tokens):
+            factors[token] = _MEMORY * factors[token - 1] + (1 - _MEMORY**2) ** 0.5 * factors[token]
+        self.factors = factors
+        self.loadings = rng.standard_normal((_FACTORS, dim)) / _FACTORS**0.5
+        self.state = rng.bit_generator.state  # of the white noise
+
+    def windows(self, rng):
+        """(first token, its window of noise), drawing the white noise from `rng`."""
+        for start in range(0, len(self.factors), _WINDOW):
+            factors = self.factors[start : start + _WINDOW]
+            white = rng.standard_normal((len(factors), self.loadings.shape[1]))
+            yield start, 0.7 * (factors @ self.loadings) + 0.7 * white
+
+    def rows(self, tokens: np.ndarray) -> np.ndarray:
+        """The noise of some tokens, drawn once more."""
+        again = np.random.Generator(np.random.Philox())
+        again.bit_generator.state = self.state
+        out = np.empty((*tokens.shape, self.loadings.shape[1]))
+        for start, window in self.windows(again):
+            is_here = (tokens >= start) & (tokens < start + _WINDOW)
+            out[is_here] = window[tokens[is_here] - start]
+        return out
 
 
-def _values(rng, num_tokens: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """Values, and which tokens are four times as loud as others."""
+def _fill_values(rng, v: np.ndarray) -> np.ndarray:
+    """Fill v[tokens, dim]; which tokens are four times as loud as others."""
+    num_tokens, dim = v.shape
     scale = np.exp(0.45 * rng.standard_normal(num_tokens))
     is_loud = np.zeros(num_tokens, bool)
     is_loud[1 + rng.choice(num_tokens - 1, num_tokens // 100, replace=False)] = True
     scale[is_loud] *= 4.0
     scale[0] *= 0.05  # the sink: attended to, and worth nothing
     channel = np.exp(0.15 * rng.standard_normal(dim))
-    return scale[:, None] * channel * rng.standard_t(6, (num_tokens, dim)), is_loud
+    for start in range(0, num_tokens, _WINDOW):
+        rows = scale[start : start + _WINDOW, None] * channel
+        v[start : start + _WINDOW] = rows * rng.standard_t(6, rows.shape)
+    return is_loud
 
 
-def _queries(rng, directions, k, is_loud, num_queries: int) -> np.ndarray:
+def _queries(rng, directions_of, k: np.ndarray, is_loud: np.ndarray, num_queries: int) -> np.ndarray:
     """Each looks for three tokens, at their mean position; its scores q k / sqrt(dim) deviate by 3."""
     dim = k.shape[1]
     choice = 1 + np.flatnonzero(~is_loud[1:])
     tokens = choice[rng.integers(0, choice.size, (num_queries, 3))]
-    q = directions[tokens].mean(axis=1)
+    q = directions_of(tokens).mean(axis=1)
     q = rope(q / np.linalg.norm(q, axis=1, keepdims=True), tokens.mean(axis=1))
-    return q * (3 * dim**0.5 / (q @ k.T).std(axis=1, keepdims=True))
+    sums, squares = np.zeros((2, num_queries))
+    for start in range(0, len(k), _WINDOW):
+        scores = q @ k[start : start + _WINDOW].T.astype(np.float64)
+        sums, squares = sums + scores.sum(axis=1), squares + (scores**2).sum(axis=1)
+    deviation = np.sqrt(squares / len(k) - (sums / len(k)) ** 2)
+    return q * (3 * dim**0.5 / deviation)[:, None]

@@ -21,6 +21,7 @@ VERBS = {
     "fix": "what would make it fit?",
     "load": "host memory to load it, and start-up step by step",
     "sweep": "the same, for many settings",
+    "quant": "what does this KV format cost and save?",
     "why": "what happened to this request?",
     "show": "a finished run again, as text",
     "plot": "a finished run as a picture",
@@ -136,7 +137,7 @@ def _run_verb(argv: list[str]) -> int:
         kind = "flag" if verb.startswith("-") else "verb"
         raise UserError(f"there is no {kind} {verb!r}{did_you_mean(verb, VERBS)}; see kvsim --help")
     module = importlib.import_module(f"kvsim.cli.{verb}")
-    parser = Parser(prog=f"kvsim {verb}", description=VERBS[verb].capitalize())
+    parser = Parser(prog=f"kvsim {verb}", description=VERBS[verb][0].upper() + VERBS[verb][1:])
     module.add_arguments(parser)
     pasted = None
     if "--" in rest:  # a pasted command line follows

@@ -36,3 +36,11 @@ def say_if_cold(*, looks: bool = False) -> None:
         print("compiling the engine: once, about half a minute ...", file=sys.stderr, flush=True)
     if looks and not _jit.is_warm("router"):
         print("compiling the router: once, about half a minute ...", file=sys.stderr, flush=True)
+
+
+def say_if_kernels_are_cold() -> None:
+    """On standard error: the coming measurement compiles each kernel that it is the first to use."""
+    from kvsim import _jit
+
+    if not _jit.is_disabled() and not any(_jit.cache_dir().glob("metrics_cpu.*")):
+        print("compiling kernels: once, about a quarter of a minute ...", file=sys.stderr, flush=True)

@@ -37,10 +37,15 @@ def page(result) -> bytes:
             _notes(result),
         ]
     )
-    head = f"<title>{_text(word)}: {_text(_what(result))}</title><style>{_STYLE}</style>"
+    return document(f"{word}: {_what(result)}", body, fig.figure(result))
+
+
+def document(title: str, body: str, figure: dict) -> bytes:
+    """A page that needs nothing else: `body` is HTML with a <div id="timeline"> for the figure, plotly's plain data."""
+    head = f"<title>{_text(title)}</title><style>{_STYLE}</style>"
     parts = [
         _HEAD.encode(), head.encode(), b"</head><body>", body.encode(),
-        b'<script type="application/json" id="figure">', _embedded(fig.figure(result) | {"config": _CONFIG}),
+        b'<script type="application/json" id="figure">', _embedded(figure | {"config": _CONFIG}),
         b'</script><script type="application/json" id="dark">', _embedded(fig.DARK), b"</script><script>",
         _plotly_js(), b"</script><script>", _SCRIPT.encode(), b"</script></body></html>\n",
     ]  # fmt: skip

@@ -32,6 +32,12 @@ def save_plot(result, path: str | Path) -> Path:
 
     Raises UserError without matplotlib, for another suffix, and when the place cannot be written to.
     """
+    draw = _draw_memory if result.summary()["verdict"] == "does_not_start" else _draw_run
+    return save_figure(path, lambda figure: draw(figure, result))
+
+
+def save_figure(path: str | Path, draw) -> Path:
+    """Write what `draw(figure)` draws to a .png or .svg file, whole or not at all; raises as `save_plot`."""
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{path}: give a file name that ends in {' or '.join(SUFFIXES)}")
@@ -47,10 +53,7 @@ def save_plot(result, path: str | Path) -> Path:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(dpi=_DPI, facecolor="white")
         FigureCanvasAgg(figure)
-        if result.summary()["verdict"] == "does_not_start":
-            _draw_memory(figure, result)
-        else:
-            _draw_run(figure, result)
+        draw(figure)
         metadata = {"Date": None, "Creator": "kvsim"} if kind == "svg" else {"Software": "kvsim"}
         with atomic(path) as temporary:
             figure.savefig(temporary, format=kind, metadata=metadata)

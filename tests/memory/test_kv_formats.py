@@ -109,9 +109,12 @@ def test_fp4_of_sglang_has_1_78_times_the_tokens_of_fp8():
 def test_bits_of_keys_and_values(name, keys, values):
     kv = KV_FORMATS[name]
     assert kv.bits_per_number() == pytest.approx((keys + values) / 2)
-    size = kv.bytes(64 * 32 + kv.residual_tokens, heads=1, dim=128)
-    residual = kv.residual_tokens * 2 * 2 * 128
-    assert 8 * (sum(size) - residual) == (keys + values) * 64 * 32 * 128
+    tokens = 64 * 32 + kv.residual_tokens
+    coded_k, coded_v = (kv.coded_tokens(side, tokens) for side in (kv.k, kv.v))
+    waiting = (2 * tokens - coded_k - coded_v) * 2 * 128
+    assert (
+        8 * (sum(kv.bytes(tokens, heads=1, dim=128)) - waiting) == (keys * coded_k + values * coded_v) * 128
+    )
 
 
 def test_bytes_are_payload_metadata_and_padding():
@@ -122,10 +125,10 @@ def test_bytes_are_payload_metadata_and_padding():
     assert KV_FORMATS["turboquant_3bit_nc"].slot_bytes(90) == 74
     assert KV_FORMATS["turboquant_k3v4_nc"].slot_bytes(90) == 34 + 2 + 45 + 4 + 1
     assert KV_FORMATS["turboquant_k3v4_nc"].bytes(10, 1, 90).padding == 10
-    # KIVI: of 200 tokens the newest 128 stay at 16 bits, and keys are coded by 32 whole tokens: 64 of the other 72
+    # KIVI: of 200 tokens the newest 128 values stay at 16 bits, and keys are coded 128 at a time
     payload, metadata, padding = KV_FORMATS["kivi-2"].bytes(200, 1, 128)
-    assert payload == (64 * 32 + 136 * 256) + (72 * 32 + 128 * 256)
-    assert metadata == 2 * 128 * 4 + 72 * 16 and padding == 0
+    assert payload == (128 * 32 + 72 * 256) + (72 * 32 + 128 * 256)
+    assert metadata == 4 * 128 * 4 + 72 * 16 and padding == 0
 
 
 def test_skipped_layers_cost_a_third_of_the_gain():
