@@ -26,6 +26,8 @@ _PUBLIC = {
     "simulate": "kvsim.run",
     "simulate_many": "kvsim.sweeps",
     "sweep": "kvsim.sweeps",
+    "compare": "kvsim.comparison",
+    "with_attention": "kvsim.catalog.attention",
     "Result": "kvsim.result",
     "UserError": "kvsim.errors",
 }

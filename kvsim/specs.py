@@ -574,7 +574,7 @@ def _check_ranges(s: EngineSettings) -> None:
         )
     if not 0 <= s.watermark < 1:
         raise UserError(f"watermark is {s.watermark:g}; it is a fraction of all blocks, from 0 up to below 1")
-    for name, known in _CHOICES.items():
+    for name, known in CHOICES.items():
         value = getattr(s, name)
         if value not in known:
             raise UserError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
@@ -582,7 +582,7 @@ def _check_ranges(s: EngineSettings) -> None:
         raise UserError(f"engine_version is {s.engine_version!r}; write it like 0.33.0")
 
 
-_CHOICES = {
+CHOICES = {
     "scheduling_policy": ("fcfs", "priority"),
     "engine": formats.ENGINES,
     "allocator": ("paged", "contiguous", "exact", "buddy", "first-fit", "best-fit"),

@@ -77,6 +77,7 @@ def sweep(
     address: str | None = None,
     on_done: Callable[[int, int], None] | None = None,
     journal: str | Path | None = None,
+    pick: Callable[[Result], Summary] | None = None,
     **options,
 ) -> Grid:
     """One trace under many deployments (`Deployment.vary`), as a `Grid`: a row for each.
@@ -84,6 +85,7 @@ def sweep(
     executor, max_workers, address, on_done: see `simulate_many`.
     journal: a file to which each finished cell is added. A later call with that file takes over the cells whose trace,
         settings and options are the same, and runs the others.
+    pick: see `run_grid`.
     options: those of `simulate()`, for all cells alike, but for `record`: only summaries are kept.
     """
     if "record" in options:
@@ -100,7 +102,7 @@ def sweep(
     identity = columns_sha256(trace) if journal is not None and isinstance(trace, Trace) else ""
     return run_grid(
         cells, _always(trace), executor=executor, max_workers=max_workers, address=address, on_done=on_done,
-        journal=journal, trace_identity=identity,
+        journal=journal, trace_identity=identity, pick=pick,
     )  # fmt: skip
 
 
@@ -114,15 +116,18 @@ def run_grid(
     on_done: Callable[[int, int], None] | None = None,
     journal: str | Path | None = None,
     trace_identity: str = "",
+    pick: Callable[[Result], Summary] | None = None,
 ) -> Grid:
     """`sweep()` of any cells: each may have a trace of its own. `trace_identity` and a cell's `traffic` together
-    say which, for the journal."""
+    say which, for the journal. `pick`, a function of a module, makes the summary of a result; None: `Result.summary`.
+    """
     how = {"executor": executor, "max_workers": max_workers, "address": address, "on_done": on_done}
     check_executor(executor, max_workers, address)
     short = [cell._replace(options={**cell.options, "record": "summary"}) for cell in cells]
     if journal is None:
-        return Grid(tuple(cells), tuple(_run(short, trace_of, _summary, **how)), trace_of)
-    keys = [cell_key(cell, trace_identity) for cell in cells]
+        return Grid(tuple(cells), tuple(_run(short, trace_of, pick or _summary, **how)), trace_of)
+    kept = trace_identity if pick is None else f"{trace_identity} {pick.__name__}"
+    keys = [cell_key(cell, kept) for cell in cells]
     log = Journal(journal)
     try:
         known = {number: _from_journal(log.known[key]) for number, key in enumerate(keys) if key in log.known}
@@ -133,7 +138,7 @@ def run_grid(
             elif outcome.is_final:
                 log.add(keys[number], {"failed": outcome.reason})
 
-        outcomes = _run(short, trace_of, _summary, known=known, keep=keep, **how)
+        outcomes = _run(short, trace_of, pick or _summary, known=known, keep=keep, **how)
     finally:
         log.close()
     return Grid(tuple(cells), tuple(outcomes), trace_of)
@@ -194,7 +199,7 @@ class Grid:
     def metrics(self) -> tuple[str, ...]:
         """Names of all metrics that a table can have: those of `summary.json`, with `kv_cache_usage.mean` spelled
         `kv_cache_usage_mean` and the outcomes by their names, and `reason`. Units are in the names or there."""
-        return _names_of(self._rows())
+        return tuple(name for name in _names_of(self._rows()) if name not in self.varied)
 
     @property
     def num_failed(self) -> int:
@@ -211,6 +216,7 @@ class Grid:
         rows = self._rows()
         known = _names_of(rows)
         names = metrics or (*(name for name in MAIN_METRICS if name in known), "reason")
+        names = tuple(name for name in names if name not in self.varied)  # such as the allocator
         for name in names:
             if name not in known and name not in MAIN_METRICS:
                 raise UserError(f"there is no metric {name!r}{did_you_mean(name, known)}")

@@ -81,6 +81,12 @@ def test_a_sweep_is_a_table_of_summaries(trace, dep):
     assert grid.table().column_names[-1] == "reason"
 
 
+def test_a_setting_that_the_summary_has_too_is_one_column(trace, dep):
+    grid = kv.sweep(trace, dep.vary(allocator=["paged", "contiguous"]), **OPTIONS)
+    assert grid.table().column_names.count("allocator") == 1 and "allocator" not in grid.metrics
+    assert grid.table(*grid.metrics)["allocator"].to_pylist() == ["paged", "contiguous"]
+
+
 def test_a_cell_can_be_looked_into(trace, dep):
     grid = kv.sweep(trace, dep.vary(max_num_seqs=[4, 16]), **OPTIONS)
     result = grid[1]

@@ -38,6 +38,25 @@ class Sweep:
     track_preemptions.unit = "preemptions"
 
 
+class Compare:
+    """Six block sizes under four allocators, as `kvsim compare` replays them."""
+
+    number = 1
+    timeout = 900
+
+    def setup(self):
+        if not hasattr(kvsim, "compare"):
+            raise NotImplementedError  # how asv is told to skip
+        self.trace = kvsim.make_trace(rate=6.0, requests=REQUESTS // 10, seed=1).clip_prompt(4096)
+        box = kvsim.deployment("llama-3.1-8b", gpu="l40s", max_model_len=8192)
+        allocators = ["paged", "contiguous", "exact", "first-fit"]
+        self.deployments = box.vary(allocator=allocators, block_size=[1, 8, 16, 32, 64, 128])
+        kvsim.compare(self.trace, self.deployments[:2])
+
+    def time_compare(self):
+        kvsim.compare(self.trace, self.deployments)
+
+
 def grid(settings):
     """A square of `settings` deployments."""
     side = round(settings**0.5)

@@ -281,7 +281,7 @@ def from_config(
     if quantization is not None and not isinstance(quantization, dict):
         raise c.fail(f"'quantization_config' is {quantization!r}; it must be an object")
     values = {
-        "attention": _attention_name(groups, heads, kv_heads),
+        "attention": attention_name(groups, heads, kv_heads),
         "dtype": c.text("torch_dtype") or c.text("dtype") or "bfloat16",
         "native_quantization": str(quantization.get("quant_method")) if quantization else None,
         **(facts or {}),
@@ -552,7 +552,7 @@ def _kept_state_dtype(c: _Config, model_type: str) -> str | None:
     return _state_dtype(c) if model_type.startswith("qwen3_5") else None
 
 
-def _attention_name(groups: tuple[LayerGroup, ...], heads: int, kv_heads: int) -> str:
+def attention_name(groups: tuple[LayerGroup, ...], heads: int, kv_heads: int) -> str:
     """One word for the table: gqa, mla+dsa, gqa+swa/full, hybrid(gqa+mamba2), ..."""
     kinds = {group.kind for group in groups}
     if "mla" in kinds:

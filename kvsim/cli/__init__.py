@@ -22,6 +22,7 @@ VERBS = {
     "load": "host memory to load it, and start-up step by step",
     "sweep": "the same, for many settings",
     "quant": "what does this KV format cost and save?",
+    "compare": "attention kinds, allocators, block sizes, formats and models side by side",
     "why": "what happened to this request?",
     "show": "a finished run again, as text",
     "plot": "a finished run as a picture",
@@ -33,13 +34,14 @@ VERBS = {
     "doctor": "what works here?",
 }
 _DESCRIPTION = "Replay LLM request traces through a paged KV cache under vLLM's scheduling rules."
-_TAKES_A_PASTED_LINE = ("run", "fit", "fix", "load", "sweep")
+_TAKES_A_PASTED_LINE = ("run", "fit", "fix", "load", "sweep", "compare")
 _EXAMPLES = """examples:
   kvsim run                                    the bundled trace on the default deployment
   kvsim run chat-small --model llama-3.1-8b --gpu l4 -o out
   kvsim fit llama-3.1-70b --gpu h100 -tp 2     weights, reserve, KV blocks, requests at once
   kvsim fix llama-3-70b --gpu h100             what would make it fit
   kvsim sweep chat-small --max-num-seqs 32,64,128 --rate-scale 0.5:2:0.5 -o table.csv
+  kvsim compare --model llama-3-70b --gpu h100 -tp 4 --attention mha,gqa,mqa,mla --plot kinds.png
   kvsim why out 417
   kvsim trace make --rate 20 --requests 50k --seed 1 -o trace.parquet
   kvsim models llama-3.1-8b                    parameters, weights, KV cache

@@ -18,7 +18,7 @@ FORMATS = (".parquet", ".csv")
 JOURNAL_SUFFIX = ".cells.jsonl"
 
 # What may be a list besides the engine settings, by destination.
-_DEPLOYMENT = ("model", "gpu")
+_DEPLOYMENT = ("model", "gpu", "attention", "deployment")  # the last two: of `kvsim compare`
 _TRAFFIC = ("rate_scale", "rate", "seed", "limit", "from_s", "to_s", "clip_prompt", "prefix_unit")
 _OPTIONS = {
     "max_concurrency": "max_concurrency", "deadline": "deadline_s", "until": "until_s",
@@ -44,25 +44,30 @@ exit codes: 0 answered; 1 no cell starts; 2 a mistake in the call or the input; 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `kvsim sweep`."""
+    parser.epilog = _EPILOG
+    parser.usage = "kvsim sweep [TRACE ...] [--model M,..] [--gpu G,..] [options] [-- vllm serve M ...]"
+    out = add_cell_arguments(parser)
+    out.add_argument(
+        "--metrics", metavar="NAME,...", help="columns to print and write (default: the main ones, all)"
+    )
+
+
+def add_cell_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The flags that make cells, run them and print them, lists where they can be; the group about output."""
     from kvsim.cli.lists import BothWays, take_lists
     from kvsim.cli.run import add_clock_arguments, add_fleet_arguments
     from kvsim.cli.traffic import add_reading_arguments, add_traffic_arguments, count
     from kvsim.executors import EXECUTORS
     from kvsim.specs import ENGINE_FLAGS, add_engine_arguments
 
-    parser.epilog = _EPILOG
-    parser.usage = "kvsim sweep [TRACE ...] [--model M,..] [--gpu G,..] [options] [-- vllm serve M ...]"
     parser.add_argument("trace", nargs="*", metavar="TRACE",
                         help=f"file, several in order, or a bundled name (default: {DEFAULT_TRACE})")  # fmt: skip
-    parser.add_argument("--model", help=f"catalogue names or files (default: {DEFAULT_MODEL})")
+    parser.add_argument("--model", "--models", help=f"catalogue names or files (default: {DEFAULT_MODEL})")
     parser.add_argument("--gpu", help=f"catalogue names or files of nvidia-smi (default: {DEFAULT_GPU})")
 
     out = parser.add_argument_group("output")
     out.add_argument(
         "-o", "--out", metavar="TABLE", help="write all metrics here: .parquet or .csv; resumable"
-    )
-    out.add_argument(
-        "--metrics", metavar="NAME,...", help="columns to print and write (default: the main ones, all)"
     )
     out.add_argument("--json", action="store_true", help="print the rows as JSON")
     out.add_argument("--quiet", action="store_true", help="print nothing but errors")
@@ -85,32 +90,63 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_clock_arguments(parser)
     add_engine_arguments(parser, switch=BothWays)
     take_lists(parser, {*_DEPLOYMENT, *_TRAFFIC, *_OPTIONS, *(flag.name for flag in ENGINE_FLAGS)})
+    return out
 
 
 def main(args: argparse.Namespace) -> int:
     """Run every cell, print, write; the exit code."""
-    from kvsim import sweeps
-    from kvsim.cli.progress import ProgressBar
+    cells, traffic = cells_and_traffic(args)
+    metrics = _metrics(args.metrics, traffic, cells)
+    grid = replay(args, cells, traffic)
+    if grid.num_failed == len(grid):
+        raise UserError(f"no cell could be run: {grid.outcomes[0].reason}")
+    everything = grid.table(*(metrics or grid.metrics))
+    if args.out:
+        write_table(everything, Path(args.out))
+    _print(args, grid, everything, metrics)
+    return exit_code(grid)
+
+
+def exit_code(grid) -> int:
+    """1 when no cell starts."""
+    verdicts = grid.table("verdict")["verdict"].to_pylist()
+    return 1 if set(verdicts) <= {"does_not_start", "failed"} else 0
+
+
+def cells_and_traffic(args: argparse.Namespace) -> tuple[list, Traffic]:
+    """The cells that the flags ask for, and where their traces come from. Nothing has run yet."""
     from kvsim.cli.run import goodput_of, step_time_of
-    from kvsim.cli.warm import say_if_cold
-    from kvsim.routing import STATEFUL
+    from kvsim.executors import check_executor
 
     common = {
         "step_time": step_time_of(args.step_time), "goodput": goodput_of(args.goodput), "strict": args.strict,
         "threads": 1,  # cells share the cores, not the replicas of one
     }  # fmt: skip
     _check_out(args.out)
-    sweeps.check_executor(args.executor, args.max_workers, args.address)
+    check_executor(args.executor, args.max_workers, args.address)
     lists, fixed = _given(args)
-    traffic = _Traffic(args)
-    cells = _cells(lists, fixed, common)
+    boxes = getattr(args, "boxes", {})
+    _check_boxes(boxes, {**lists, **fixed})
+    if boxes:
+        lists = {"deployment": list(boxes), **lists}
+    traffic = Traffic(args)
+    cells = _cells(lists, fixed, common, boxes, getattr(args, "window", None))
     _check_priorities(traffic, cells)
-    metrics = _metrics(args.metrics, traffic, cells)
+    return cells, traffic
+
+
+def replay(args: argparse.Namespace, cells: list, traffic: Traffic, pick=None):
+    """The Grid of the cells, behind a progress bar; `pick` as in `sweeps.run_grid`."""
+    from kvsim import sweeps
+    from kvsim.cli.progress import ProgressBar
+    from kvsim.cli.warm import say_if_cold
+    from kvsim.routing import STATEFUL
+
     if args.executor == "threads":
         fleets = (cell.options for cell in cells if cell.options.get("replicas", 1) > 1)
         say_if_cold(looks=any(options.get("router") in STATEFUL for options in fleets))
     with ProgressBar("cells", hidden=args.quiet or args.json) as progress:
-        grid = sweeps.run_grid(
+        return sweeps.run_grid(
             cells,
             traffic.workload,
             executor=args.executor,
@@ -119,15 +155,8 @@ def main(args: argparse.Namespace) -> int:
             on_done=progress,
             journal=f"{args.out}{JOURNAL_SUFFIX}" if args.out else None,
             trace_identity=traffic.identity,
+            pick=pick,
         )
-    if grid.num_failed == len(grid):
-        raise UserError(f"no cell could be run: {grid.outcomes[0].reason}")
-    everything = grid.table(*(metrics or grid.metrics))
-    if args.out:
-        _write(everything, Path(args.out))
-    _print(args, grid, everything, metrics)
-    verdicts = grid.table("verdict")["verdict"].to_pylist()
-    return 1 if set(verdicts) <= {"does_not_start", "failed"} else 0
 
 
 # ---------------------------------------------------------------- cells
@@ -155,8 +184,27 @@ def _given(args: argparse.Namespace) -> tuple[dict[str, list], dict[str, object]
     return lists, fixed
 
 
-def _cells(lists: dict[str, list], fixed: dict[str, object], common: dict[str, object]) -> list:
-    """Every combination of the listed values as a cell of the sweep."""
+def _check_boxes(boxes: dict[str, dict], given: dict[str, object]) -> None:
+    """UserError for a setting that a line of --deployments and the command line both have."""
+    for name, own in boxes.items():
+        for setting in own:
+            if setting in given:
+                raise UserError(
+                    f"deployment {name!r} says {setting} itself; leave --{setting.replace('_', '-')} out beside"
+                    " --deployments"
+                )
+
+
+def _cells(
+    lists: dict[str, list],
+    fixed: dict[str, object],
+    common: dict[str, object],
+    boxes: dict[str, dict],
+    window: int | None,
+) -> list:
+    """Every combination of the listed values as a cell of the sweep. Models and GPUs are looked up now: a name that
+    nobody knows is a mistake in the call, no row of a table. `boxes`: what the values of "deployment" stand for."""
+    from kvsim import specs
     from kvsim.executors import Cell
 
     count = math.prod(map(len, lists.values()))
@@ -164,7 +212,14 @@ def _cells(lists: dict[str, list], fixed: dict[str, object], common: dict[str, o
         raise UserError(
             f"that makes {count:,} cells; kvsim takes at most {MAX_CELLS:,}, so leave some values out"
         )
-    deployment = _deployment_maker(lists, fixed)
+    names = {what: [box[what] for box in boxes.values() if what in box] for what in ("model", "gpu")}
+    known = {
+        "model": {
+            name: specs.load_model(name) for name in lists.get("model", [DEFAULT_MODEL]) + names["model"]
+        },
+        "gpu": {name: specs.load_gpu(name) for name in lists.get("gpu", [DEFAULT_GPU]) + names["gpu"]},
+    }
+    deployment = _deployment_maker(known, fixed, boxes, window)
     varied = [name for name, values in lists.items() if len(values) > 1]
     cells = []
     for combination in itertools.product(*lists.values()):
@@ -174,35 +229,40 @@ def _cells(lists: dict[str, list], fixed: dict[str, object], common: dict[str, o
         settings = [(name, value) for name, value in values.items() if name not in _OPTIONS and (
             name not in _TRAFFIC or name == "prefix_unit")]  # fmt: skip
         dep = deployment(tuple(settings))
-        shown = {_OPTIONS.get(name, name): _shown(dep, name, values[name]) for name in varied}
+        shown = {
+            _OPTIONS.get(name, name): known[name][values[name]].name if name in known else values[name]
+            for name in varied
+        }
         cells.append(
             Cell(shown, tuple(traffic.items()), dep, {**common, **options, "seed": traffic.get("seed", 0)})
         )
     return cells
 
 
-def _shown(deployment, name: str, value) -> object:
-    return getattr(deployment, name).name if name in _DEPLOYMENT else value
-
-
-def _deployment_maker(lists: dict[str, list], fixed: dict[str, object]):
-    """A function from (name, value) pairs to the deployment, or to why there is none. Models and GPUs are looked up
-    now: a name that nobody knows is a mistake in the call, no row of a table."""
+def _deployment_maker(
+    known: dict[str, dict], fixed: dict[str, object], boxes: dict[str, dict], window: int | None
+):
+    """A function from (name, value) pairs to the deployment, or to why there is none."""
     from kvsim import specs
-
-    models = {name: specs.load_model(name) for name in lists.get("model", [DEFAULT_MODEL])}
-    gpus = {name: specs.load_gpu(name) for name in lists.get("gpu", [DEFAULT_GPU])}
+    from kvsim.catalog.attention import DEFAULT_WINDOW, with_attention
 
     @functools.cache
     def make(settings: tuple):
         asked = {**fixed, **dict(settings)}
-        model, gpu = asked.pop("model", DEFAULT_MODEL), asked.pop("gpu", DEFAULT_GPU)
-        return specs.deployment_or_reason(models[model], gpus[gpu], asked)
+        asked |= boxes.get(asked.pop("deployment", None), {})
+        model = known["model"][asked.pop("model", DEFAULT_MODEL)]
+        gpu = known["gpu"][asked.pop("gpu", DEFAULT_GPU)]
+        attention = asked.pop("attention", "own")
+        try:
+            model = with_attention(model, attention, window or DEFAULT_WINDOW)
+        except UserError as error:
+            return specs.Impossible(model=model, gpu=gpu, asked=asked, reason=str(error))
+        return specs.deployment_or_reason(model, gpu, asked)
 
     return make
 
 
-class _Traffic:
+class Traffic:
     """The trace under each combination of traffic flags. One or two are kept, besides the file's own."""
 
     def __init__(self, args: argparse.Namespace):
@@ -241,7 +301,7 @@ class _Traffic:
         return read(self._source, argparse.Namespace(**{**vars(self._args), "prefix_unit": prefix_unit}))
 
 
-def _check_priorities(traffic: _Traffic, cells: list) -> None:
+def _check_priorities(traffic: Traffic, cells: list) -> None:
     from kvsim.cli.run import warn_of_equal_priorities
     from kvsim.specs import Deployment
 
@@ -266,7 +326,7 @@ def _check_out(out: str | None) -> None:
         raise UserError(f"-o {out}: there is no folder {path.parent}; make it first")
 
 
-def _metrics(text: str | None, traffic: _Traffic, cells: list) -> tuple[str, ...]:
+def _metrics(text: str | None, traffic: Traffic, cells: list) -> tuple[str, ...]:
     """The metrics asked for, `reason` always among them. A misspelt one is told before the sweep, by a look at what a
     run of one request has."""
     if text is None:
@@ -286,13 +346,13 @@ def _metrics(text: str | None, traffic: _Traffic, cells: list) -> tuple[str, ...
     return names
 
 
-def _first_request(traffic: _Traffic, key: tuple):
+def _first_request(traffic: Traffic, key: tuple):
     from kvsim.executors import workload
 
     return workload(traffic.trace(key).limit(1))
 
 
-def _write(table, path: Path) -> None:
+def write_table(table, path: Path) -> None:
     """The table as Parquet or CSV, whole or not at all."""
     from kvsim.files import atomic
 

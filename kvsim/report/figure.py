@@ -332,7 +332,7 @@ def _domains(heights: list[int]) -> tuple[list[list[float]], int]:
     return domains, inner + _BOTTOM_PX + _TOP_PX
 
 
-def _plain_layout(height: int) -> dict:
+def plain_layout(height: int) -> dict:
     return {
         "height": height,
         "margin": {"l": 24, "r": 24, "t": _TOP_PX, "b": _BOTTOM_PX},
@@ -349,7 +349,7 @@ def _plain_layout(height: int) -> dict:
 
 def _layout(p: Panels, height: int) -> dict:
     return {
-        **_plain_layout(height),
+        **plain_layout(height),
         "hovermode": "x unified",
         "hoversubplots": "axis",
         "hoverdistance": 12,
@@ -514,7 +514,7 @@ def _nothing_ran(result) -> dict:
     text = f"{failure['kind']} ({failure['cause']}): {format_gib(failure['short_bytes'])} short"
     most = max(allowed, sum(size for _, size, _ in terms))
     layout = {
-        **_plain_layout(190),
+        **plain_layout(190),
         "barmode": "stack",
         "hovermode": "closest",
         "xaxis": {"title": {"text": "GiB on each GPU", "font": {"size": 13}}, "range": [0, most * 1.04],

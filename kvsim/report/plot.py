@@ -14,7 +14,7 @@ from kvsim.report import words
 from kvsim.units import format_gib
 
 SUFFIXES = (".png", ".svg")
-_WIDTH_IN, _DPI, _PX = 11.0, 150, 1 / 96  # _PX: inches of a pixel of the page
+WIDTH_IN, _DPI, PX = 11.0, 150, 1 / 96  # PX: inches of a pixel of the page
 _LINE_PX = 17
 # No time and no random ids in the file: the same run gives the same bytes.
 _STYLE = {
@@ -66,7 +66,7 @@ def _draw_run(figure, result) -> None:
     heading = _heading(result)
     above, gap, below = 44 + _LINE_PX * len(heading), 44, 46  # pixels: heading, title of a panel, time axis
     total = above + sum(heights) + gap * (len(heights) - 1) + below
-    figure.set_size_inches(_WIDTH_IN, total * _PX)
+    figure.set_size_inches(WIDTH_IN, total * PX)
     axes, top = [], total - above
     for height in heights:
         place = (0.115, (top - height) / total, 0.87, height / total)
@@ -174,7 +174,7 @@ def _draw_memory(figure, result) -> None:
     heading = _heading(result)
     above, bar, below = 50 + _LINE_PX * len(heading), 80, 46
     total = above + bar + below
-    figure.set_size_inches(_WIDTH_IN, total * _PX)
+    figure.set_size_inches(WIDTH_IN, total * PX)
     ax = figure.add_axes((0.03, below / total, 0.94, bar / total))
     left = 0.0
     for _, size, colour in terms:

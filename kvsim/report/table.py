@@ -60,31 +60,35 @@ def result_text(result, folder: str | None = None) -> str:
 def print_result(result, stream: TextIO | None = None, *, folder: str | None = None) -> None:
     """Print a run to `stream` (standard output): coloured when it is a terminal and NO_COLOR is not set.
     `folder`: where the run was saved, for the command to go on with."""
+    verdict = result.summary()["verdict"]
+    colour = {"stable": "green", "backlogged": "yellow"}.get(verdict, "red")
+    print_text(
+        result_text(result, folder),
+        stream,
+        styles={
+            rf"\A{words.VERDICTS[verdict]}": f"bold {colour}",
+            r"(?m)^(outcome|latency|KV pool|memory|preemptions|not finished)\b.*$": "bold",
+            r"[▁▂▃▄▅▆▇█]+": "cyan",
+            r"(?m)^note:": "dim",
+            r"(?m)^  (rejected|unservable|timed out|out of memory) +(?=[1-9])": "red",
+        },
+    )
+
+
+def print_text(text: str, stream: TextIO | None = None, styles: dict[str, str] | None = None) -> None:
+    """Print text with names of strangers in it, as far as the stream's encoding goes. `styles`: what regular
+    expressions find is coloured so when the stream is a terminal and NO_COLOR is not set."""
     stream = stream or sys.stdout
-    text = _writable(result_text(result, folder), stream)
-    if stream.isatty() and not os.environ.get("NO_COLOR"):
-        _print_coloured(text, result.summary()["verdict"], stream)
-    else:
+    text = _writable(text, stream)
+    if not styles or not stream.isatty() or os.environ.get("NO_COLOR"):
         stream.write(text + "\n")
-
-
-def print_text(text: str, stream: TextIO | None = None) -> None:
-    """Print text with names of strangers in it, as far as the stream's encoding goes."""
-    stream = stream or sys.stdout
-    stream.write(_writable(text, stream) + "\n")
-
-
-def _print_coloured(text: str, verdict: str, stream: TextIO) -> None:
+        return
     from rich.console import Console
     from rich.text import Text
 
-    colour = {"stable": "green", "backlogged": "yellow"}.get(verdict, "red")
     shown = Text(text, no_wrap=True)
-    shown.highlight_regex(rf"\A{words.VERDICTS[verdict]}", f"bold {colour}")
-    shown.highlight_regex(r"(?m)^(outcome|latency|KV pool|memory|preemptions|not finished)\b.*$", "bold")
-    shown.highlight_regex(r"[▁▂▃▄▅▆▇█]+", "cyan")
-    shown.highlight_regex(r"(?m)^note:", "dim")
-    shown.highlight_regex(r"(?m)^  (rejected|unservable|timed out|out of memory) +(?=[1-9])", "red")
+    for pattern, style in styles.items():
+        shown.highlight_regex(pattern, style)
     # TERM=dumb is rich's business. Lines are laid out already, so it must not wrap or cut them.
     Console(file=stream, highlight=False, soft_wrap=True).print(shown)
 
