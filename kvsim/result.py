@@ -207,11 +207,15 @@ class Timeline:
     def table(self) -> pa.Table:
         return self.result.bins
 
-    def plot(self):
-        """A plotly figure: pool occupancy, running and waiting, throughput, and marks for what went wrong."""
-        from kvsim.report.figure import plotly_figure
+    def plot(self, what: str = "timeline", from_s: float | None = None, to_s: float | None = None):
+        """A plotly figure. `what` "timeline": pool occupancy, running and waiting, throughput, and marks for what went
+        wrong; "map": which request held which part of the memory, between two times in seconds if need be.
 
-        return plotly_figure(self.result)
+        Raises UserError for another `what`, and for a map of a run without regions (docs/oom.md).
+        """
+        from kvsim.report.memory_map import plotly_figure
+
+        return plotly_figure(self.result, what, from_s, to_s)
 
 
 def outcome_and_cause(run: EngineRun) -> tuple[np.ndarray, np.ndarray]:

@@ -47,12 +47,28 @@ DARK = {
     "#8a4fbf": "#c08af0",
     "#8c5a2b": "#c99563",
     "#b0185e": "#f062a4",
+    "#3d6fa8": "#5b93d6",  # where the memory goes
+    "#a9c6e3": "#355673",
+    "#e8b067": "#c2893d",
+    "#c98aa6": "#8f4f6d",
+    "#cfdeee": "#26435f",  # of the memory map: held without tokens
+    "#cde7ea": "#1f4a4f",
+    "#ddd6ef": "#433a63",
+    "#f6e5c8": "#5f4a26",
+    "#d0e8da": "#2b4d3a",
     "#1d2733": "#dfe5ec",  # text
     "#66727f": "#98a3af",  # quiet text, capacity line
     "#e6e9ed": "#2b323b",  # grid
     "#fdfdfe": "#14181d",  # page
 }
 POOL, HIGHEST, FILL = "#2563a8", "#9db8d6", "rgba(37,99,168,0.22)"
+# Of the pool of an allocator that gives regions, from the bottom up: column, what it is called, colour.
+MEMORY = (
+    ("useful", "useful", "#3d6fa8"),
+    ("reserved", "reserved", "#a9c6e3"),
+    ("internal", "internal", "#e8b067"),
+    ("external", "external (free, too small pieces)", "#c98aa6"),
+)
 RUNNING, WAITING, PREFILL, DECODE = "#2a8f5a", "#d58512", "#7b5cc4", "#13899b"
 TEXT, QUIET, GRID, PAGE = "#1d2733", "#66727f", "#e6e9ed", "#fdfdfe"
 
@@ -90,6 +106,9 @@ class Panels(NamedTuple):
     waiting_max: np.ndarray
     prefill_per_s: np.ndarray  # of windows of rate_width_ns
     decode_per_s: np.ndarray
+    memory: list[np.ndarray]  # GiB, of each of MEMORY; none with paging
+    memory_shares: list[float]  # of each, of the pool over the whole run
+    memory_gib: float  # the pool
     marks: list[Marks]
     unit: str
     unit_ns: int
@@ -129,8 +148,17 @@ def panels(result) -> Panels:
     def per_s(name):
         return np.add.reduceat(column[name], windows) / np.add.reduceat(width, windows) * NS_PER_S
 
+    memory, shares, memory_gib = [], [], 0.0
+    if summary.get("allocator", "paged") != "paged":
+        bytes_per_block = result.deployment["budget"]["bytes_per_block"]
+        memory_gib = max(0, summary["num_gpu_blocks"] - 1) * bytes_per_block / GIB
+        useful = column["blocks_used_mean"] * bytes_per_block - column["wasted_bytes_mean"]
+        column["useful_bytes_mean"] = np.maximum(0, useful)
+        memory = [mean(f"{name}_bytes_mean") / GIB for name, _, _ in MEMORY]
+        whole = memory_gib * GIB * width.sum()
+        shares = [float((column[f"{name}_bytes_mean"] * width).sum() / whole) for name, _, _ in MEMORY]
     width_ns = int(width[: first[1] if len(first) > 1 else n].sum())
-    unit, unit_ns = _unit(end_ns)
+    unit, unit_ns = time_unit(end_ns)
     return Panels(
         start_ns=start[first],
         end_ns=end_ns,
@@ -147,13 +175,16 @@ def panels(result) -> Panels:
         waiting_max=highest("waiting_max"),
         prefill_per_s=per_s("prefill_tokens"),
         decode_per_s=per_s("decode_tokens"),
+        memory=memory,
+        memory_shares=shares,
+        memory_gib=memory_gib,
         marks=_marks(result, width_ns),
         unit=unit,
         unit_ns=unit_ns,
     )
 
 
-def _unit(end_ns: int) -> tuple[str, int]:
+def time_unit(end_ns: int) -> tuple[str, int]:
     """The unit of the time axis, and its ns."""
     if end_ns < 300 * NS_PER_S:
         return "s", NS_PER_S
@@ -205,6 +236,11 @@ def _told(kind: str, event: dict) -> str:
         lines.append(
             f"{who} needed {words.count(event['blocks_needed'], 'block')}, {event['blocks_free_before']:,}"
             f" free; {given:,} given back, {words.count(event['tokens_lost'], 'token')} lost"
+        )
+    elif kind == "oom" and event["largest_free_blocks"] is not None:
+        lines.append(
+            f"its {given:,} blocks had to become {event['blocks_needed']:,} in one piece, of"
+            f" {event['blocks_free_before']:,} free ones the largest piece had {event['largest_free_blocks']:,}"
         )
     elif kind == "unservable":
         free = event["blocks_free_before"]
@@ -282,6 +318,7 @@ def span(width_ns: int) -> str:
 
 # Pixels: panels, and the gap above each of them for its title.
 _POOL_PX, _MARK_PX, _LOAD_PX, _RATE_PX, _GAP_PX, _BOTTOM_PX, _TOP_PX = 250, 26, 150, 150, 44, 48, 4
+_MEMORY_PX = 190
 BAR = 0.84  # height of the highest bar in a row of marks
 
 
@@ -290,27 +327,39 @@ def figure(result) -> dict:
     if result.summary()["verdict"] == "does_not_start":
         return _nothing_ran(result)
     p = panels(result)
-    heights = [_POOL_PX, *([_MARK_PX * len(p.marks) + 8] if p.marks else []), _LOAD_PX, _RATE_PX]
-    domains, total = _domains(heights)
-    # y axes are numbered from the top, marks last, so that their absence moves no other
-    names = ["yaxis", *(["yaxis4"] if p.marks else []), "yaxis2", "yaxis3"]
-    layout = _layout(p, total)
+    memory_px = [_MEMORY_PX] if p.memory else []
+    heights = [_POOL_PX, *memory_px, *([_MARK_PX * len(p.marks) + 8] if p.marks else []), _LOAD_PX, _RATE_PX]
+    domains, total = domains_of(heights)
+    # y axes are numbered from the top, what may be absent last, so that its absence moves no other
+    names = ["yaxis", *(["yaxis5"] if p.memory else []), *(["yaxis4"] if p.marks else []), "yaxis2", "yaxis3"]
+    layout = layout_on_time(p.unit, 0, float(p.x(p.end_ns)), "y3", total)
     layout["margin"]["l"] = max([70, *(22 + round(7.4 * len(marks.label)) for marks in p.marks)])
     for name, domain in zip(names, domains, strict=True):
-        layout[name] = _axis(domain)
+        layout[name] = panel_axis(domain)
     layout["yaxis"]["range"] = [0, max(1, p.capacity) * 1.03]
     load, rates = (p.running, p.waiting), (p.prefill_per_s, p.decode_per_s)
     for name, least, values in (("yaxis2", 5, load), ("yaxis3", 10, rates)):
         layout[name]["range"] = [0, max(least, *(float(v.max()) for v in values)) * 1.05]
-    titles = [_pool_title(p), *([_marks_title(p)] if p.marks else []), _load_title(p), _rate_title(p)]
-    layout["annotations"] = [
-        _title(text, domain, total) for text, domain in zip(titles, domains, strict=True)
+    titles = [
+        _pool_title(p),
+        *([_memory_title(p)] if p.memory else []),
+        *([_marks_title(p)] if p.marks else []),
+        _load_title(p),
+        _rate_title(p),
     ]
+    layout["annotations"] = [
+        panel_title(text, domain, total) for text, domain in zip(titles, domains, strict=True)
+    ]
+    limits = [("y", p.capacity), *([("y5", p.memory_gib)] if p.memory else [])]
     layout["shapes"] = [
-        {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "yref": "y", "y0": p.capacity, "y1": p.capacity,
+        {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "yref": axis, "y0": limit, "y1": limit,
          "line": {"color": QUIET, "width": 1.5, "dash": "dash"}}
+        for axis, limit in limits
     ]  # fmt: skip
     data = _lines(p)
+    if p.memory:
+        layout["yaxis5"]["range"] = [0, p.memory_gib * 1.03]
+        data += _memory_traces(p)
     if p.marks:
         rows = list(range(len(p.marks)))[::-1]
         layout["yaxis4"] |= {
@@ -321,7 +370,7 @@ def figure(result) -> dict:
     return {"data": data, "layout": layout}
 
 
-def _domains(heights: list[int]) -> tuple[list[list[float]], int]:
+def domains_of(heights: list[int]) -> tuple[list[list[float]], int]:
     """The [bottom, top] of each panel in fractions of the plot area, from the top; the figure's height."""
     inner = sum(heights) + _GAP_PX * len(heights)
     domains, top = [], inner
@@ -347,7 +396,8 @@ def plain_layout(height: int) -> dict:
     }  # fmt: skip
 
 
-def _layout(p: Panels, height: int) -> dict:
+def layout_on_time(unit: str, start: float, end: float, anchor: str, height: int) -> dict:
+    """The layout of panels over one time axis, which is below the panel of y axis `anchor`."""
     return {
         **plain_layout(height),
         "hovermode": "x unified",
@@ -356,13 +406,13 @@ def _layout(p: Panels, height: int) -> dict:
         "dragmode": "zoom",
         "barmode": "overlay",
         "xaxis": {
-            "title": {"text": f"time since the first arrival ({p.unit})", "font": {"size": 13}},
-            "range": [0, float(p.x(p.end_ns))],
-            "anchor": "y3",
+            "title": {"text": f"time since the first arrival ({unit})", "font": {"size": 13}},
+            "range": [start, end],
+            "anchor": anchor,
             "gridcolor": GRID,
             "zeroline": False,
             "tickformat": ",~r",
-            "unifiedhovertitle": {"text": f"<b>%{{x:,.3f}} {p.unit}</b>"},
+            "unifiedhovertitle": {"text": f"<b>%{{x:,.3f}} {unit}</b>"},
             "showspikes": True,
             "spikemode": "across",
             "spikesnap": "cursor",
@@ -373,7 +423,7 @@ def _layout(p: Panels, height: int) -> dict:
     }
 
 
-def _axis(domain: list[float]) -> dict:
+def panel_axis(domain: list[float]) -> dict:
     return {
         "domain": domain,
         "anchor": "x",
@@ -386,21 +436,21 @@ def _axis(domain: list[float]) -> dict:
     }
 
 
-def _title(text: str, domain: list[float], height: int) -> dict:
+def panel_title(text: str, domain: list[float], height: int) -> dict:
     return {
         "text": text, "xref": "paper", "yref": "paper", "x": 0, "y": domain[1], "xanchor": "left",
         "yanchor": "bottom", "yshift": 5, "showarrow": False, "align": "left", "font": {"size": 13},
     }  # fmt: skip
 
 
-def _in(colour: str, text: str) -> str:
+def coloured(colour: str, text: str) -> str:
     return f'<span style="color:{colour}">{text}</span>'
 
 
 def _pool_title(p: Panels) -> str:
     return (
-        f"<b>{pool_name(p)}</b>   {_in(POOL, '━ mean')}  {_in(HIGHEST, '━ highest')} of each"
-        f" {span(p.width_ns)}   {_in(QUIET, f'╌ capacity {p.capacity:,} blocks')}"
+        f"<b>{pool_name(p)}</b>   {coloured(POOL, '━ mean')}  {coloured(HIGHEST, '━ highest')} of each"
+        f" {span(p.width_ns)}   {coloured(QUIET, f'╌ capacity {p.capacity:,} blocks')}"
     )
 
 
@@ -408,26 +458,38 @@ def pool_name(p: Panels) -> str:
     return "KV blocks in use" + (f", a pool of {p.pools}" if p.pools > 1 else "")
 
 
+def memory_legend(p: Panels) -> list[tuple[str, str]]:
+    """What the colours of the memory's panel mean, with shares of the pool over the whole run: (text, colour)."""
+    parts = []
+    for (_, name, colour), share in zip(MEMORY, p.memory_shares, strict=True):
+        parts += [("■", colour), (f"{name} {words.percent(share, 1)}", QUIET)]
+    return [*parts, ("of the pool", QUIET)]
+
+
+def _memory_title(p: Panels) -> str:
+    return "<b>Memory, GiB</b>   " + " ".join(coloured(colour, text) for text, colour in memory_legend(p))
+
+
 def _marks_title(p: Panels) -> str:
     counted = [KINDS[marks.kind][0] for marks in p.marks if marks.by_bin]
     bars = f"; {words.listed(counted)}: a bar counts {span(p.width_ns)}" if counted else ""
     hint = f"hover for request and cause{bars}"
-    return f"<b>What went wrong</b>   {_in(QUIET, hint)}"
+    return f"<b>What went wrong</b>   {coloured(QUIET, hint)}"
 
 
 def _load_title(p: Panels) -> str:
-    return f"<b>Requests</b>   {_in(RUNNING, '━ running')}  {_in(WAITING, '━ waiting')}"
+    return f"<b>Requests</b>   {coloured(RUNNING, '━ running')}  {coloured(WAITING, '━ waiting')}"
 
 
 def _rate_title(p: Panels) -> str:
     return (
-        f"<b>Tokens per second</b>   {_in(PREFILL, '━ prefill')}  {_in(DECODE, '━ decode')}, mean of each"
+        f"<b>Tokens per second</b>   {coloured(PREFILL, '━ prefill')}  {coloured(DECODE, '━ decode')}, mean of each"
         f" {span(p.rate_width_ns)}"
     )
 
 
 def _lines(p: Panels) -> list[dict]:
-    x, rate_x = _numbers(p.edges(p.start_ns), 6), _numbers(p.edges(p.rate_start_ns), 6)
+    x, rate_x = numbers(p.edges(p.start_ns), 6), numbers(p.edges(p.rate_start_ns), 6)
     share = 100 / max(1, p.capacity)
 
     def line(name, x, values, colour, axis, template, **more):
@@ -453,12 +515,26 @@ def _lines(p: Panels) -> list[dict]:
     ]
 
 
+def _memory_traces(p: Panels) -> list[dict]:
+    """Areas on top of each other; what is above them is free and of use."""
+    x = numbers(p.edges(p.start_ns), 6)
+    return [
+        {
+            "type": "scatter", "mode": "lines", "name": name, "x": x, "y": numbers(np.append(gib, gib[-1:]), 4),
+            "yaxis": "y5", "stackgroup": "memory", "fillcolor": colour, "line": {"width": 0, "shape": "hv"},
+            "hovertemplate": f"%{{y:,.2f}} GiB<extra>{name}</extra>",
+        }
+        for (_, name, colour), gib in zip(MEMORY, p.memory, strict=True)
+    ]  # fmt: skip
+
+
 def _stepped(values: np.ndarray) -> list:
     """Values of bins as the corners of steps: the last one once more, at the end of its bin."""
-    return _numbers(np.append(values, values[-1:]), 2)
+    return numbers(np.append(values, values[-1:]), 2)
 
 
-def _numbers(values: np.ndarray, decimals: int) -> list:
+def numbers(values: np.ndarray, decimals: int) -> list:
+    """Rounded, as JSON takes them."""
     return np.round(values, decimals).tolist()
 
 
@@ -466,13 +542,13 @@ def _mark_trace(p: Panels, marks: Marks, row: int) -> dict:
     """Ticks in row `row` of the marks' panel, or bars as high as what happened in their bin."""
     name, colour = KINDS[marks.kind]
     trace = {
-        "name": name, "x": _numbers(p.x(marks.time_ns), 6), "yaxis": "y4",
+        "name": name, "x": numbers(p.x(marks.time_ns), 6), "yaxis": "y4",
         "hovertext": [escape(text).replace("\n", "<br>") for text in marks.text],
         "hovertemplate": "%{hovertext}<extra></extra>",
     }  # fmt: skip
     trace |= {"type": "scatter", "mode": "markers"}
     if marks.by_bin:  # error bars: plotly's own bars answer only to a pointer inside
-        height = _numbers(BAR * marks.number / marks.number.max(), 3)
+        height = numbers(BAR * marks.number / marks.number.max(), 3)
         bars = {"type": "data", "symmetric": False, "array": [0] * len(height), "arrayminus": height,
                 "thickness": 1.5, "width": 0, "color": colour}  # fmt: skip
         trace |= {"y": [round(row - BAR / 2 + h, 3) for h in height], "error_y": bars}
@@ -509,7 +585,7 @@ def _nothing_ran(result) -> dict:
          "hovertemplate": f"{name} %{{x:.2f}} GiB<extra></extra>"}
         for name, size, colour in terms
     ]  # fmt: skip
-    labels = "  ".join(_in(colour, f"█ {name}") for name, _, colour in terms)
+    labels = "  ".join(coloured(colour, f"█ {name}") for name, _, colour in terms)
     quiet = {"showarrow": False, "xref": "paper", "yref": "paper", "x": 0, "xanchor": "left", "yshift": 6}
     text = f"{failure['kind']} ({failure['cause']}): {format_gib(failure['short_bytes'])} short"
     most = max(allowed, sum(size for _, size, _ in terms))
@@ -528,10 +604,3 @@ def _nothing_ran(result) -> dict:
         ],
     }  # fmt: skip
     return {"data": data, "layout": layout}
-
-
-def plotly_figure(result):
-    """The figure as a `plotly.graph_objects.Figure`, to show or change in a notebook."""
-    from plotly.graph_objects import Figure
-
-    return Figure(figure(result))

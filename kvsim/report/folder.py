@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SUMMARY, DEPLOYMENT, PAGE = "summary.json", "deployment.json", "timeline.html"
-PICTURES = ("timeline.png", "timeline.svg")  # `kvsim plot` puts one there
+PICTURES = ("timeline.png", "timeline.svg", "map.png", "map.svg", "map.html")  # `kvsim plot` puts one there
 TABLES = {
     "requests": "requests.parquet", "events": "events.parquet", "bins": "timeline.parquet",
     "regions": "regions.parquet",

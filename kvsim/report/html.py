@@ -1,4 +1,5 @@
-"""`timeline.html`: verdict, tables and figure on one page that needs nothing else, not even a network."""
+"""`timeline.html`, and the same with a memory map: verdict, tables and figure on one page that needs nothing else, not
+even a network."""
 
 from __future__ import annotations
 
@@ -8,9 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from kvsim.report import figure as fig
+from kvsim.report import memory_map as mm
 from kvsim.report import words
 from kvsim.report.fleet import replica_rows
-from kvsim.report.table import cause_rows, goodput_sentence, latency_rows, throughput_rows
+from kvsim.report.table import cause_rows, goodput_sentence, latency_rows, shares_sentence, throughput_rows
 
 # The buttons are named one by one because plotly.js has one that offers to send the chart to its maker.
 _CONFIG = {
@@ -21,8 +23,10 @@ _CONFIG = {
 }
 
 
-def page(result) -> bytes:
-    """The page as UTF-8."""
+def page(result, what: str = "timeline", from_s: float | None = None, to_s: float | None = None) -> bytes:
+    """The page as UTF-8, with the timeline of a run or with the map of its memory, between two times in seconds if need
+    be. Raises what `memory_map.picture` raises."""
+    shown = mm.picture(result, what, from_s, to_s)
     summary = result.summary()
     word, sentence = words.verdict_sentence(summary)
     body = "".join(
@@ -37,7 +41,7 @@ def page(result) -> bytes:
             _notes(result),
         ]
     )
-    return document(f"{word}: {_what(result)}", body, fig.figure(result))
+    return document(f"{word}: {_what(result)}", body, shown)
 
 
 def document(title: str, body: str, figure: dict) -> bytes:
@@ -90,6 +94,8 @@ def _facts(result) -> str:
     ]
     if summary["verdict"] == "does_not_start":
         del facts[2]
+    elif shares := shares_sentence(summary):
+        facts.insert(3, ("KV memory", shares))
     items = "".join(f"<div><dt>{name}</dt><dd>{_text(value)}</dd></div>" for name, value in facts)
     goodput = f"<p>{_text(goodput_sentence(summary))}</p>" if "goodput" in summary else ""
     command = f'<pre class="command">{_text(summary["command"])}</pre>' if summary["command"] else ""

@@ -1,4 +1,5 @@
-"""The figure as PNG or SVG, by matplotlib (extra `plot`): the panels of `kvsim.report.figure` on white."""
+"""The figures as PNG or SVG, by matplotlib (extra `plot`): the panels of `kvsim.report.figure`, or the map of
+`kvsim.report.memory_map`, on white."""
 
 from __future__ import annotations
 
@@ -10,12 +11,14 @@ import numpy as np
 from kvsim.errors import UserError
 from kvsim.files import atomic
 from kvsim.report import figure as fig
+from kvsim.report import memory_map as mm
 from kvsim.report import words
 from kvsim.units import format_gib
 
 SUFFIXES = (".png", ".svg")
 WIDTH_IN, _DPI, PX = 11.0, 150, 1 / 96  # PX: inches of a pixel of the page
 _LINE_PX = 17
+_SAMPLES = 2  # of a crowded map, each way in a pixel
 # No time and no random ids in the file: the same run gives the same bytes.
 _STYLE = {
     "svg.hashsalt": "kvsim", "font.family": "DejaVu Sans", "font.size": 9,
@@ -27,11 +30,16 @@ _STYLE = {
 }  # fmt: skip
 
 
-def save_plot(result, path: str | Path) -> Path:
-    """Write the timeline of a run to `path`, a .png or .svg file, whole or not at all.
+def save_plot(result, path: str | Path, what: str = "timeline", from_s=None, to_s=None) -> Path:
+    """Write a picture of a run to `path`, a .png or .svg file, whole or not at all: its timeline, or the map of its
+    memory, between two times in seconds if need be.
 
-    Raises UserError without matplotlib, for another suffix, and when the place cannot be written to.
+    Raises UserError without matplotlib, for another suffix, when the place cannot be written to, and for a map of a run
+    that has none (`memory_map.memory_map`).
     """
+    mm.check_picture(what, from_s, to_s)
+    if what == "map":
+        return save_figure(path, lambda figure: _draw_map(figure, result, from_s, to_s))
     draw = _draw_memory if result.summary()["verdict"] == "does_not_start" else _draw_run
     return save_figure(path, lambda figure: draw(figure, result))
 
@@ -62,20 +70,23 @@ def save_figure(path: str | Path, draw) -> Path:
 
 def _draw_run(figure, result) -> None:
     p = fig.panels(result)
-    heights = [250, *([26 * len(p.marks) + 8] if p.marks else []), 150, 150]
+    heights = [250, *([190] if p.memory else []), *([26 * len(p.marks) + 8] if p.marks else []), 150, 150]
     heading = _heading(result)
     above, gap, below = 44 + _LINE_PX * len(heading), 44, 46  # pixels: heading, title of a panel, time axis
     total = above + sum(heights) + gap * (len(heights) - 1) + below
     figure.set_size_inches(WIDTH_IN, total * PX)
+    left = max([0.115, *(0.02 + 0.0072 * len(marks.label) for marks in p.marks)])  # for long labels
     axes, top = [], total - above
     for height in heights:
-        place = (0.115, (top - height) / total, 0.87, height / total)
+        place = (left, (top - height) / total, 0.985 - left, height / total)
         axes.append(figure.add_axes(place, sharex=axes[0] if axes else None))
         top -= height + gap
     pool, load, rates = axes[0], axes[-2], axes[-1]
     _draw_pool(pool, p)
+    if p.memory:
+        _draw_shares(axes[1], p)
     if p.marks:
-        _draw_marks(axes[1], p)
+        _draw_marks(axes[-3], p)
     edges = p.edges(p.start_ns)
     _steps(load, edges, p.running, fig.RUNNING)
     _steps(load, edges, p.waiting, fig.WAITING)
@@ -139,6 +150,18 @@ def _draw_pool(ax, p) -> None:
     _title(ax, fig.pool_name(p), [*named, (f"dashed: capacity {p.capacity:,} blocks", fig.QUIET)])
 
 
+def _draw_shares(ax, p) -> None:
+    """What the pool's memory was used for, from the bottom up; what is above is free and of use."""
+    below, edges = np.zeros(len(p.start_ns) + 1), p.edges(p.start_ns)
+    for (_, _, colour), gib in zip(fig.MEMORY, p.memory, strict=True):
+        above = below + np.append(gib, gib[-1:])
+        ax.fill_between(edges, below, above, step="post", color=colour, linewidth=0)
+        below = above
+    ax.axhline(p.memory_gib, color=fig.QUIET, linewidth=1, linestyle=(0, (5, 3)))
+    ax.set_ylim(0, p.memory_gib * 1.03)
+    _title(ax, "Memory, GiB", fig.memory_legend(p))
+
+
 def _draw_marks(ax, p) -> None:
     """Ticks, or bars as high as what happened in their bin; the first kind on top."""
     rows = range(len(p.marks))[::-1]
@@ -190,6 +213,94 @@ def _draw_memory(figure, result) -> None:
     _write_heading(figure, heading, total)
 
 
+def _draw_map(figure, result, from_s, to_s) -> None:
+    """The pool by address and time; below it what was free, and what failed growths asked for; few of them in words."""
+    left, width, heights = 0.075, 0.91, (400, 130)
+    heading = _heading(result)
+    pixels = (round(width * WIDTH_IN * _DPI), round(heights[0] * PX * _DPI))
+    m = mm.memory_map(result, *pixels, from_s, to_s)
+    if m.is_crowded:  # regions are smaller than a pixel, which shows the mean of several samples
+        m = mm.memory_map(result, *(_SAMPLES * size for size in pixels), from_s, to_s)
+    told = m.failures if len(m.failures) <= mm.MAX_TOLD else []
+    above, gap, below = 44 + _LINE_PX * len(heading), 44, 46 + _LINE_PX * len(told)
+    total = above + sum(heights) + gap + below
+    figure.set_size_inches(WIDTH_IN, total * PX)
+    pool = figure.add_axes((left, (total - above - heights[0]) / total, width, heights[0] / total))
+    free = figure.add_axes((left, below / total, width, heights[1] / total), sharex=pool)
+    _draw_regions(pool, m)
+    for k, failure in enumerate(told, 1):
+        _draw_failure(pool, m, failure, k)
+        y = (14 + _LINE_PX * (len(told) - k)) / total
+        figure.text(left, y, f"{k}  {mm.failure_text(failure)}", color=mm.OOM, va="center", size=8)
+    _title(pool, mm.map_title(result), mm.legend(m))
+    _draw_free(free, m)
+    _write_heading(figure, heading, total)
+
+
+def _draw_regions(ax, m) -> None:
+    """The map's image, moves and crosses where growths failed."""
+    place = (float(m.x(m.from_ns)), float(m.x(m.to_ns)), 0, float(m.gib(m.num_usable)))
+    ax.imshow(_map_image(m), origin="lower", extent=place, aspect="auto", interpolation="nearest")
+    if len(m.moves) <= mm.MAX_MOVES:
+        time, old, new = m.x(m.moves[:, 0]), m.gib(m.moves[:, 1]), m.gib(m.moves[:, 2])
+        is_few = len(time) <= mm.FEW_MOVES
+        if is_few:
+            ax.vlines(time, old, new, color=fig.TEXT, linewidth=0.4)
+        ax.plot(time, new, ".", color=fig.TEXT, markersize=4 if is_few else 2, markeredgewidth=0)
+    time, end, _ = mm.failure_columns(m)
+    size = (7, 1.6) if len(time) <= mm.MAX_TOLD else (4, 1)
+    ax.plot(time, end, "x", color=mm.OOM, markersize=size[0], markeredgewidth=size[1])
+    ax.set_xlim(*place[:2])
+    ax.set_ylim(*place[2:])
+    ax.grid(False)
+    ax.tick_params(labelbottom=False, bottom=False)
+
+
+def _draw_failure(ax, m, failure, number: int) -> None:
+    """The number of a failed growth, and a bracket over the largest free piece then."""
+    x = float(m.x(failure.event["time_ns"]))
+    piece = [failure.free_start, failure.free_start + failure.event["largest_free_blocks"]]
+    ax.plot([x, x], m.gib(piece), "_-", color=mm.OOM, linewidth=1.2, markersize=6)
+    start, end = ax.get_xlim()
+    is_left = x < start + 0.97 * (end - start)
+    ax.annotate(
+        f"{number}", (x, m.gib(failure.start_block + failure.num_blocks)), (4 if is_left else -4, 3),
+        textcoords="offset points", color=mm.OOM, weight="bold", ha="left" if is_left else "right",
+    )  # fmt: skip
+
+
+def _draw_free(ax, m) -> None:
+    """What was free, in all and in the largest piece, and what failed growths asked for."""
+    edges = m.x(np.linspace(m.from_ns, m.to_ns, len(m.time_ns) + 1))
+    free = m.gib(np.append(m.free_blocks, m.free_blocks[-1:]))
+    ax.fill_between(edges, free, step="post", color=fig.HIGHEST, alpha=0.5, linewidth=0)
+    _steps(ax, edges, m.gib(m.free_blocks), fig.HIGHEST)
+    _steps(ax, edges, m.gib(m.largest_free), fig.POOL)
+    time, _, asked = mm.failure_columns(m)
+    ax.plot(time, asked, "x", color=mm.OOM, markersize=5 if len(time) <= mm.MAX_TOLD else 4)
+    ax.set_ylim(0, mm.most_free(m) * 1.05)
+    ax.set_xlabel(f"time since the first arrival ({m.unit})")
+    _title(ax, "Free memory, GiB", mm.free_legend(m))
+
+
+def _map_image(m) -> np.ndarray:
+    """uint8[rows, columns, 3]: the hue of each region, pale where it holds no token; a hair of white on top of each
+    region of some height; white where memory is free. Of a crowded map means of samples."""
+    from matplotlib.colors import to_rgb
+
+    colours = [to_rgb("white"), *(to_rgb(colour) for hue in mm.HUES for colour in hue)]
+    image = (255 * np.array(colours)).round().astype(np.uint8)[mm.shades(m)]
+    if m.is_crowded:
+        rows, columns = (size // _SAMPLES for size in image.shape[:2])
+        return image.reshape(rows, _SAMPLES, columns, _SAMPLES, 3).mean(axis=(1, 3)).round().astype(np.uint8)
+    is_top = (m.owner[:-1] != m.owner[1:]) & (m.owner[:-1] >= 0)
+    is_tall = np.ones_like(is_top)
+    for lower in range(1, 5):
+        is_tall[lower:] &= m.owner[lower:-1] == m.owner[: -1 - lower]
+    image[:-1][is_top & is_tall] = 255
+    return image
+
+
 def _steps(ax, edges: np.ndarray, values: np.ndarray, colour: str) -> None:
     ax.plot(edges, np.append(values, values[-1:]), drawstyle="steps-post", color=colour, linewidth=1.1)
 
@@ -202,4 +313,4 @@ def _title(ax, name: str, parts: list[tuple[str, str]]) -> None:
             text, (x, 1), (gap, 6), xycoords=(after, ax.transAxes), textcoords="offset points", va="baseline",
             color=colour, weight=weight,
         )  # fmt: skip
-        weight, x, gap = "normal", 1, 9
+        weight, x, gap = "normal", 1, 3 if len(text) == 1 else 9

@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvsim.report import words
+from kvsim.report import oom, words
 from kvsim.report.fleet import num_replicas, of_replica
+from kvsim.report.oom import WIDTH
 from kvsim.result import row_of
 from kvsim.units import NS_PER_S
 
-WIDTH = 88
 MAX_LINES = 60  # entries of a story that are printed; a request can be preempted hundreds of times
 _INDENT = 17
 
@@ -27,6 +27,7 @@ class Waits(NamedTuple):
     cause: np.ndarray
     needed: np.ndarray
     free: np.ndarray
+    largest: np.ndarray  # free piece, -1 where blocks come from anywhere
     causes: list[str]
 
     def total_ns(self, chosen: np.ndarray | slice = slice(None)) -> dict[str, int]:
@@ -59,8 +60,16 @@ def head_waits(result) -> Waits:
         cause=cause[at],
         needed=events["blocks_needed"].to_numpy()[at],
         free=events["blocks_free_after"].to_numpy()[at],
+        largest=_largest_free(events)[at],
         causes=causes,
     )
+
+
+def _largest_free(events) -> np.ndarray:
+    """The largest free piece at each event, in blocks, -1 where none was asked for; runs of former days do not say."""
+    if "largest_free_blocks" not in events.column_names:
+        return np.full(events.num_rows, -1)
+    return events["largest_free_blocks"].fill_null(-1).to_numpy()
 
 
 def _run_end(result) -> int:
@@ -73,6 +82,9 @@ def tell(result, request: int) -> str:
     life = life_of(result, request)
     lines = textwrap.wrap(life["title"], WIDTH, subsequent_indent="  ")
     lines += ["", *_story_lines(life["story"]), ""]
+    for event in life["events"]:
+        if event["kind"] == "oom":
+            lines += [*words.aligned(oom.holder_rows(event["memory"]), "<>>>>>>"), ""]
     for label, text in (
         ("", life["figures"]),
         ("why: ", life["meaning"]),
@@ -107,10 +119,10 @@ def _story_lines(story: list[dict]) -> list[str]:
 
 def life_of(result, request: int) -> dict:
     """What `tell` tells, as plain data: title, story [{time_ns, text}], figures, meaning, change, and the row
-    (`request`), its latencies in ns and its events."""
+    (`request`), its latencies in ns and its events; an `oom` event with its `memory` (`oom.facts`)."""
     row = row_of(result.requests, request)
     result = of_replica(result, row["replica"])
-    events = [] if result.events is None else _events_of(result.events, request)
+    events = [] if result.events is None else _events_of(result, request)
     latencies = _latencies(row)
     if events:
         story, waited = _with_events(result, row, events)
@@ -130,8 +142,12 @@ def life_of(result, request: int) -> dict:
     }
 
 
-def _events_of(events, request: int) -> list[dict]:
-    return events.take(np.flatnonzero(events["request"].to_numpy() == request)).to_pylist()
+def _events_of(result, request: int) -> list[dict]:
+    events = result.events.take(np.flatnonzero(result.events["request"].to_numpy() == request)).to_pylist()
+    for event in events:
+        if event["kind"] == "oom":
+            event["memory"] = oom.facts(result, event)
+    return events
 
 
 def _title(row: dict) -> str:
@@ -227,7 +243,7 @@ def _waiting(result, waits: Waits, request: int, start: int, end: int, waited: d
         first = int(np.flatnonzero(chosen)[0])
         if chosen is own:
             where = "at the head of the queue"
-            asked = _asked(result, int(cut.needed[first]), int(cut.free[first]))
+            asked = _asked(result, *(int(column[first]) for column in (cut.needed, cut.free, cut.largest)))
         else:
             heads = list(dict.fromkeys(cut.head[chosen].tolist()))
             where = f"behind {_numbers(heads)}"
@@ -243,7 +259,7 @@ def _waiting(result, waits: Waits, request: int, start: int, end: int, waited: d
     return sorted(lines, key=lambda line: line["time_ns"])
 
 
-def _asked(result, needed: int, free: int) -> str:
+def _asked(result, needed: int, free: int, largest: int) -> str:
     """What the head of the queue lacked when it began to wait there."""
     if not needed:
         return ""
@@ -252,6 +268,9 @@ def _asked(result, needed: int, free: int) -> str:
         return (
             "; at first because the recurrent state that it was to go on from was computed in that very step"
         )
+    if largest >= 0:
+        pieces = f"of {free:,} free ones the largest piece had {largest:,}"
+        return f"; at first it needed {words.count(needed, 'block')} in one piece, and {pieces}"
     return f"; at first it needed {needed:,} blocks and {free:,} were free"
 
 
@@ -355,12 +374,7 @@ def _tell_unservable(result, row, event):
 
 
 def _tell_oom(result, row, event):
-    held, free = event["blocks_free_after"] - event["blocks_free_before"], event["blocks_free_before"]
-    return (
-        f"killed: out of memory ({event['cause']}). Its {words.count(held, 'block')} had to become"
-        f" {event['blocks_needed']:,} in one piece, and of {free:,} free ones the largest piece had"
-        f" {event['largest_free_blocks']:,}; {words.count(event['tokens_lost'], 'computed token')} lost"
-    )
+    return oom.sentence(event["memory"])
 
 
 _TELL = {
@@ -411,7 +425,7 @@ def _reasons(result, row: dict, events: list[dict], waited: dict[str, int]) -> t
     if cause in _MEANING:
         meaning, change = _MEANING[cause](result, row, events)
     elif row["outcome"] == "unfinished":  # the deployment does not start
-        meaning, change = result.summary()["failure"]["sentence"], ""
+        meaning, change = result.summary()["failure"]["sentence"], f"`{oom.fix_command(result)}` says how"
     else:
         meaning, change = words.CAUSES.get(cause, "") if cause else "", ""
     changes = [change] if change else []
@@ -522,6 +536,15 @@ def _never_fits(result, row, events):
     )
 
 
+def _allocator_full(result, row, events):
+    memory = next((event["memory"] for event in events if event["kind"] == "oom"), None)
+    why = words.CAUSES["allocator_full"] if memory is None else oom.meaning(memory)
+    return (
+        why,
+        f"--allocator paged; or fewer requests at once (a lower --max-num-seqs); or {_larger_pool(result)}",
+    )
+
+
 def _deadline(result, row, events):
     deadline = result.deployment["options"]["deadline_s"]
     if row["scheduled_ns"] is None:
@@ -565,6 +588,7 @@ _MEANING = {
     "queue_full": _queue_full,
     "queued_tokens_full": _queued_tokens_full,
     "never_fits": _never_fits,
+    "allocator_full": _allocator_full,
     "deadline": _deadline,
     "max_model_len": _capped,
     "horizon": _horizon,

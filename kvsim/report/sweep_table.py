@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from kvsim.report.table import aligned
+from kvsim.report.words import aligned
 
 MAX_ROWS = 200
 

@@ -15,9 +15,10 @@ from typing import TextIO
 import numpy as np
 
 from kvsim.metrics import LATENCIES
-from kvsim.report import words
+from kvsim.report import oom, words
 from kvsim.report.fleet import MAX_ROWS, num_replicas, of_replica, one_timeline, replica_rows
 from kvsim.report.story import head_waits
+from kvsim.report.words import aligned
 from kvsim.units import NS_PER_S, format_gib, format_ns
 
 WIDTH = 80
@@ -51,6 +52,7 @@ def result_text(result, folder: str | None = None) -> str:
         _replicas(summary),
         _chart(result) + _queue_head(result),
         _preemptions(result),
+        _out_of_memory(result, folder),
         _causes(result, folder),
         _notes(result),
     ]
@@ -117,17 +119,6 @@ def _wrapped(text: str, indent: str = "  ", first: str = "") -> list[str]:
     )  # fmt: skip
 
 
-def aligned(rows: list[list[str]], align: str, gap: str = "  ") -> list[str]:
-    """Rows of cells as lines; `align` has `<` or `>` for each column."""
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    return [
-        gap.join(
-            f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)
-        ).rstrip()
-        for row in rows
-    ]
-
-
 # ---------------------------------------------------------------- sections
 
 
@@ -142,9 +133,7 @@ def _deployment(result) -> list[str]:
 
 
 def _memory(result) -> list[str]:
-    budget = result.deployment["budget"]
-    lines = aligned([[f"  {name}", size] for name, size in words.memory_terms(budget)], "<>")
-    return [f"memory on {budget['binding_rank']}", *lines]
+    return [*oom.memory_lines(result), "", f"what would make it start: {oom.fix_command(result)}"]
 
 
 def _outcomes(summary: dict) -> list[str]:
@@ -218,23 +207,23 @@ def _usage(summary: dict) -> list[str]:
     pool, most = words.count(max(0, blocks), "block"), words.count(summary["peak_blocks_used"], "block")
     each = f"{summary['num_replicas']} KV pools" if "num_replicas" in summary else "KV pool"
     lines = _wrapped(f"{each} of {pool}: mean {mean}, p95 {p95}, peak {peak} ({most})")
-    return lines + _shares(summary)
+    return lines + _wrapped(shares_sentence(summary))
 
 
-def _shares(summary: dict) -> list[str]:
-    """What regions made of the pool: while somebody waited for memory, else while anybody ran. Nothing with paging."""
+def shares_sentence(summary: dict) -> str:
+    """What regions made of the pool: while somebody waited for memory, else while anybody ran. Empty with paging."""
     if summary.get("allocator", "paged") == "paged":
-        return []
+        return ""
     when, shares = "requests waited for memory", summary["kv_while_waiting_for_memory"]
     if not shares["seconds"]:
         when, shares = "requests ran", summary["kv_while_running"]
     if not shares["seconds"]:
-        return []
+        return ""
     held, later, never, free = (
         words.percent(shares[name], 1) for name in ("useful", "reserved", "internal", "free")
     )
     copied = summary["kv_copied_bytes"]
-    return _wrapped(
+    return (
         f"{summary['allocator']}: while {when}, {held} of the pool held tokens, {later} was kept for later ones,"
         f" {never} for none, {free} was free"
         + (f"; {format_gib(copied)} were copied to grow" if copied else "")
@@ -386,6 +375,22 @@ def _preemptions(result) -> list[str]:
              f"{event['tokens_lost']:,}", for_whom]
         )  # fmt: skip
     return [*head, *aligned(rows, "<>><>>>")]
+
+
+def _out_of_memory(result, folder: str | None) -> list[str]:
+    """How many requests ran out of memory, the first of them, and how to go on."""
+    total = result.summary()["outcomes"]["oom"]
+    if total == 0 or result.requests is None:
+        return []
+    first = int(oom.requests_in_order(result)[0])
+    when = words.at(result.requests["finished_ns"][first].as_py())
+    lines = _wrapped(f"out of memory: {total:,}; the first at {when}, request {first}")
+    if folder is not None:
+        where = shlex.quote(str(folder))
+        lines.append(f"  what was free then and who held the rest: kvsim why {where} --oom")
+        if result.regions is not None:
+            lines.append(f"  as a picture: kvsim plot {where} --what map")
+    return lines
 
 
 def _causes(result, folder: str | None) -> list[str]:

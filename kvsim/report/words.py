@@ -190,6 +190,7 @@ def deployment_facts(result) -> list[str]:
         f"max_num_seqs {settings['max_num_seqs']:,}",
         f"max_num_batched_tokens {settings['max_num_batched_tokens']:,}",
         f"max_model_len {settings['max_model_len']:,}",
+        *([] if settings["allocator"] == "paged" else [f"allocator {settings['allocator']}"]),
     ]
 
 
@@ -215,6 +216,17 @@ def tidy_seconds(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return format_ns(seconds * NS_PER_S)
+
+
+def aligned(rows: list[list[str]], align: str, gap: str = "  ") -> list[str]:
+    """Rows of cells as lines; `align` has `<` or `>` for each column."""
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    return [
+        gap.join(
+            f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def printable(text: str, instead: str = "?") -> str:

@@ -1,5 +1,6 @@
 """Small runs of every kind, made once: name -> Result."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -77,6 +78,15 @@ def _queued_tokens_full():
     return simulate(trace(rows), llama(max_num_queued_tokens=150), step_time=STEP)
 
 
+def _with_regions(allocator, n=300, **more):
+    """`pressed` where each request has a region; half of them of either class."""
+    made = dataclasses.replace(
+        pressed(n), request_class=np.array([("chat", "code")[k % 2] for k in range(n)], object)
+    )
+    settings = {"max_model_len": 600, "num_gpu_blocks_override": 121, "allocator": allocator}
+    return simulate(made, llama(**settings), step_time=STEP, **more)
+
+
 MAKERS = {
     "calm": lambda: simulate(pressed(), llama(), step_time=STEP, command="kvsim run calm", seed=3),
     "pressed": lambda: simulate(pressed(), llama(num_gpu_blocks_override=121), step_time=STEP),
@@ -89,6 +99,8 @@ MAKERS = {
     "many marks": lambda: simulate(
         pressed(3_700), llama(num_gpu_blocks_override=121, max_model_len=200), step_time=STEP, deadline_s=1.5
     ),
+    "first-fit": lambda: _with_regions("first-fit"),
+    "buddy": lambda: _with_regions("buddy"),
     "few seqs": lambda: simulate(pressed(), llama(max_num_seqs=4), step_time=STEP),
     "ends": _ends,
     "unservable": _unservable,

@@ -208,12 +208,21 @@ def test_plots_that_cannot_be(tmp_path, monkeypatch):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("name", ["pressed", "many marks", "does not load"])
-def test_a_browser_draws_it(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "what", "expected"),
+    [
+        ("pressed", "timeline", "KV blocks in use"),
+        ("many marks", "timeline", "KV blocks in use"),
+        ("does not load", "timeline", "load_oom (weights)"),
+        ("first-fit", "timeline", "external (free, too small pieces)"),
+        ("first-fit", "map", "Memory map of first-fit, GiB"),
+    ],
+)
+def test_a_browser_draws_it(name, what, expected, tmp_path):
     browser = shutil.which("chromium")
     if browser is None:
         pytest.skip("needs the browser chromium (apt-get install chromium)")
-    (tmp_path / "timeline.html").write_bytes(page(run(name)))
+    (tmp_path / "timeline.html").write_bytes(page(run(name), what))
     flags = (
         "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
     )
@@ -224,7 +233,6 @@ def test_a_browser_draws_it(name, tmp_path):
     )  # fmt: skip
     assert "CONSOLE" not in done.stderr, done.stderr
     assert 'class="main-svg"' in done.stdout
-    expected = "load_oom (weights)" if name == "does not load" else "KV blocks in use"
     assert (
         expected in done.stdout.rpartition('class="main-svg"')[2]
         or expected in done.stdout.partition("<noscript")[0]

@@ -18,6 +18,7 @@ FILES = {
     "requests.parquet",
     "events.parquet",
     "timeline.parquet",
+    "regions.parquet",
     "deployment.json",
     "timeline.html",
 }
@@ -76,6 +77,15 @@ CONTRACT = {
         "rejections": "int64",
         "wasted_bytes_mean": "double",
     },
+    "regions.parquet": {
+        "seq": "int64",
+        "time_ns": "int64",
+        "step": "int64",
+        "kind": WORDS,
+        "request": "int64",
+        "start_block": "int32",
+        "num_blocks": "int32",
+    },
 }
 SUMMARY_KEYS = (
     "schema_version", "simulated", "kvsim_version", "engine", "seed", "command", "inputs_sha256",
@@ -91,7 +101,7 @@ def test_round_trip(name, tmp_path):
     result = run(name)
     paths = result.save(tmp_path / "deep" / "out")
     again = Result.load(tmp_path / "deep" / "out")
-    for table in ("requests", "events", "bins"):
+    for table in ("requests", "events", "bins", "regions"):
         ref, got = getattr(result, table), getattr(again, table)
         assert (ref is None and got is None) or (ref.equals(got) and ref.schema.equals(got.schema))
     assert again.summary() == result.summary()
@@ -101,10 +111,13 @@ def test_round_trip(name, tmp_path):
     assert {p.name for p in (tmp_path / "deep" / "out").iterdir()} == {p.name for p in paths}
 
 
-@pytest.mark.parametrize("name", ["pressed", "ends", "does not load"])
+@pytest.mark.parametrize("name", ["pressed", "ends", "does not load", "first-fit"])
 def test_columns_and_types_are_those_of_the_contract(name, tmp_path):
     run(name).save(tmp_path)
+    assert (tmp_path / "regions.parquet").exists() == (name == "first-fit")
     for file, columns in CONTRACT.items():
+        if not (tmp_path / file).exists():
+            continue
         schema = pq.read_schema(tmp_path / file)
         got = {
             field.name: WORDS if pa.types.is_dictionary(field.type) else str(field.type) for field in schema
@@ -132,21 +145,22 @@ def test_summary_has_the_keys_of_the_contract(name, tmp_path):
 
 def test_two_runs_give_the_same_bytes(tmp_path):
     for place in ("a", "b"):
-        MAKERS["pressed"]().save(tmp_path / place)
+        MAKERS["first-fit"]().save(tmp_path / place)
     for name in CONTRACT:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_what_a_former_run_left_is_removed(tmp_path):
-    run("pressed").save(tmp_path)
-    (tmp_path / "timeline.png").write_bytes(b"a picture of the former run")
+    run("first-fit").save(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == FILES
+    for picture in ("timeline.png", "map.svg"):
+        (tmp_path / picture).write_bytes(b"a picture of the former run")
     (tmp_path / "notes.txt").write_text("the user's own")
     run("no events").save(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == FILES - {"events.parquet"} | {"notes.txt"}
+    left = FILES - {"events.parquet", "regions.parquet"} | {"notes.txt"}
+    assert {p.name for p in tmp_path.iterdir()} == left
     run("summary").save(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == FILES - {"events.parquet", "requests.parquet"} | {
-        "notes.txt"
-    }
+    assert {p.name for p in tmp_path.iterdir()} == left - {"requests.parquet"}
 
 
 def test_interrupted_in_the_middle_the_folder_is_not_complete(tmp_path, monkeypatch):
