@@ -3,9 +3,13 @@
 python benchmarks/gpu_blocks.py                  # needs a CUDA device and numba-cuda
 """
 
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # what is measured is this tree
 
 from kvsim.kernels import blocks
 from kvsim.kernels.blocks import cpu, cuda

@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
+
+# In a checkout kernels/ and traces/ lie beside this package; wheels have them inside it.
+_CHECKOUT = os.path.dirname(__path__[0])
+if not os.path.isdir(os.path.join(__path__[0], "kernels")) and os.path.isfile(
+    f"{_CHECKOUT}/kernels/quant/quant.cu"
+):
+    __path__.append(_CHECKOUT)
 
 __version__ = "0.1.0"
 

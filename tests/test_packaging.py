@@ -1,5 +1,7 @@
 """The packaging map names every folder and every data file."""
 
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -29,3 +31,13 @@ def test_every_data_file_is_listed():
 
 def test_no_upper_bound_on_python():
     assert TOOL["project"]["requires-python"] == ">=3.11"
+
+
+def test_a_checkout_works_without_installation():
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from importlib.util import find_spec\n"
+        "print(*(find_spec(name).origin for name in ('kvsim.kernels', 'kvsim.traces')), sep='\\n')"
+    )
+    out = subprocess.run([sys.executable, "-ISc", code], capture_output=True, text=True, check=True)
+    assert out.stdout.split() == [str(ROOT / name / "__init__.py") for name in ("kernels", "traces")]
