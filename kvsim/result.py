@@ -56,7 +56,7 @@ class Result:
     """One run.
 
     requests: Arrow table, one row a request, in trace order; None when `record` was "summary".
-    events: Arrow table, in order; None unless `record` was "events".
+    events: Arrow table, in order; None unless `record` was "events" or "blocks".
     bins: Arrow table, the timeline: levels weighted by time, about 1,000 bins.
     deployment: the frozen input as plain data, defaults filled in, with its memory budget.
     notes: sentences for the user (what was read, decided, left out).
@@ -69,7 +69,8 @@ class Result:
     # Called when somebody asks: a sweep has thousands of runs, and reads only their summaries.
     _make_bins: Callable[[], pa.Table]
     _make_deployment: Callable[[], dict]
-    # Where requests had their regions (docs/allocators.md), in order; None where there were no events or no regions.
+    # Where requests had their memory, in order: their regions (docs/allocators.md), kept with the events; with paging
+    # their blocks, if `record` was "blocks"; else None.
     regions: pa.Table | None = None
 
     @functools.cached_property
@@ -137,12 +138,16 @@ class Result:
         record = options["record"]
         return cls(
             requests=None if record == "summary" else request_table(table, trace, outcomes, causes),
-            events=event_table(run.events, largest_free=largest_free_of(run)) if record == "events" else None,
+            events=event_table(run.events, largest_free=largest_free_of(run))
+            if keeps_events(record)
+            else None,
             notes=(*trace.notes, *deployment.notes, *budget.notes),
             _summary=summary,
             _make_bins=functools.partial(bin_table, *bins_of(run.state), budget),
             _make_deployment=plain(deployment, budget, options),
-            regions=region_table(run.state) if has_regions else None,
+            regions=region_table(run.state.region_log[: run.state.now[0].num_region_rows])
+            if has_regions
+            else None,
         )
 
     @classmethod
@@ -216,6 +221,11 @@ class Timeline:
         from kvsim.report.memory_map import plotly_figure
 
         return plotly_figure(self.result, what, from_s, to_s)
+
+
+def keeps_events(record: str) -> bool:
+    """Whether a level of `record` keeps what happened."""
+    return record in ("events", "blocks")
 
 
 def outcome_and_cause(run: EngineRun) -> tuple[np.ndarray, np.ndarray]:
@@ -410,11 +420,10 @@ def largest_free_of(run: EngineRun) -> np.ndarray | None:
     return largest
 
 
-def region_table(state: st.State) -> pa.Table:
-    """The log of regions as a table, in order."""
+def region_table(log: np.ndarray) -> pa.Table:
+    """Rows of state.REGION_EVENT as a table, in order."""
     import pyarrow as pa
 
-    log = state.region_log[: int(state.now[0].num_region_rows)]
     log = log[log["kind"] != st.REGION_SHORT]
 
     def plain(name):

@@ -6,7 +6,7 @@ import functools
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kvsim.trace import Trace
 
 EVENTS_BY_DEFAULT_UP_TO = 200_000  # requests; above that `record` defaults to "requests"
-RECORD_LEVELS = ("summary", "requests", "events")
+RECORD_LEVELS = ("summary", "requests", "events", "blocks")
 MAX_BINS = 1_000_000
 # What the engine's columns are made for: block keys and places in a free list twice as long as there are blocks are
 # int32, step times are tabulated by tokens.
@@ -81,7 +81,8 @@ def simulate(
 
     step_time: `(a0, a1, a2)` seconds, a step of n scheduled tokens over ctx context tokens lasts
         rint(1e9 * ((a0 + a1*n) + a2*ctx)) ns; or a StepCost; None: the roofline of `steptime`.
-    record: "summary", "requests" or "events" (default: events up to 200,000 requests, then requests).
+    record: "summary", "requests", "events" (default: events up to 200,000 requests, then requests), or "blocks": with
+        paging, where each request's blocks were as well (`Result.regions`; slower).
     bin_s: width of a timeline bin in seconds; None: about 1,000 bins.
     deadline_s: a request not finished that many seconds after its arrival is removed (`timed_out`).
     until_s: the run ends at the first `schedule()` at or after this time (`unfinished`).
@@ -103,7 +104,8 @@ def simulate(
     event says which term breaks it. Raises UserError for a trace or an option that cannot be used.
     """
     from kvsim import memory, specs, steptime
-    from kvsim.result import Result
+    from kvsim.blocklog import BlockLog, check_block_log
+    from kvsim.result import Result, keeps_events
 
     prepare_started = time.perf_counter()
     _check_call(trace, deployment, step_time, max_concurrency, goodput)
@@ -141,6 +143,13 @@ def simulate(
         cost = steptime.constant_step(*step_time, settings.max_num_batched_tokens, settings.max_num_seqs)
     else:
         cost = step_time or steptime.roofline(deployment)
+    groups = _groups(deployment, budget)
+    _check_allocator(deployment, groups, replicas, on_step)
+    block_log = None
+    if record == "blocks":
+        check_block_log(trace, deployment, groups, replicas)
+        block_log = BlockLog()
+        on_step = block_log if on_step is None else _one_after_the_other(on_step, block_log)
     engine_settings = pack_settings(
         settings,
         budget.num_gpu_blocks,
@@ -152,10 +161,8 @@ def simulate(
         check=check,
         identities=check or on_step is not None,
         log_steps=on_step is not None,
-        record_events=record == "events",
+        record_events=keeps_events(record),
     )
-    groups = _groups(deployment, budget)
-    _check_allocator(deployment, groups, replicas, on_step)
     span = int(trace.arrival_ns[-1]) if len(trace) else 0
     bin_width_ns = _ns(bin_s, "bin") if bin_s is not None else _nice_width(span // 1000)
 
@@ -195,9 +202,20 @@ def simulate(
     engine_started = time.perf_counter()
     run = drive(state, fixed_bins=bin_s is not None, progress=progress, on_step=on_step)
     finished = time.perf_counter()
-    return Result.from_engine(
+    result = Result.from_engine(
         run, prepare_s=engine_started - prepare_started, engine_s=finished - engine_started, **common
     )
+    return result if block_log is None else replace(result, regions=block_log.table(run.state))
+
+
+def _one_after_the_other(*callbacks: Callable[[st.State, bool], None]) -> Callable[[st.State, bool], None]:
+    """An `on_step` that calls each of several."""
+
+    def call_all(state: st.State, is_finished: bool) -> None:
+        for callback in callbacks:
+            callback(state, is_finished)
+
+    return call_all
 
 
 def num_cores() -> int:
@@ -445,7 +463,7 @@ def _record_level(record: str | None, num_requests: int) -> str:
     if record is None:
         return "events" if num_requests <= EVENTS_BY_DEFAULT_UP_TO else "requests"
     if record not in RECORD_LEVELS:
-        raise UserError(f"record is {record!r}; give summary, requests or events")
+        raise UserError(f"record is {record!r}; give summary, requests, events or blocks")
     return record
 
 

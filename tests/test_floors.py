@@ -15,7 +15,7 @@ FLOORS = {
     "catalog": 2, "formats": 2, "other_engines": 2, "specs": 3, "tensors": 3, "trace": 3, "traces": 2,
     "engine": 4, "kernels": 4, "memory": 4, "steptime": 4, "workload": 4,
     "__main__": 9, "metrics": 5, "quality": 5, "routing": 5, "steplog": 5, "result": 6, "run": 7, "fleet": 8,
-    "executors": 8, "journal": 8, "sweeps": 8, "comparison": 8, "report": 8, "cli": 9,
+    "blocklog": 6, "executors": 8, "journal": 8, "sweeps": 8, "comparison": 8, "report": 8, "cli": 9,
 }  # fmt: skip
 # result.py offers its reports as methods, which import them when called; run.py makes Results and fleets likewise.
 LAZY_UPWARDS = {("result", "report"), ("run", "fleet"), ("engine", "kernels")}

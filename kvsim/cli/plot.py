@@ -16,6 +16,8 @@ _EPILOG = """examples:
   kvsim run chat-small --gpu l4 --max-model-len 4096 --allocator first-fit -o naive
   kvsim plot naive --what map       naive/map.png: who held which part of the memory, and where a growth failed
   kvsim plot naive --what map --from 20 --to 40 -o map.html
+  kvsim run chat-small --gpu l4 --max-model-len 4096 --record blocks -o paged
+  kvsim plot paged --what map       the same of blocks, those that a prefix shares in a colour of their own
 
 PNG and SVG need matplotlib: pip install 'kvsim[plot]'.
 """
@@ -30,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--what", metavar="WHAT", default="timeline", help="which picture: timeline (default), or map, of the memory"
-        " over time, for the allocators that give each request a region"
+        " over time, for the allocators that give each request a region, and with paging after run --record blocks"
     )  # fmt: skip
     seconds = {"type": float, "metavar": "SECONDS"}
     parser.add_argument("--from", dest="from_s", **seconds, help="of a map: leave out what comes earlier")

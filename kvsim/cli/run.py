@@ -21,6 +21,7 @@ _EPILOG = """examples:
   kvsim run mooncake.jsonl --gpu h100 -- vllm serve meta-llama/Llama-3.1-8B --max-model-len 32k
   kvsim run chat-small --deadline 30 --goodput ttft:500 tpot:50 --require 'goodput>=0.99'
   kvsim run chat-small --gpu l4 --max-model-len 8192 --allocator contiguous
+  kvsim run chat-small --gpu l4 --max-model-len 8192 --record blocks -o paged    # then: kvsim plot paged --what map
   kvsim run azure-conv-like --replicas 4 --router random --rate-scale 4
   kvsim run --case c02.case.json.gz --step-log out.jsonl.gz
 
@@ -54,7 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     out.add_argument("--json", action="store_true", help="print the summary as JSON")
     out.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    out.add_argument("--record", choices=("summary", "requests", "events"), help="how much to keep of it")
+    out.add_argument(
+        "--record",
+        choices=("summary", "requests", "events", "blocks"),
+        help="how much to keep of it; blocks: with paging, where each request's blocks were as well, for a map of the "
+        "memory (slower)",
+    )
     out.add_argument(
         "--bin", type=float, metavar="SECONDS", help="width of a timeline bin (default: about 1,000 bins)"
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from kvsim.errors import UserError
 from kvsim.files import atomic, make_folder
 from kvsim.report.html import page
-from kvsim.result import SCHEMA_VERSION, Result
+from kvsim.result import SCHEMA_VERSION, Result, keeps_events
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -98,8 +98,10 @@ def load(folder: str | Path) -> Result:
         raise UserError(
             f"{folder} lacks what kvsim writes into {SUMMARY} and {DEPLOYMENT}; run it again"
         ) from None
-    kept = {"requests": record != "summary", "events": record == "events", "bins": True}
-    kept["regions"] = kept["events"] and summary.get("allocator", "paged") != "paged"
+    kept = {"requests": record != "summary", "events": keeps_events(record), "bins": True}
+    is_paged = summary.get("allocator") == "paged"
+    # A run that did not start names no allocator, and had no memory.
+    kept["regions"] = "allocator" in summary and (record == "blocks" if is_paged else kept["events"])
     tables = {name: _read_table(folder / TABLES[name], name) if kept[name] else None for name in TABLES}
     return Result(
         requests=tables["requests"],

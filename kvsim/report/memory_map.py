@@ -33,7 +33,12 @@ HUES = (
     ("#dba149", "#f6e5c8"),
     ("#5aa67c", "#d0e8da"),
 )
+SHARED_HUE = "#6b6f76"  # of blocks that several requests hold
 OOM = fig.KINDS["oom"][1]
+
+COLOURS = (*(colour for hue in HUES for colour in hue), SHARED_HUE)  # of shades 1, 2, ...
+
+FREE, SHARED = -1, -2  # instead of an owner
 
 
 class MemoryMap(NamedTuple):
@@ -45,11 +50,12 @@ class MemoryMap(NamedTuple):
     block: np.ndarray  # int64[rows]
     num_usable: int
     gib_per_block: float
-    owner: np.ndarray  # int32[rows, columns], request, -1: free
+    owner: np.ndarray  # int32[rows, columns], request, or FREE, or SHARED
+    num_holders: np.ndarray  # int32[rows, columns], requests that hold it; above 1 only with a prefix cache
     hue: np.ndarray  # int8[rows, columns], of HUES
     has_token: np.ndarray  # bool[rows, columns]
     free_blocks: np.ndarray  # int64[columns]
-    largest_free: np.ndarray  # int64[columns], blocks of the largest free piece
+    largest_free: np.ndarray | None  # int64[columns], blocks of the largest free piece; None with paging
     classes: list[
         str
     ]  # whose hues those are, in order; empty: requests take turns, or have one all if crowded
@@ -79,25 +85,31 @@ class Failure(NamedTuple):
 def memory_map(
     result, columns: int = COLUMNS, rows: int = ROWS, from_s: float | None = None, to_s: float | None = None
 ) -> MemoryMap:
-    """Sample the regions of a run at `columns` moments and `rows` addresses between two times in seconds (default:
-    all of it). A region is where it was at the middle of a column, so one that came and went between two is not seen.
+    """Sample where requests had their memory, at `columns` moments and `rows` addresses between two times in seconds
+    (default: all of it). A region is where it was at the middle of a column, so one that came and went between two is
+    not seen.
 
-    Raises UserError for a run that has no regions, and for times outside of it.
+    Raises UserError for a run that has no regions or blocks, and for times outside of it.
     """
     check_has_regions(result)
     from_ns, to_ns = _view(result, from_s, to_s)
     num_usable, is_buddy = regions.shape_of_pool(result)
+    is_paged = regions.is_paged(result)
     unit, unit_ns = fig.time_unit(to_ns)
     held = regions.residences(result)
     time = from_ns + ((2 * np.arange(columns) + 1) * (to_ns - from_ns)) // (2 * columns)
     block = ((2 * np.arange(rows) + 1) * num_usable) // (2 * rows)
     first, last = np.searchsorted(time, held.start_ns), np.searchsorted(time, held.end_ns)
-    which = _painted(held, block, first, last, columns)
-    owner = np.where(which < 0, np.int32(-1), held.request.astype(np.int32)[which])
+    which, num_holders = _painted(held, block, first, last, columns)
+    alone = held.request.astype(np.int32)[which]
+    owner = np.select([num_holders == 0, num_holders == 1], [np.int32(FREE), alone], np.int32(SHARED))
     in_view = (held.start_ns < to_ns) & (held.end_ns > from_ns)
     is_crowded = len(np.unique(held.request[in_view])) > MAX_HUED
     hues, classes = _hues(result, is_crowded)
-    free, largest = _free(held, first, last, columns, num_usable, is_buddy)
+    if is_paged:
+        free, largest = num_usable - _num_used(held, first, last, columns), None
+    else:
+        free, largest = _free(held, first, last, columns, num_usable, is_buddy)
     return MemoryMap(
         time_ns=time,
         from_ns=from_ns,
@@ -106,8 +118,9 @@ def memory_map(
         num_usable=num_usable,
         gib_per_block=result.deployment["budget"]["bytes_per_block"] / GIB,
         owner=owner,
+        num_holders=num_holders,
         hue=hues[owner],
-        has_token=_have_tokens(result, held, which, time, block) & (which >= 0),
+        has_token=(owner >= 0) & (is_paged or _have_tokens(result, held, which, time, block)),
         free_blocks=free,
         largest_free=largest,
         classes=classes,
@@ -126,16 +139,11 @@ def check_has_regions(result) -> None:
         raise UserError(
             "--what map: the engine does not start, so nothing was ever held; --what timeline shows why"
         )
-    if summary.get("allocator", "paged") == "paged":
-        raise UserError(
-            "--what map draws the regions of requests, and allocator paged scatters blocks whose places a run does"
-            " not keep; run it again with --allocator first-fit (or contiguous, exact, buddy, best-fit), or draw"
-            " --what timeline"
-        )
     if result.regions is None:
+        level, whose = ("blocks", " with paging") if regions.is_paged(result) else ("events", "")
         raise UserError(
-            f"--what map needs regions.parquet, which --record {options['record']} does not keep; run it again with"
-            " --record events"
+            f"--what map needs regions.parquet, which --record {options['record']} does not keep{whose}; run it again"
+            f" with --record {level}"
         )
     if result.regions.num_rows == 0:
         raise UserError("--what map: no request of this run was ever admitted, so nothing was held")
@@ -153,17 +161,40 @@ def _view(result, from_s: float | None, to_s: float | None) -> tuple[int, int]:
     return round(start * NS_PER_S), max(round(start * NS_PER_S) + 1, round(min(end, run_s) * NS_PER_S))
 
 
-def _painted(held, block: np.ndarray, first: np.ndarray, last: np.ndarray, columns: int) -> np.ndarray:
-    """Which residence each pixel is of, -1: none. As no two overlap, the sum over all of them of 1 + number inside its
-    rectangle is just that; and that sum is a running sum, both ways, of what changes at corners."""
+def _painted(held, block: np.ndarray, first, last, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """(number of the residence around each pixel, -1 unless there is just one; how many there are), both int32[rows,
+    columns]. A sum over all rectangles around a pixel is a running sum, both ways, of what changes at corners."""
     low = np.searchsorted(block, held.start_block)
     high = np.searchsorted(block, held.start_block + held.num_blocks)
-    # Sums on the way may wrap around, the last ones do not.
-    corners = np.zeros((len(block) + 1, columns + 1), np.int32)
-    number = np.arange(1, len(first) + 1, dtype=np.int32)
-    for rows, cells, sign in ((low, first, 1), (high, first, -1), (low, last, -1), (high, last, 1)):
-        np.add.at(corners, (rows, cells), sign * number)
-    return corners.cumsum(axis=0, dtype=np.int32).cumsum(axis=1, dtype=np.int32)[:-1, :-1] - 1
+
+    def sums(values: np.ndarray) -> np.ndarray:
+        # On the way, and where there are several, they may wrap around.
+        corners = np.zeros((len(block) + 1, columns + 1), np.int32)
+        for rows, cells, sign in ((low, first, 1), (high, first, -1), (low, last, -1), (high, last, 1)):
+            np.add.at(corners, (rows, cells), sign * values)
+        return corners.cumsum(axis=0, dtype=np.int32).cumsum(axis=1, dtype=np.int32)[:-1, :-1]
+
+    number = np.arange(len(first), dtype=np.int32)
+    count = sums(np.ones_like(number))
+    return np.where(count == 1, sums(number), -1), count
+
+
+def _num_used(held, first: np.ndarray, last: np.ndarray, columns: int) -> np.ndarray:
+    """int64[columns]: blocks in use at each moment, exact; one that several requests hold counts once."""
+    seen = first < last
+    first, last, start, count = (x[seen] for x in (first, last, held.start_block, held.num_blocks))
+    number = np.repeat(np.arange(len(count)), count)
+    block = np.arange(len(number)) - np.repeat(count.cumsum() - count - start, count)
+    # Of all blocks one after the other on one axis, the union of the stretches.
+    origin = block * (columns + 1)
+    order = np.argsort(origin + first[number], kind="stable")
+    begin, end = (origin + first[number])[order], (origin + last[number])[order]
+    furthest = np.maximum.accumulate(end)
+    begins_anew = np.append(True, begin[1:] > furthest[:-1])[: len(begin)]
+    ends_there = np.append(begins_anew[1:], True)[: len(begin)]
+    change = np.bincount(begin[begins_anew] % (columns + 1), minlength=columns + 1)
+    change -= np.bincount(furthest[ends_there] % (columns + 1), minlength=columns + 1)
+    return change.cumsum()[:columns]
 
 
 def _free(held, first, last, columns: int, num_usable: int, is_buddy: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -261,8 +292,9 @@ def failure_text(failure: Failure) -> str:
 
 
 def shades(m: MemoryMap) -> np.ndarray:
-    """int8[rows, columns]: 0 free, then for each of HUES two: with tokens, and held without."""
-    return np.where(m.owner < 0, 0, 2 + 2 * m.hue - m.has_token).astype(np.int8)
+    """int8[rows, columns]: 0 free, then for each of HUES two: with tokens, and held without; the last is shared."""
+    alone = 2 + 2 * m.hue - m.has_token
+    return np.select([m.owner == FREE, m.owner == SHARED], [0, len(COLOURS)], alone).astype(np.int8)
 
 
 def map_title(result) -> str:
@@ -274,7 +306,11 @@ def legend(m: MemoryMap) -> list[tuple[str, str]]:
     names = [words.printable(name) for name in m.classes]
     names = names or ["tokens" if m.is_crowded else "tokens (a colour a request)"]
     parts = [part for k, name in enumerate(names) for part in (("■", HUES[k][0]), (name, fig.QUIET))]
-    parts += [("■", HUES[0][1]), ("held without", fig.QUIET), ("□", fig.QUIET), ("free", fig.QUIET)]
+    if m.largest_free is not None:
+        parts += [("■", HUES[0][1]), ("held without", fig.QUIET)]
+    if (m.owner == SHARED).any():
+        parts += [("■", SHARED_HUE), ("shared by a prefix", fig.QUIET)]
+    parts += [("□", fig.QUIET), ("free", fig.QUIET)]
     if len(m.moves):
         dot = "· " if len(m.moves) <= MAX_MOVES else ""
         parts.append((dot + words.count(len(m.moves), "move"), fig.TEXT))
@@ -286,7 +322,8 @@ def legend(m: MemoryMap) -> list[tuple[str, str]]:
 
 def free_legend(m: MemoryMap) -> list[tuple[str, str]]:
     """What the colours of the panel below the map mean."""
-    parts = [("■ in total", fig.HIGHEST), ("━ in the largest piece", fig.POOL)]
+    parts = [("■ in total", fig.HIGHEST)]
+    parts += [] if m.largest_free is None else [("━ in the largest piece", fig.POOL)]
     return parts + ([("× what a failed growth asked for in one piece", OOM)] if m.failures else [])
 
 
@@ -312,7 +349,7 @@ def figure(result, from_s: float | None = None, to_s: float | None = None) -> di
         for (name, parts), domain in zip(titles, domains, strict=True)
     ]
     return {
-        "data": [_map_trace(m), *_move_traces(m), *_free_traces(m), *_failure_traces(m)],
+        "data": [_map_trace(m), *_shared_traces(m), *_move_traces(m), *_free_traces(m), *_failure_traces(m)],
         "layout": layout,
     }
 
@@ -328,19 +365,30 @@ def _coloured(name: str, parts: list[tuple[str, str]]) -> str:
 
 def _map_trace(m: MemoryMap) -> dict:
     """The regions as a heatmap of colours; where nobody is, there is nothing to point at."""
-    colours = [colour for hue in HUES for colour in hue]
-    shade = shades(m).astype(np.float32)
-    shade[m.owner < 0] = np.nan
-    n = len(colours)
-    scale = [[(k + side) / n, colour] for k, colour in enumerate(colours) for side in (0, 1)]
+    return _heatmap(m, m.owner >= 0, m.owner, "request %{customdata}")
+
+
+def _shared_traces(m: MemoryMap) -> list[dict]:
+    """The same of what several requests hold."""
+    is_shared = m.owner == SHARED
+    if not is_shared.any():
+        return []
+    return [_heatmap(m, is_shared, m.num_holders, "shared by %{customdata} requests")]
+
+
+def _heatmap(m: MemoryMap, is_shown: np.ndarray, values: np.ndarray, text: str) -> dict:
+    """The shades of some pixels; under the pointer, their values and where that is."""
+    shade = np.where(is_shown, shades(m), np.float32(np.nan))
+    n = len(COLOURS)
+    scale = [[(k + side) / n, colour] for k, colour in enumerate(COLOURS) for side in (0, 1)]
     x0, x1 = float(m.x(m.from_ns)), float(m.x(m.to_ns))
     dx, dy = (x1 - x0) / m.owner.shape[1], float(m.gib(m.num_usable)) / m.owner.shape[0]
-    narrow = np.min_scalar_type(min(-1, -1 - m.owner.max()))
+    narrow = np.min_scalar_type(min(-1, -1 - values.max()))
     return {
-        "type": "heatmap", "z": _packed(shade), "customdata": _packed(m.owner.astype(narrow)),
+        "type": "heatmap", "z": _packed(shade), "customdata": _packed(values.astype(narrow)),
         "x0": x0 + dx / 2, "dx": dx, "y0": dy / 2, "dy": dy, "yaxis": "y",
         "zmin": 0.5, "zmax": n + 0.5, "colorscale": scale, "showscale": False, "hoverongaps": False,
-        "hovertemplate": f"request %{{customdata}}<br>%{{x:,.3f}} {m.unit}, %{{y:,.2f}} GiB<extra></extra>",
+        "hovertemplate": f"{text}<br>%{{x:,.3f}} {m.unit}, %{{y:,.2f}} GiB<extra></extra>",
     }  # fmt: skip
 
 
@@ -385,6 +433,7 @@ def _free_traces(m: MemoryMap) -> list[dict]:
             ("free", m.free_blocks, fig.HIGHEST, {"fill": "tozeroy", "fillcolor": fig.FILL}),
             ("largest free piece", m.largest_free, fig.POOL, {}),
         )
+        if blocks is not None
     ]  # fmt: skip
 
 

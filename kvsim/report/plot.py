@@ -275,7 +275,8 @@ def _draw_free(ax, m) -> None:
     free = m.gib(np.append(m.free_blocks, m.free_blocks[-1:]))
     ax.fill_between(edges, free, step="post", color=fig.HIGHEST, alpha=0.5, linewidth=0)
     _steps(ax, edges, m.gib(m.free_blocks), fig.HIGHEST)
-    _steps(ax, edges, m.gib(m.largest_free), fig.POOL)
+    if m.largest_free is not None:
+        _steps(ax, edges, m.gib(m.largest_free), fig.POOL)
     time, _, asked = mm.failure_columns(m)
     ax.plot(time, asked, "x", color=mm.OOM, markersize=5 if len(time) <= mm.MAX_TOLD else 4)
     ax.set_ylim(0, mm.most_free(m) * 1.05)
@@ -288,7 +289,7 @@ def _map_image(m) -> np.ndarray:
     region of some height; white where memory is free. Of a crowded map means of samples."""
     from matplotlib.colors import to_rgb
 
-    colours = [to_rgb("white"), *(to_rgb(colour) for hue in mm.HUES for colour in hue)]
+    colours = [to_rgb("white"), *map(to_rgb, mm.COLOURS)]
     image = (255 * np.array(colours)).round().astype(np.uint8)[mm.shades(m)]
     if m.is_crowded:
         rows, columns = (size // _SAMPLES for size in image.shape[:2])

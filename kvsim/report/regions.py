@@ -12,7 +12,8 @@ from kvsim.units import NS_PER_S
 
 class Residences(NamedTuple):
     """Stretches of time in which one request held one stretch of blocks. int64 arrays of equal length, in the order in
-    which they began; a region that grows or moves begins another one."""
+    which they began; a region that grows or moves begins another one. With paging a request has many at a time, and
+    may share blocks with others."""
 
     request: np.ndarray
     start_ns: np.ndarray
@@ -23,16 +24,23 @@ class Residences(NamedTuple):
 
 
 def residences(result) -> Residences:
-    """The residences of a run that recorded its regions."""
+    """The residences of a run that recorded its regions, or its blocks."""
     log = result.regions
     kind, kinds = words.codes(log["kind"])
     time, request = log["time_ns"].to_numpy(), log["request"].to_numpy()
-    end_ns = round(result.summary()["makespan_s"] * NS_PER_S)
+    is_free = kind == words.code_of(kinds, "free")
+    end_ns = max(round(result.summary()["makespan_s"] * NS_PER_S), int(time.max(initial=0)))
     order = np.argsort(request, kind="stable")
-    until = np.full(len(order), max(end_ns, int(time.max(initial=0))), np.int64)
-    has_next = request[order[1:]] == request[order[:-1]]
-    until[order[:-1][has_next]] = time[order[1:][has_next]]
-    held = np.flatnonzero(kind != words.code_of(kinds, "free"))
+    # A region ends with the next row of its request, blocks of a paged run with its next free: all go at once.
+    is_end = is_free[order] if is_paged(result) else np.ones(len(order), bool)
+    n = len(order)
+    ends = np.append(np.flatnonzero(is_end), n)
+    following = ends[np.searchsorted(ends, np.arange(1, n + 1))]
+    end = np.minimum(following, n - 1)
+    has_end = (following < n) & (request[order[end]] == request[order])
+    until = np.full(n, end_ns, np.int64)
+    until[order[has_end]] = time[order[end[has_end]]]
+    held = np.flatnonzero(~is_free)
     return Residences(
         request=request[held],
         start_ns=time[held],
@@ -41,6 +49,11 @@ def residences(result) -> Residences:
         num_blocks=log["num_blocks"].to_numpy()[held].astype(np.int64),
         is_move=kind[held] == words.code_of(kinds, "move"),
     )
+
+
+def is_paged(result) -> bool:
+    """Whether blocks come from anywhere, not in one region a request."""
+    return result.summary().get("allocator", "paged") == "paged"
 
 
 def shape_of_pool(result) -> tuple[int, bool]:

@@ -87,6 +87,18 @@ def _with_regions(allocator, n=300, **more):
     return simulate(made, llama(**settings), step_time=STEP, **more)
 
 
+def _with_blocks(record="blocks"):
+    """Paged, in 90 blocks; of each two requests one begins with 72 tokens that are the same in all of them."""
+    rows = [(0.1 * (k // 3), 80 + 7 * (k % 9), 10 + 5 * (k % 13)) for k in range(90)]
+    made = trace(
+        rows,
+        prefix_unit=24,
+        prefix_offsets=np.arange(91) // 2 * 3,
+        prefix_ids=np.tile(np.arange(3), 45),
+    )
+    return simulate(made, llama(max_model_len=512, num_gpu_blocks_override=91), step_time=STEP, record=record)
+
+
 MAKERS = {
     "calm": lambda: simulate(pressed(), llama(), step_time=STEP, command="kvsim run calm", seed=3),
     "pressed": lambda: simulate(pressed(), llama(num_gpu_blocks_override=121), step_time=STEP),
@@ -101,6 +113,8 @@ MAKERS = {
     ),
     "first-fit": lambda: _with_regions("first-fit"),
     "buddy": lambda: _with_regions("buddy"),
+    "blocks": _with_blocks,
+    "blocks, events alone": lambda: _with_blocks("events"),
     "few seqs": lambda: simulate(pressed(), llama(max_num_seqs=4), step_time=STEP),
     "ends": _ends,
     "unservable": _unservable,

@@ -111,10 +111,10 @@ def test_round_trip(name, tmp_path):
     assert {p.name for p in (tmp_path / "deep" / "out").iterdir()} == {p.name for p in paths}
 
 
-@pytest.mark.parametrize("name", ["pressed", "ends", "does not load", "first-fit"])
+@pytest.mark.parametrize("name", ["pressed", "ends", "does not load", "first-fit", "blocks"])
 def test_columns_and_types_are_those_of_the_contract(name, tmp_path):
     run(name).save(tmp_path)
-    assert (tmp_path / "regions.parquet").exists() == (name == "first-fit")
+    assert (tmp_path / "regions.parquet").exists() == (name in ("first-fit", "blocks"))
     for file, columns in CONTRACT.items():
         if not (tmp_path / file).exists():
             continue

@@ -462,8 +462,8 @@ def test_no_such_picture(folder, words, says, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("pressed", "allocator paged scatters blocks"),
-        ("summary", "allocator paged scatters blocks"),
+        ("pressed", "--record events does not keep with paging; run it again with --record blocks"),
+        ("summary", "--record summary does not keep with paging; run it again with --record blocks"),
         ("does not start", "the engine does not start, so nothing was ever held"),
     ],
 )
