@@ -307,7 +307,7 @@ def legend(m: MemoryMap) -> list[tuple[str, str]]:
     names = names or ["tokens" if m.is_crowded else "tokens (a colour a request)"]
     parts = [part for k, name in enumerate(names) for part in (("■", HUES[k][0]), (name, fig.QUIET))]
     if m.largest_free is not None:
-        parts += [("■", HUES[0][1]), ("held without", fig.QUIET)]
+        parts += [("■", HUES[0][1]), ("held, no tokens", fig.QUIET)]
     if (m.owner == SHARED).any():
         parts += [("■", SHARED_HUE), ("shared by a prefix", fig.QUIET)]
     parts += [("□", fig.QUIET), ("free", fig.QUIET)]

@@ -194,7 +194,7 @@ def test_the_free_memory_does_not_depend_on_the_rows_that_are_drawn():
 def test_legend_and_page_tell_who_shares(tmp_path):
     result = run("blocks")
     legend = [text for text, _ in mm.legend(mm.memory_map(result))]
-    assert "shared by a prefix" in legend and "held without" not in legend
+    assert "shared by a prefix" in legend and "held, no tokens" not in legend
     figure = mm.figure(result)
     alone, shared, free = figure["data"]
     assert "request %{customdata}" in alone["hovertemplate"] and free["name"] == "free"
