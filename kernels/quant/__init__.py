@@ -82,7 +82,7 @@ def quantize_grouped(
         *(_output(*each, x) for each in zip(out or (None,) * 3, shapes, kinds, _NAMES, strict=True))
     )
     codes = out.codes.view(np.uint8).reshape(in_codes)
-    if work is cuda:
+    if work is not ref:
         stored = [None if part is None else part.reshape(in_groups) for part in out[1:]]
         work.quantize(x.reshape(shape), rule, dtype, codes, *stored)
         return out
@@ -121,14 +121,14 @@ def dequantize_grouped(
         or (zeros is not None and zeros.shape != groups)
     ):
         raise ValueError(f"scales, and zeros where the rule keeps them, have shape {groups}")
+    for name, part, kind in zip(_NAMES[1:], (scales, zeros), _kinds(rule)[1:], strict=True):
+        if part is not None and part.dtype != kind:
+            raise ValueError(f"{name} of this rule are {np.dtype(kind)}, not {part.dtype}")
     shape = _folded(numbers, rule)
     in_groups = shape[0], rule.num_groups(length), shape[2]
     out = _output(out, numbers, _STORED[dtype], "out", codes)
     codes = _contiguous(codes).view(np.uint8).reshape(shape[0], rule.packed(length), shape[2])
-    if work is cuda:
-        for name, part, kind in zip(_NAMES[1:], (scales, zeros), _kinds(rule)[1:], strict=True):
-            if part is not None and part.dtype != kind:
-                raise ValueError(f"{name} of this rule are {np.dtype(kind)} on a device, not {part.dtype}")
+    if work is not ref:
         stored = [None if part is None else _contiguous(part).reshape(in_groups) for part in (scales, zeros)]
         work.dequantize(codes, *stored, rule, dtype, out.reshape(shape))
         return out

@@ -55,6 +55,14 @@ class Tile(NamedTuple):
     zero: np.ndarray  # float32
 
 
+class Stored(NamedTuple):
+    """Scales and zeros as a rule stores them; empty where it has none."""
+
+    scales: Floats
+    zeros: Floats
+    integers: np.ndarray  # uint8, zeros that are
+
+
 class Plan(NamedTuple):
     """A rule in numbers, and the shape that it is used on: outer x length x inner."""
 
@@ -265,6 +273,12 @@ def scales_of(tile, n, p):
     elif p.zero == 1 and p.scale_kind == 1 and p.is_stepwise:
         for i in range(n):
             scale[i], inverse[i], zero[i] = simple_scale_of(low[i], high[i], p, 1, 1, 1)
+    elif p.zero == 1 and p.scale_kind == 2 and p.is_stepwise:
+        for i in range(n):
+            scale[i], inverse[i], zero[i] = simple_scale_of(low[i], high[i], p, 1, 2, 1)
+    elif p.zero == 0 and p.scale_kind == 1:
+        for i in range(n):
+            scale[i], inverse[i], zero[i] = simple_scale_of(low[i], high[i], p, 0, 1, 0)
     else:
         for i in range(n):
             scale[i], inverse[i], zero[i] = scale_of(low[i], high[i], p)
@@ -274,6 +288,69 @@ def scales_of(tile, n, p):
 def kept(scale, p):
     """The scale that is stored and read: without the bits that hold a zero."""
     return bits_float(np.int32(float_bits(scale) & -16)) if p.is_zero_hidden else scale
+
+
+@_jit.inline_njit
+def put_all(numbers, n, sink, at):
+    if sink.kind == 0:
+        for i in range(n):
+            put(sink, at + i, numbers[i], 0)
+    elif sink.kind == 1:
+        for i in range(n):
+            put(sink, at + i, numbers[i], 1)
+    else:
+        for i in range(n):
+            put(sink, at + i, numbers[i], 2)
+
+
+@_jit.inner_njit
+def keep(tile, n, p, stored, at):
+    """Store the scales and zeros of n groups of the tile."""
+    scale, zero, words = tile.scale, tile.zero, stored.scales.words
+    if p.is_zero_hidden:
+        for i in range(n):
+            words[at + i] = np.int32(float_bits(kept(scale[i], p)) | np.int32(zero[i]))
+        return
+    put_all(scale, n, stored.scales, at)
+    if p.zero == 3:
+        for i in range(n):
+            stored.integers[at + i] = np.uint8(np.int32(zero[i]))
+    elif p.zero != 0:
+        put_all(zero, n, stored.zeros, at)
+
+
+@_jit.inline_njit
+def take_all(source, at, n, numbers):
+    if source.kind == 0:
+        for i in range(n):
+            numbers[i] = one_nan(number_at(source, at + i, 0))
+    elif source.kind == 1:
+        for i in range(n):
+            numbers[i] = one_nan(number_at(source, at + i, 1))
+    else:
+        for i in range(n):
+            numbers[i] = one_nan(number_at(source, at + i, 2))
+
+
+@_jit.inline_njit
+def one_nan(number):
+    return number if number == number else bits_float(np.int32(0x7FC00000))
+
+
+@_jit.inner_njit
+def recall(stored, at, n, p, tile):
+    """The reverse of `keep`."""
+    scale, zero = tile.scale, tile.zero
+    take_all(stored.scales, at, n, scale)
+    if p.is_zero_hidden:
+        for i in range(n):
+            zero[i] = np.float32(float_bits(scale[i]) & 15)
+            scale[i] = kept(scale[i], p)
+    elif p.zero == 3:
+        for i in range(n):
+            zero[i] = np.float32(stored.integers[at + i])
+    elif p.zero != 0:
+        take_all(stored.zeros, at, n, zero)
 
 
 # ---------------------------------------------------------------- codes
@@ -314,9 +391,18 @@ def in_steps(number, scale, zero, kind):
 
 
 @_jit.inline_njit
+def fake_steps(number, scale, zero, p, kind):
+    """What comes back of a number by a rule that is stepwise and rounds half to even."""
+    code = whole(clamped(in_steps(number, scale, zero, kind), p.lowest, p.highest), 0)
+    return rounded_to(code * scale, kind) + zero
+
+
+@_jit.inline_njit
 def usual(p):
     """Which of the rules of `usual_code` this is, or 0."""
-    if p.codes != 0 or p.is_division or p.is_stepwise:
+    if p.is_stepwise:
+        return 3 + p.scale_kind if p.rounding == 0 and p.scale_kind != 0 else 0
+    if p.codes != 0 or p.is_division:
         return 0
     if p.rounding == 0:
         return 2 if p.zero == 3 and not p.is_sum_rounded else 1 if p.zero == 1 or p.zero == 2 else 0
@@ -324,8 +410,10 @@ def usual(p):
 
 
 @_jit.inline_njit
-def usual_code(number, inverse, zero, p, rule):
+def usual_code(number, scale, inverse, zero, p, rule):
     """A code by one expression, where `divide_tile` and `code_at` take a loop for each of its operations."""
+    if rule >= 4:
+        return rounded(in_steps(number, scale, zero, rule - 3), p.lowest, p.highest, 0)
     if rule == 1:
         return rounded((number - zero) * inverse, p.lowest, p.highest, 0)
     if rule == 2:
@@ -338,12 +426,8 @@ def divide_tile(tile, start, n, scale, inverse, zero, p):
     """What is to be rounded to codes, for n numbers of the tile, in their place; one simple loop for each option."""
     values = tile.values
     if p.is_stepwise:
-        if p.scale_kind == 1:
-            for i in range(start, start + n):
-                values[i] = float_bits(in_steps(bits_float(values[i]), scale, zero, 1))
-        else:
-            for i in range(start, start + n):
-                values[i] = float_bits(in_steps(bits_float(values[i]), scale, zero, p.scale_kind))
+        for i in range(start, start + n):
+            values[i] = float_bits(in_steps(bits_float(values[i]), scale, zero, p.scale_kind))
         return
     if p.zero == 1 or p.zero == 2:
         for i in range(start, start + n):
@@ -426,6 +510,28 @@ def e5m2_of(number, saturate):
 
 
 @_jit.inline_njit
+def fp8_kept(number, cut, bias, one_step, largest):
+    """The number of the byte `fp8_of` makes of a finite one, saturated, without the byte."""
+    bits = float_bits(number)
+    size = np.int32(bits & 0x7FFFFFFF)
+    size = largest if size > largest else size
+    normal = np.int32(size + ((1 << cut - 1) - 1) + (size >> cut & 1)) & np.int32(-1 << cut)
+    subnormal = float_bits((bits_float(size) + one_step) - one_step)
+    kept = subnormal if size < bias + 1 << 23 else normal
+    return bits_float(np.int32(kept | bits & np.int32(-0x80000000)))
+
+
+@_jit.inline_njit
+def e4m3_kept(number):
+    return fp8_kept(number, 20, 120, np.float32(2.0**14), np.int32(0x43E00000))
+
+
+@_jit.inline_njit
+def e5m2_kept(number):
+    return fp8_kept(number, 21, 112, np.float32(2.0**7), np.int32(0x47600000))
+
+
+@_jit.inline_njit
 def number_of_e4m3(code):
     """As an fp16 whose exponent is 8 too small."""
     number = half_to_float(np.uint16((code & 0x80) << 8 | (code & 0x7F) << 7)) * np.float32(256)
@@ -460,13 +566,19 @@ def encode(tile, start, n, scale, inverse, zero, p, codes, to):
             codes[to + i] = e5m2_of(bits_float(values[start + i]) * inverse, 1)
     elif usual(p) == 1:
         for i in range(n):
-            codes[to + i] = np.uint8(usual_code(bits_float(values[start + i]), inverse, zero, p, 1))
+            codes[to + i] = np.uint8(usual_code(bits_float(values[start + i]), scale, inverse, zero, p, 1))
     elif usual(p) == 2:
         for i in range(n):
-            codes[to + i] = np.uint8(usual_code(bits_float(values[start + i]), inverse, zero, p, 2))
+            codes[to + i] = np.uint8(usual_code(bits_float(values[start + i]), scale, inverse, zero, p, 2))
     elif usual(p) == 3:
         for i in range(n):
-            codes[to + i] = np.uint8(usual_code(bits_float(values[start + i]), inverse, zero, p, 3))
+            codes[to + i] = np.uint8(usual_code(bits_float(values[start + i]), scale, inverse, zero, p, 3))
+    elif usual(p) == 4:
+        for i in range(n):
+            codes[to + i] = np.uint8(usual_code(bits_float(values[start + i]), scale, inverse, zero, p, 4))
+    elif usual(p) == 5:
+        for i in range(n):
+            codes[to + i] = np.uint8(usual_code(bits_float(values[start + i]), scale, inverse, zero, p, 5))
     else:
         divide_tile(tile, start, n, scale, inverse, zero, p)
         round_tile(tile, start, n, zero, p, codes, to)
@@ -519,28 +631,33 @@ def fake(tile, start, n, scale, inverse, zero, p):
         for i in range(start, start + n):
             values[i] = float_bits(zero + scale)  # the scale is 0 or NaN
     elif p.codes == 1:
-        scale = kept(scale, p)
         for i in range(start, start + n):
-            values[i] = float_bits(number_of_e4m3(e4m3_of(bits_float(values[i]) * inverse, 1)) * scale)
+            values[i] = float_bits(e4m3_kept(bits_float(values[i]) * inverse) * scale)
     elif p.codes == 2:
         for i in range(start, start + n):
-            values[i] = float_bits(number_of_e5m2(e5m2_of(bits_float(values[i]) * inverse, 1)) * scale)
+            values[i] = float_bits(e5m2_kept(bits_float(values[i]) * inverse) * scale)
     elif usual(p) == 1:
         for i in range(start, start + n):
-            code = usual_code(bits_float(values[i]), inverse, zero, p, 1)
+            code = usual_code(bits_float(values[i]), scale, inverse, zero, p, 1)
             values[i] = float_bits(np.float32(code))
     elif usual(p) == 2:
         for i in range(start, start + n):
-            code = usual_code(bits_float(values[i]), inverse, zero, p, 2)
+            code = usual_code(bits_float(values[i]), scale, inverse, zero, p, 2)
             values[i] = float_bits(np.float32(code))
     elif usual(p) == 3:
         for i in range(start, start + n):
-            code = usual_code(bits_float(values[i]), inverse, zero, p, 3)
+            code = usual_code(bits_float(values[i]), scale, inverse, zero, p, 3)
             values[i] = float_bits(np.float32(code))
+    elif usual(p) == 4:
+        for i in range(start, start + n):
+            values[i] = float_bits(fake_steps(bits_float(values[i]), scale, zero, p, 1))
+    elif usual(p) == 5:
+        for i in range(start, start + n):
+            values[i] = float_bits(fake_steps(bits_float(values[i]), scale, zero, p, 2))
     else:
         divide_tile(tile, start, n, scale, inverse, zero, p)
         round_in_place(tile, start, n, zero, p)
-    if inverse > 0 and p.codes == 0:
+    if inverse > 0 and p.codes == 0 and usual(p) < 4:
         back_tile(tile, start, n, kept(scale, p), zero, p)
 
 
@@ -741,10 +858,10 @@ def encode_groups(n, groups, p, tile, codes, to):
 
 
 @_jit.njit
-def quantize_rows(source, p, tile, codes, scales, zeros):
-    """Codes, scales and zeros of `outer` rows of `length` numbers."""
+def quantize_rows(source, p, tile, codes, stored):
+    """Codes, and scales and zeros as they are stored, of `outer` rows of `length` numbers."""
     if is_direct(p):
-        quantize_direct(source, p, tile, codes, scales, zeros)
+        quantize_direct(source, p, tile, codes, stored)
         return
     packed = (p.length * p.bits + 7) // 8
     span = span_of(p)
@@ -754,8 +871,7 @@ def quantize_rows(source, p, tile, codes, scales, zeros):
             n = min(span, p.length - at)
             first, out = row * p.length + at, row * packed + at * p.bits // 8
             groups = scale_span(source, first, n, p, tile)
-            for i in range(groups):
-                scales[group + i], zeros[group + i] = kept(tile.scale[i], p), tile.zero[i]
+            keep(tile, groups, p, stored, group)
             group += groups
             for start in range(0, n, TILE):
                 m = min(TILE, n - start)
@@ -769,28 +885,33 @@ def quantize_rows(source, p, tile, codes, scales, zeros):
 
 
 @_jit.inline_njit
-def decode_groups(codes, at, n, groups, scales, zeros, group, p, tile):
+def decode_groups(codes, at, n, groups, p, tile):
     """The numbers of n codes, a byte each, into the tile."""
     for i in range(groups):
         begin = i * p.group
         k = min(p.group, n - begin)
-        decode(codes, at + begin, k, scales[group + i], zeros[group + i], p, tile, begin)
+        decode(codes, at + begin, k, tile.scale[i], tile.zero[i], p, tile, begin)
 
 
 @_jit.inline_njit
-def has_infinity(scales):
+def has_infinity(source):
     found = False
-    for i in range(scales.size):
-        found |= abs(scales[i]) == np.float32(np.inf)
+    if source.kind == 0:
+        for i in range(source.words.size):
+            found |= np.int32(source.words[i] & 0x7FFFFFFF) == _INFINITY
+        return found
+    infinity = 0x7C00 if source.kind == 1 else _INFINITY >> 16
+    for i in range(source.halves.size):
+        found |= np.int32(source.halves[i] & 0x7FFF) == infinity
     return found
 
 
 @_jit.njit
-def dequantize_rows(codes, scales, zeros, p, tile, sink):
+def dequantize_rows(codes, stored, p, tile, sink):
     """The numbers of `outer` rows of `length` codes."""
     # Infinity times 0 is another NaN than the one that `put` knows how to narrow.
-    if is_plain(p) and not (sink.kind == 2 and has_infinity(scales)):
-        dequantize_plain(codes, scales, p, tile, sink)
+    if is_plain(p) and not (sink.kind == 2 and has_infinity(stored.scales)):
+        dequantize_plain(codes, stored, p, tile, sink)
         return
     packed = (p.length * p.bits + 7) // 8
     span = span_of(p)
@@ -800,13 +921,14 @@ def dequantize_rows(codes, scales, zeros, p, tile, sink):
             n = min(span, p.length - at)
             first, out = row * packed + at * p.bits // 8, row * p.length + at
             groups = num_groups(n, p)
+            recall(stored, group, groups, p, tile)
             for start in range(0, n, TILE):
                 m = min(TILE, n - start)
                 if p.bits == 8:
-                    decode_groups(codes, first + start, m, groups, scales, zeros, group, p, tile)
+                    decode_groups(codes, first + start, m, groups, p, tile)
                 else:
                     unpack_row(codes, first + start * p.bits // 8, m, p.bits, tile)
-                    decode_groups(tile.codes, 0, m, groups, scales, zeros, group, p, tile)
+                    decode_groups(tile.codes, 0, m, groups, p, tile)
                 store(tile, sink, out + start, m)
             group += groups
 
@@ -877,7 +999,7 @@ def encode_span(source, first, n, groups, p, tile, codes, to, kind):
 
 
 @_jit.inner_njit
-def quantize_direct(source, p, tile, codes, scales, zeros):
+def quantize_direct(source, p, tile, codes, stored):
     packed = (p.length * p.bits + 7) // 8
     span = span_of(p)
     group = 0
@@ -888,8 +1010,7 @@ def quantize_direct(source, p, tile, codes, scales, zeros):
             groups = num_groups(n, p)
             tops_of(source, first, n, p, tile)
             scales_of(tile, groups, p)
-            for i in range(groups):
-                scales[group + i], zeros[group + i] = tile.scale[i], tile.zero[i]
+            keep(tile, groups, p, stored, group)
             group += groups
             for start in range(0, n, TILE):
                 m = min(TILE, n - start)
@@ -906,18 +1027,18 @@ def quantize_direct(source, p, tile, codes, scales, zeros):
 
 
 @_jit.inline_njit
-def decode_span(codes, at, n, groups, scales, group, p, sink, to, kind):
+def decode_span(codes, at, n, groups, p, tile, sink, to, kind):
     """The numbers of n codes, a byte each."""
     flip = sign_bit(p)
     for g in range(groups):
-        begin, scale = g * p.group, scales[group + g]
+        begin, scale = g * p.group, tile.scale[g]
         here, there, k = at + begin, to + begin, min(p.group, n - begin)
         for i in range(k):
             put(sink, there + i, np.float32(np.int32((codes[here + i] ^ flip) - flip)) * scale, kind)
 
 
 @_jit.inner_njit
-def dequantize_plain(codes, scales, p, tile, sink):
+def dequantize_plain(codes, stored, p, tile, sink):
     packed = (p.length * p.bits + 7) // 8
     span = span_of(p)
     group = 0
@@ -926,6 +1047,7 @@ def dequantize_plain(codes, scales, p, tile, sink):
             n = min(span, p.length - at)
             first, out = row * packed + at * p.bits // 8, row * p.length + at
             groups = num_groups(n, p)
+            recall(stored, group, groups, p, tile)
             for start in range(0, n, TILE):
                 m = min(TILE, n - start)
                 small, begin = codes, first + start
@@ -933,11 +1055,11 @@ def dequantize_plain(codes, scales, p, tile, sink):
                     unpack_row(codes, first + start * p.bits // 8, m, p.bits, tile)
                     small, begin = tile.codes, 0
                 if sink.kind == 0:
-                    decode_span(small, begin, m, groups, scales, group, p, sink, out + start, 0)
+                    decode_span(small, begin, m, groups, p, tile, sink, out + start, 0)
                 elif sink.kind == 1:
-                    decode_span(small, begin, m, groups, scales, group, p, sink, out + start, 1)
+                    decode_span(small, begin, m, groups, p, tile, sink, out + start, 1)
                 else:
-                    decode_span(small, begin, m, groups, scales, group, p, sink, out + start, 2)
+                    decode_span(small, begin, m, groups, p, tile, sink, out + start, 2)
             group += groups
 
 
@@ -1055,10 +1177,7 @@ def scale_columns(source, at, n, m, p, tile):
 def divide_columns(tile, start, m, p):
     """As `divide_tile`, a channel each; 0 where the codes are those of 0."""
     values, scale, inverse, zero = tile.values, tile.scale, tile.inverse, tile.zero
-    if p.is_stepwise and p.scale_kind == 1:
-        for c in range(m):
-            values[start + c] = float_bits(in_steps(bits_float(values[start + c]), scale[c], zero[c], 1))
-    elif p.is_stepwise:
+    if p.is_stepwise:
         for c in range(m):
             number = in_steps(bits_float(values[start + c]), scale[c], zero[c], p.scale_kind)
             values[start + c] = float_bits(number)
@@ -1080,6 +1199,14 @@ def divide_columns(tile, start, m, p):
 
 
 @_jit.inline_njit
+def codes_of_columns_in_steps(tile, start, m, p, codes, to, kind):
+    values, scale, inverse, zero = tile.values, tile.scale, tile.inverse, tile.zero
+    for c in range(m):
+        number = in_steps(bits_float(values[start + c]), scale[c], zero[c], kind)
+        codes[to + c] = np.uint8(rounded(number if inverse[c] > 0 else np.float32(0), p.lowest, p.highest, 0))
+
+
+@_jit.inline_njit
 def encode_columns(tile, start, m, p, codes, to):
     """A byte a code for one token's numbers in m channels."""
     values, inverse, zero = tile.values, tile.inverse, tile.zero
@@ -1094,6 +1221,12 @@ def encode_columns(tile, start, m, p, codes, to):
             number = (bits_float(values[start + c]) - zero[c]) * inverse[c]
             number = number if inverse[c] > 0 else np.float32(0)
             codes[to + c] = np.uint8(rounded(number, p.lowest, p.highest, 0))
+        return
+    if usual(p) == 4:
+        codes_of_columns_in_steps(tile, start, m, p, codes, to, 1)
+        return
+    if usual(p) == 5:
+        codes_of_columns_in_steps(tile, start, m, p, codes, to, 2)
         return
     divide_columns(tile, start, m, p)
     if p.codes == 1:
@@ -1142,8 +1275,8 @@ def decode_columns(codes, at, m, p, tile, start):
 
 
 @_jit.njit
-def quantize_columns(source, p, tile, codes, scales, zeros):
-    """Codes, scales and zeros of `outer` arrays of `length` tokens x `inner` channels."""
+def quantize_columns(source, p, tile, codes, stored):
+    """As `quantize_rows`, of `outer` arrays of `length` tokens x `inner` channels."""
     packed, groups = (p.length * p.bits + 7) // 8, (p.length + p.group - 1) // p.group
     small = tile.codes
     for o in range(p.outer):
@@ -1154,9 +1287,7 @@ def quantize_columns(source, p, tile, codes, scales, zeros):
                 m = min(CHANNELS, p.inner - channel)
                 at = (o * p.length + token) * p.inner + channel
                 scale_columns(source, at, n, m, p, tile)
-                to = (o * groups + group) * p.inner + channel
-                for c in range(m):
-                    scales[to + c], zeros[to + c] = kept(tile.scale[c], p), tile.zero[c]
+                keep(tile, m, p, stored, (o * groups + group) * p.inner + channel)
                 to = (o * packed + token * p.bits // 8) * p.inner + channel
                 for unit in range(0, n, _TOKENS):
                     k = min(_TOKENS, n - unit)
@@ -1174,7 +1305,7 @@ def quantize_columns(source, p, tile, codes, scales, zeros):
 
 
 @_jit.njit
-def dequantize_columns(codes, scales, zeros, p, tile, sink):
+def dequantize_columns(codes, stored, p, tile, sink):
     """The numbers of `outer` arrays of codes of `length` tokens x `inner` channels."""
     packed, groups = (p.length * p.bits + 7) // 8, (p.length + p.group - 1) // p.group
     small = tile.codes
@@ -1184,9 +1315,7 @@ def dequantize_columns(codes, scales, zeros, p, tile, sink):
             n = min(p.group, p.length - token)
             for channel in range(0, p.inner, CHANNELS):
                 m = min(CHANNELS, p.inner - channel)
-                at = (o * groups + group) * p.inner + channel
-                for c in range(m):
-                    tile.scale[c], tile.zero[c] = scales[at + c], zeros[at + c]
+                recall(stored, (o * groups + group) * p.inner + channel, m, p, tile)
                 at = (o * packed + token * p.bits // 8) * p.inner + channel
                 to = (o * p.length + token) * p.inner + channel
                 for unit in range(0, n, _TOKENS):
@@ -1203,6 +1332,14 @@ def dequantize_columns(codes, scales, zeros, p, tile, sink):
 
 
 @_jit.inline_njit
+def fake_steps_of_columns(tile, m, p, kind):
+    values, scale, inverse, zero = tile.values, tile.scale, tile.inverse, tile.zero
+    for c in range(m):
+        number = fake_steps(bits_float(values[c]), scale[c], zero[c], p, kind)
+        values[c] = float_bits(number if inverse[c] > 0 else scale[c] + zero[c])  # the scale is 0 or NaN
+
+
+@_jit.inline_njit
 def usual_fake_columns(tile, m, p):
     """What comes back of one token's numbers in m channels by the rules whose codes need not be made for that."""
     values, scale, inverse, zero = tile.values, tile.scale, tile.inverse, tile.zero
@@ -1210,6 +1347,10 @@ def usual_fake_columns(tile, m, p):
         for c in range(m):
             number = bits_float(values[c]) * inverse[c] if inverse[c] > 0 else np.float32(0)
             values[c] = float_bits(whole(clamped(number, p.lowest, p.highest), 0) * scale[c])
+    elif usual(p) == 4:
+        fake_steps_of_columns(tile, m, p, 1)
+    elif usual(p) == 5:
+        fake_steps_of_columns(tile, m, p, 2)
     else:
         for c in range(m):
             number = (bits_float(values[c]) - zero[c]) * inverse[c] if inverse[c] > 0 else np.float32(0)
@@ -1230,7 +1371,7 @@ def fake_columns(source, p, tile, sink):
                 scale_columns(source, at, n, m, p, tile)
                 for t in range(n):
                     load(source, at + t * p.inner, tile, 0, m)
-                    if p.rounding == 0 and (is_direct(p) or usual(p) == 1):
+                    if p.rounding == 0 and (is_direct(p) or usual(p) == 1 or usual(p) >= 4):
                         usual_fake_columns(tile, m, p)
                         store(tile, sink, at + t * p.inner, m)
                         continue
@@ -1286,6 +1427,16 @@ def _floats(x, dtype: str) -> Floats:
     halves = flat.view(np.uint16)
     is_paired = dtype == "bfloat16" and flat.size % 2 == 0 and flat.ctypes.data % 4 == 0
     return Floats(halves.view(np.int32) if is_paired else np.empty(0, np.int32), halves, FLOATS.index(dtype))
+
+
+def _stored(scales, zeros, rule: Rule) -> Stored:
+    integers, none = np.empty(0, np.uint8), _floats(np.empty(0, np.float32), "float32")
+    scales = _floats(scales, rule.scale_dtype)
+    if zeros is None:
+        return Stored(scales, none, integers)
+    if rule.zero == "integer":
+        return Stored(scales, none, zeros.reshape(-1))
+    return Stored(scales, _floats(zeros, rule.scale_dtype), integers)
 
 
 def _plan(shape, rule: Rule) -> Plan:
@@ -1353,25 +1504,38 @@ def _part(rows: slice, at: int, end: int, rule: Rule, group: int) -> Part:
 
 
 def quantize(x, rule: Rule, dtype: str, codes, scales, zeros) -> None:
-    """As in `ref.py`; all arrays are contiguous."""
+    """As in `ref.py`, but scales and zeros are as they are stored, None where there are none; all arrays are
+    contiguous."""
     run = quantize_rows if x.shape[2] == 1 else quantize_columns
 
     def work(part):
         numbers = x[part.numbers]
-        flat = codes[part.codes].reshape(-1), scales[part.groups].reshape(-1), zeros[part.groups].reshape(-1)
-        run(_floats(numbers, dtype), _plan(numbers.shape, rule), _tile(), *flat)
+        stored = _stored(scales[part.groups], None if zeros is None else zeros[part.groups], rule)
+        run(
+            _floats(numbers, dtype),
+            _plan(numbers.shape, rule),
+            _tile(),
+            codes[part.codes].reshape(-1),
+            stored,
+        )
 
     _each_part(work, x.shape, rule)
 
 
 def dequantize(codes, scales, zeros, rule: Rule, dtype: str, out) -> None:
-    """As in `ref.py`; all arrays are contiguous."""
+    """As in `ref.py`, but scales and zeros as in `quantize`; all arrays are contiguous."""
     run = dequantize_rows if out.shape[2] == 1 else dequantize_columns
 
     def work(part):
         numbers = out[part.numbers]
-        flat = codes[part.codes].reshape(-1), scales[part.groups].reshape(-1), zeros[part.groups].reshape(-1)
-        run(*flat, _plan(numbers.shape, rule), _tile(), _floats(numbers, dtype))
+        stored = _stored(scales[part.groups], None if zeros is None else zeros[part.groups], rule)
+        run(
+            codes[part.codes].reshape(-1),
+            stored,
+            _plan(numbers.shape, rule),
+            _tile(),
+            _floats(numbers, dtype),
+        )
 
     _each_part(work, out.shape, rule)
 

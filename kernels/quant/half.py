@@ -108,6 +108,13 @@ def scale_to_half(number):
 # ---------------------------------------------------------------- arrays
 
 
+def aligned(size: int, dtype) -> np.ndarray:
+    """Room for numbers that begins at a whole cache line, so that no vector of them lies across two."""
+    dtype = np.dtype(dtype)
+    room = np.empty(size * dtype.itemsize + 64, np.uint8)
+    return room[-room.ctypes.data % 64 :][: size * dtype.itemsize].view(dtype)
+
+
 @_jit.njit
 def _widen(x, is_half, out):
     if is_half:

@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from kvsim._jit import inline_njit, njit
-from kvsim.kernels.quant.half import bfloat_to_float, half_to_float, widened
+from kvsim.kernels.quant.half import aligned, bfloat_to_float, half_to_float, widened
 from kvsim.kernels.quant.metrics_ref import (
     CHUNK,
     LANES,
@@ -128,7 +128,7 @@ def _chunk_sums(num_sums: int, before, after, dtype, threads) -> np.ndarray:
 
     def block(start: int) -> None:
         numbers, chunks = slice(start, start + _BLOCK), slice(start // CHUNK, (start + _BLOCK) // CHUNK)
-        rows, lanes = np.empty((2, LANES)), np.empty(num_sums * LANES)
+        rows, lanes = np.empty((2, LANES)), aligned(num_sums * LANES, np.float64)
         _add_chunks(x[numbers], y[numbers], kinds, CHUNK, rows, lanes, sums[:, chunks])
 
     each(block, range(0, x.size, _BLOCK), threads)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from kvsim import _jit
 from kvsim.kernels import quant
 from kvsim.kernels.quant import Rule, half, ref
-from kvsim.kernels.quant.rules import FLOATS, ROUNDINGS, ZEROS
+from kvsim.kernels.quant.rules import FLOATS, FP8_MAX, ROUNDINGS, ZEROS
 from kvsim.kernels.quant.threads import each
 
 needs_jit = pytest.mark.skipif(_jit.is_disabled(), reason="without the JIT this takes minutes")
@@ -134,6 +134,38 @@ def test_infinite_scales_make_the_same_nan_everywhere():
             for b in ("ref", "cpu")
         ]
         assert_same(both[1], both[0], to)
+
+
+@needs_jit
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_scales_and_zeros_are_read_as_any_bits(dtype):
+    """Those of others too: every NaN and infinity, subnormals, negative scales, zeros hidden in each of them."""
+    rng = np.random.default_rng(9)
+    words = rng.integers(0, 2**32, (2, 4096, 1), dtype=np.uint32)
+    words[:, ::64] |= 0x7F800000
+    kept = words.view(np.float32) if dtype == "float32" else (words >> 16).astype(np.uint16)
+    scales, zeros = kept.view(np.float16) if dtype == "float16" else kept
+    codes = rng.integers(0, 256, (4096, 4), dtype=np.uint8)
+    rules = [(Rule(4, zero="min", scale_dtype=dtype), zeros), (Rule(4, scale_dtype=dtype), None)]
+    rules += [(quant.VLLM_INT4, None)] if dtype == "float32" else []
+    for rule, zero in rules:
+        ref_, cpu_ = (
+            quant.dequantize_grouped(codes, scales, zero, rule, 8, backend=b) for b in ("ref", "cpu")
+        )
+        assert np.array_equal(ref_, cpu_, equal_nan=True), rule
+        is_number = ~np.isnan(ref_)
+        assert np.array_equal(bits(ref_)[is_number], bits(cpu_)[is_number]), rule
+
+
+@needs_jit
+@pytest.mark.parametrize("codes", ["e4m3", "e5m2"])
+def test_fake_fp8_of_every_fp16(codes):
+    """In groups with the largest number of the format, whose scale is 1."""
+    top = FP8_MAX[codes]
+    every = all_halves().view(np.float16)
+    x = np.where(abs(every) <= top, every, np.float16(0)).reshape(-1, 16)
+    x = np.concatenate([x, np.full((len(x), 1), top, np.float16)], axis=1)
+    assert_backends_agree(x, Rule(codes=codes), "float16")
 
 
 @needs_jit
@@ -575,6 +607,19 @@ def test_mistakes_are_told_in_one_sentence(call, sentence):
     with pytest.raises(ValueError, match=sentence.replace("(", r"\(")) as error:
         call(np.ones((4, 8), np.float32))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("backend", ["ref", pytest.param("cpu", marks=needs_jit)])
+def test_scales_of_another_dtype_are_refused(backend):
+    """They would be read as what they are not."""
+    rule = Rule(4, group=32, zero="min", scale_dtype="float16")
+    codes, scales, zeros = quant.quantize_grouped(numbers((4, 64), 1, "plain"), rule, backend="ref")
+    for wrong, name in (
+        ((scales.astype(np.float32), zeros), "scales of this rule are float16, not float32"),
+        ((scales, zeros.astype(np.float64)), "zeros of this rule are float16, not float64"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            quant.dequantize_grouped(codes, *wrong, rule, 64, backend=backend)
 
 
 def test_the_cpu_is_taken_where_it_works(monkeypatch):
