@@ -48,6 +48,20 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
         _unfinished.discard(temporary)
 
 
+def check_file(path: str | os.PathLike, suffixes: tuple[str, ...], flag: str = "") -> None:
+    """UserError, before anything is reckoned, for a file (that `flag` names) which could not be written in the end: of
+    another kind than `suffixes`, a folder, or in a folder that is not there."""
+    path = Path(path)
+    told = f"{flag} {path}".strip()
+    if path.suffix.lower() not in suffixes:
+        endings = " or ".join(filter(None, (", ".join(suffixes[:-1]), suffixes[-1])))
+        raise UserError(f"{told}: give a file name that ends in {endings}")
+    if path.is_dir():
+        raise UserError(f"{told} is a folder; give a file")
+    if not path.parent.is_dir():
+        raise UserError(f"{told}: there is no folder {path.parent}; make it first")
+
+
 def make_folder(path: str | os.PathLike) -> Path:
     """The folder `path`, made if need be. Raises UserError when it cannot be."""
     path = Path(path)

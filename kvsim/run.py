@@ -235,11 +235,13 @@ def _check_allocator(deployment, groups: list[dict], replicas: int, on_step) -> 
     allocator = deployment.settings.allocator
     if allocator == "paged":
         return
+    names = {"full": "full attention", "sliding": "windows", "chunked": "chunks", "mamba": "recurrent states"}
+    kinds = list(dict.fromkeys(names[group["kind"]] for group in groups))
+    layers = (
+        f"several kinds of layers ({' and '.join(kinds)})" if len(kinds) > 1 else f"{kinds[0]} in all layers"
+    )
     for is_asked, what in (
-        (
-            len(groups) != 1 or groups[0]["kind"] != "full",
-            f"{deployment.model.name}, which has several kinds of layers,",
-        ),
+        (len(groups) > 1 or groups[0]["kind"] != "full", f"{deployment.model.name}, which has {layers},"),
         (replicas > 1, "a fleet"),
         (on_step is not None, "a step log"),
     ):

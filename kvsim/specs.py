@@ -212,9 +212,10 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
         Each name is an engine setting, `model` or `gpu`, with the values it takes; None means not given. A
         combination that contradicts itself is an `Impossible` with the reason, which a sweep records as a row.
         Raises UserError for a name that is no setting or is not modelled, for no values, and for a value that
-        cannot be read.
+        the setting never has.
         """
         lists = {name: _values_of(name, given) for name, given in values.items()}
+        check_values({"engine": [self.settings.engine], **lists})
         fixed = {name: value for name, value in self.asked.items() if name not in lists}
         cells = []
         for combination in itertools.product(*lists.values()):
@@ -260,9 +261,35 @@ def _values_of(name: str, given) -> list:
         return [load(value) if isinstance(value, str | Path) else value for value in values]
     if name not in _setting_types() and name.replace("_", "-") in _known_flags().kinds():
         raise UserError(f"{name} is not modelled, so varying it would change nothing; leave it out")
-    for value in values:
-        _read_settings({name: value})
     return values
+
+
+def check_values(lists: dict[str, list]) -> None:
+    """UserError for a value that its engine setting has in no deployment, whatever the other settings are, and for a
+    name that is no setting. Models and GPUs, which are loaded, are left alone."""
+    engines = lists.get("engine", [EngineSettings().engine])
+    for name, values in lists.items():
+        for value in values if name not in ("model", "gpu") else ():
+            given = _read_settings({name: value})
+            _check_ranges(given)
+            if given.dtype != "auto":
+                formats.dtype_name(given.dtype)
+            if given.quantization is not None:
+                formats.weight_format(given.quantization)
+            if given.kv_cache_dtype != "auto":
+                _check_kv_name(given.kv_cache_dtype, engines)
+
+
+def _check_kv_name(name: str, engines: list[str]) -> None:
+    """UserError for a KV format that none of the engines has, told of the first."""
+    failures = []
+    for engine in engines:
+        try:
+            formats.kv_format(name, engine)
+        except UserError as error:
+            failures.append(error)
+    if len(failures) == len(engines):
+        raise failures[0]
 
 
 # ---------------------------------------------------------------- loading
@@ -577,7 +604,8 @@ def _check_ranges(s: EngineSettings) -> None:
     for name, known in CHOICES.items():
         value = getattr(s, name)
         if value not in known:
-            raise UserError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
+            hint = did_you_mean(value, known)
+            raise UserError(f"{name} is {value!r}; it must be one of {', '.join(known)}{hint}")
     if not re.fullmatch(r"\d+\.\d+(\..*)?", s.engine_version):
         raise UserError(f"engine_version is {s.engine_version!r}; write it like 0.33.0")
 

@@ -140,13 +140,16 @@ def test_prefix_caching_is_off():
 @pytest.mark.parametrize(
     ("model", "options", "what"),
     [
-        ("gemma-2-9b", {}, "several kinds of layers"),
+        ("gemma-2-9b", {}, r"gemma-2-9b, which has several kinds of layers \(windows and full attention\),"),
+        ("mistral-7b-v0.1", {}, "mistral-7b-v0.1, which has windows in all layers,"),
+        ("llama-4-scout", {}, r"several kinds of layers \(chunks and full attention\)"),
+        ("granite-4.0-h-tiny", {}, r"several kinds of layers \(recurrent states and full attention\)"),
         ("llama-3.1-8b", {"replicas": 2}, "a fleet"),
         ("llama-3.1-8b", {"on_step": print}, "a step log"),
     ],
 )
 def test_what_needs_paging_is_refused(model, options, what):
-    dep = kv.deployment(model, gpu="h100", allocator="exact", max_model_len=512)
+    dep = kv.deployment(model, gpu="b200", allocator="exact", max_model_len=512, tensor_parallel_size=4)
     with pytest.raises(
         UserError, match=f"{what}.* simulated with allocator paged alone, not with exact"
     ) as error:

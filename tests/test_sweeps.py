@@ -162,6 +162,9 @@ def test_numbers_of_numpy_will_do(dep):
         ({"max_num_seqs": ["many"]}, "'many' is not a count"),
         ({"max_num_seqs": []}, "max_num_seqs has no values"),
         ({"gpu": ["a100-80gbb"]}, "a100-80gb"),
+        ({"allocator": ["paged", "bestfit"]}, "allocator is 'bestfit'.* did you mean 'best-fit'"),
+        ({"kv_cache_dtype": ["auto", "q8_0"]}, "q8_0 is none of engine vllm"),
+        ({"block_size": [16, 0]}, "block_size is 0"),
     ],
     ids=str,
 )

@@ -63,7 +63,7 @@ def _asked(words: list[str]) -> dict[str, object]:
         warnings += more
     for warning in warnings:
         print(f"kvsim: warning: {warning}", file=sys.stderr)
+    settings |= specs.settings_from_args(args)
+    specs.check_values({name: [value] for name, value in settings.items()})
     named = {"model": args.model or model, "gpu": args.gpu}
-    return {name: value for name, value in named.items() if value is not None} | {
-        **settings, **specs.settings_from_args(args)
-    }  # fmt: skip
+    return {name: value for name, value in named.items() if value is not None} | settings

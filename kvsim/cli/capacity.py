@@ -27,9 +27,7 @@ def capacities_of(deployment, formats: list, asked: set[int], args: argparse.Nam
     if deployment is None:
         return [], []
     wide = memory.fit(deployment)
-    if (
-        wide.failure is not None and wide.failure.cause != "one_max_length_request"
-    ):  # not for want of a format
+    if not wide.has_pool:  # not for want of a format
         raise UserError(f"{wide.failure.sentence}; `kvsim fix` says what would help")
     capacities, deployments = [], []
     for kv in formats:

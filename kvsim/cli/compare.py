@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from kvsim.errors import UserError, did_you_mean
+from kvsim.errors import UserError
 
 _EPILOG = """examples:
   kvsim compare --model llama-3-70b --gpu h100 -tp 4 --attention mha,gqa,mqa,mla,sliding,hybrid
@@ -66,14 +66,16 @@ def main(args: argparse.Namespace) -> int:
     from kvsim.cli import boxes
     from kvsim.cli.sweep import cells_and_traffic, exit_code, replay, write_table
     from kvsim.comparison import check_number, compared, summary_with_waste
-    from kvsim.report.comparison_plot import check_plot
+    from kvsim.report.comparison_plot import check_rows
+    from kvsim.report.plot import check_picture_file
 
-    _check_values(args)
+    _check_attention(args)
     args.boxes = boxes.read(args.deployments) if args.deployments is not None else {}
     cells, traffic = cells_and_traffic(args)
     check_number(len(cells))
     if args.plot is not None:
-        check_plot(args.plot, len(cells))
+        check_picture_file(args.plot, "--plot")
+        check_rows(len(cells))
     grid = replay(args, cells, traffic, pick=summary_with_waste)
     comparison = compared(grid, traffic.trace(cells[0].traffic), args.context)
     if grid.num_failed == len(grid) and not any(row["pool_tokens"] for row in comparison.rows):
@@ -97,9 +99,8 @@ def main(args: argparse.Namespace) -> int:
     return exit_code(comparison.grid)
 
 
-def _check_values(args: argparse.Namespace) -> None:
-    """UserError for a word that nobody knows, which would be wrong in every row, and for a window without use."""
-    from kvsim import formats, specs
+def _check_attention(args: argparse.Namespace) -> None:
+    """UserError for a kind of attention that nobody knows, and for a window without use."""
     from kvsim.catalog.attention import WINDOWED, check_kind
 
     attention = getattr(args, "attention", [])
@@ -109,11 +110,3 @@ def _check_values(args: argparse.Namespace) -> None:
         raise UserError(
             f"--window {args.window} changes nothing without --attention sliding or hybrid; leave it out"
         )
-    for name in getattr(args, "allocator", []):
-        known = specs.CHOICES["allocator"]
-        if name not in known:
-            hint = did_you_mean(name, known) or f"; there are {', '.join(known)}"
-            raise UserError(f"there is no allocator {name!r}{hint}")
-    for name in getattr(args, "kv_cache_dtype", []):
-        if name != "auto":
-            formats.kv_format(name, "vllm")

@@ -5,9 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from kvsim.errors import UserError
-
-SUFFIXES = (".png", ".svg", ".html")
 _EPILOG = """examples:
   kvsim run chat-small -o out
   kvsim plot out                    writes out/timeline.png
@@ -43,25 +40,13 @@ def main(args: argparse.Namespace) -> int:
     """Write the picture and say where; 0, or UserError."""
     from kvsim.report.folder import load
     from kvsim.report.memory_map import check_picture
+    from kvsim.report.plot import check_picture_file, save_plot
 
     view = (args.what, args.from_s, args.to_s)
     check_picture(*view)
     out = Path(args.folder) / f"{args.what}.png" if args.out is None else Path(args.out)
-    if out.suffix.lower() not in SUFFIXES:
-        raise UserError(
-            f"--out {out}: give a file name that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
-        )
-    result = load(args.folder)
-    if out.suffix.lower() == ".html":
-        from kvsim.files import atomic
-        from kvsim.report.html import page
-
-        data = page(result, *view)
-        with atomic(out) as temporary:
-            temporary.write_bytes(data)
-    else:
-        from kvsim.report.plot import save_plot
-
-        save_plot(result, out, *view)
+    if args.out is not None:
+        check_picture_file(out, "--out")
+    save_plot(load(args.folder), out, *view)
     print(f"wrote {out}")
     return 0

@@ -29,7 +29,6 @@ DEFAULT_FORMATS = (
     "int4_per_token_head", "turboquant_4bit_nc", "turboquant_3bit_nc", "kivi-2",
 )  # fmt: skip
 DEFAULT_TOKENS, DEFAULT_HEADS, DEFAULT_DIM = 2048, 4, 128
-SUFFIXES = (".png", ".svg", ".html")
 TABLES = (".json", ".csv")
 _OF_NUMBER = ("range", "bits")
 _OF_FILE = ("layout", "k", "v", "q", "see_all")
@@ -226,12 +225,13 @@ def _metrics(text: str | None) -> tuple[str, ...]:
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
-    for flag, path, suffixes in (("-o", args.out, TABLES), ("--plot", args.plot, SUFFIXES)):
-        if path is not None and Path(path).suffix.lower() not in suffixes:
-            endings = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
-            raise UserError(f"{flag} {path!r}: give a file name that ends in {endings}")
-        if path is not None and not Path(path).parent.is_dir():
-            raise UserError(f"{flag} {path}: there is no folder {Path(path).parent}; make it first")
+    from kvsim.files import check_file
+    from kvsim.report.plot import check_picture_file
+
+    if args.out is not None:
+        check_file(args.out, TABLES, "-o")
+    if args.plot is not None:
+        check_picture_file(args.plot, "--plot")
 
 
 def _deployment(args: argparse.Namespace):

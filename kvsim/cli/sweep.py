@@ -117,12 +117,14 @@ def cells_and_traffic(args: argparse.Namespace) -> tuple[list, Traffic]:
     """The cells that the flags ask for, and where their traces come from. Nothing has run yet."""
     from kvsim.cli.run import goodput_of, step_time_of
     from kvsim.executors import check_executor
+    from kvsim.files import check_file
 
     common = {
         "step_time": step_time_of(args.step_time), "goodput": goodput_of(args.goodput), "strict": args.strict,
         "threads": 1,  # cells share the cores, not the replicas of one
     }  # fmt: skip
-    _check_out(args.out)
+    if args.out is not None:
+        check_file(args.out, FORMATS, "-o")
     check_executor(args.executor, args.max_workers, args.address)
     lists, fixed = _given(args)
     boxes = getattr(args, "boxes", {})
@@ -163,10 +165,12 @@ def replay(args: argparse.Namespace, cells: list, traffic: Traffic, pick=None):
 
 
 def _given(args: argparse.Namespace) -> tuple[dict[str, list], dict[str, object]]:
-    """Name to values of what the flags list, in the order of the flags; and the settings of a pasted command line."""
+    """Name to values of what the flags list, in the order of the flags; and the settings of a pasted command line.
+    UserError for a value that no deployment can have."""
     from kvsim import specs
 
-    names = {*_DEPLOYMENT, *_TRAFFIC, *_OPTIONS, *specs.settings_from_args(args)}
+    settings = specs.settings_from_args(args)
+    names = {*_DEPLOYMENT, *_TRAFFIC, *_OPTIONS, *settings}
     lists = {name: values for name, values in vars(args).items() if name in names}
     fixed, warnings = {}, specs.warnings_from_args(args)
     if args.pasted is not None:
@@ -179,6 +183,7 @@ def _given(args: argparse.Namespace) -> tuple[dict[str, list], dict[str, object]
             )
         if "gpu" not in lists:
             raise UserError("a pasted command line does not say which GPU; give --gpu NAME before the --")
+    specs.check_values({name: [value] for name, value in fixed.items()} | settings)
     for warning in warnings:
         print(f"kvsim: warning: {warning}", file=sys.stderr)
     return lists, fixed
@@ -314,18 +319,6 @@ def _check_priorities(traffic: Traffic, cells: list) -> None:
 # ---------------------------------------------------------------- output
 
 
-def _check_out(out: str | None) -> None:
-    if out is None:
-        return
-    path = Path(out)
-    if path.suffix not in FORMATS:
-        raise UserError(f"-o {out!r} is no table; give a name that ends in {' or '.join(FORMATS)}")
-    if path.is_dir():
-        raise UserError(f"-o {out} is a folder; give a file")
-    if not path.parent.is_dir():
-        raise UserError(f"-o {out}: there is no folder {path.parent}; make it first")
-
-
 def _metrics(text: str | None, traffic: Traffic, cells: list) -> tuple[str, ...]:
     """The metrics asked for, `reason` always among them. A misspelt one is told before the sweep, by a look at what a
     run of one request has."""
@@ -357,7 +350,7 @@ def write_table(table, path: Path) -> None:
     from kvsim.files import atomic
 
     with atomic(path) as temporary:
-        if path.suffix == ".csv":
+        if path.suffix.lower() == ".csv":
             import pyarrow.csv
 
             pyarrow.csv.write_csv(table, temporary)

@@ -157,8 +157,7 @@ def free_piece(s, start, size):
             k -= 1
         if k < 0 or k + 1 >= now.num_free_regions:
             return
-        is_pair = free[k].length == free[k + 1].length and free[k].start & free[k].length == 0
-        if not is_pair or free[k].start + free[k].length != free[k + 1].start:
+        if free[k].length != free[k + 1].length or free[k].start + free[k].length != free[k + 1].start:
             return
         merge_pieces(s, k)
 

@@ -117,6 +117,12 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
         return sum(g.block_bytes / g.block_size for g in self.groups if g.kind != "mamba")
 
     @property
+    def has_pool(self) -> bool:
+        """True when blocks are left, also where they are too few for one request of max_model_len: they are there all
+        the same for an engine that is started with a smaller one."""
+        return self.failure is None or self.failure.cause == "one_max_length_request"
+
+    @property
     def log_lines(self) -> tuple[str, ...]:
         """What the engine prints when it starts with this budget, vLLM's word for word."""
         if self.failure is not None or self.share:

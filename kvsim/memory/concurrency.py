@@ -21,10 +21,8 @@ HEADROOMS = ("0.1", "0.2")
 
 
 def usable_blocks(budget: Budget) -> int:
-    """Blocks for requests. Where only one request of max_model_len is too long they are there all the same, for an
-    engine that is started with a smaller one."""
-    starts = budget.failure is None or budget.failure.cause == "one_max_length_request"
-    return max(0, budget.num_gpu_blocks - 1) if starts else 0
+    """Blocks for requests (`Budget.has_pool`)."""
+    return max(0, budget.num_gpu_blocks - 1) if budget.has_pool else 0
 
 
 def longest_context(dep: Deployment, budget: Budget, sequences: int) -> int:

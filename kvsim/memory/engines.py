@@ -58,8 +58,7 @@ def capacity(dep: Deployment, budget: Budget, tokens: int) -> dict:
     else:
         size = blocks * budget.bytes_per_block
         concurrency = _at_once(budget.groups, budget.num_gpu_blocks, budget.block_size, tokens)
-    is_loaded = budget.failure is None or budget.failure.cause == "one_max_length_request"
-    concurrency = concurrency if is_loaded else 0.0
+    concurrency = concurrency if budget.has_pool else 0.0
     return {
         "tokens": tokens,
         "blocks": blocks,

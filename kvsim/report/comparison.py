@@ -12,7 +12,7 @@ from typing import NamedTuple, TextIO
 from kvsim.comparison import NOT_RUN, Comparison
 from kvsim.executors import Failed
 from kvsim.report import words
-from kvsim.report.table import WIDTH, aligned, print_text
+from kvsim.report.table import WIDTH, print_text
 
 VERDICTS = {**words.VERDICTS, "failed": "NOT RUN"}
 _TP = "tensor_parallel_size"  # said by the number of GPUs
@@ -122,10 +122,7 @@ def sentence(comparison: Comparison, row: dict) -> str:
     """The verdict, and how the row differs from the first; why it does not start or cannot be."""
     word = VERDICTS[row["verdict"]]
     if row["verdict"] in NOT_RUN:
-        reason = row["reason"]
-        for start in ("does not load: ", "does not start: "):
-            reason = reason.partition(start)[2] or reason
-        return f"{word}: {reason}"
+        return f"{word}: {words.why_not(row['reason'])}"
     said = [word]
     wrong = [
         ("num_preemptions", "preemptions"),
@@ -223,7 +220,7 @@ def _lines(comparison: Comparison, columns: list[Column]) -> list[str]:
     for row in comparison.rows:
         first, *rest = (column.text(row) for column in columns)
         rows.append([f"  {first}", *rest])
-    return aligned(rows, "".join(column.side for column in columns))
+    return words.aligned(rows, "".join(column.side for column in columns))
 
 
 def _number(value: float | None) -> str:
@@ -235,7 +232,7 @@ def _ratio(value: float | None) -> str:
 
 
 def _share(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
+    return "-" if value is None else words.percent(value, 1)
 
 
 def _wrapped(text: str, width: int, indent: str = "  ") -> list[str]:

@@ -9,7 +9,6 @@ import math
 import re
 import textwrap
 from html import escape
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +17,8 @@ from kvsim.errors import UserError
 from kvsim.report import figure as fig
 from kvsim.report import words
 from kvsim.report.comparison import VERDICTS, label, title, value_text
+from kvsim.report.plot import PX, WIDTH_IN, save_picture
 
-SUFFIXES = (".png", ".svg", ".html")
 WASTE_COLOURS = dict(zip(WASTE, ("#2563a8", fig.WAITING, fig.PREFILL), strict=True))
 MAX_CONTEXTS = 2  # panels of sequences at once
 LOG_FROM = 30  # largest over smallest: bars of a linear axis would be lines
@@ -97,7 +96,7 @@ def _waste_text(row: dict) -> str:
     """The share; in the place of the bars that a row without a run does not have, why."""
     if row["verdict"] in NOT_RUN:
         return VERDICTS[row["verdict"]].lower()
-    return "" if row["waste_share"] is None else f"{100 * row['waste_share']:.1f} %"
+    return "" if row["waste_share"] is None else words.percent(row["waste_share"], 1)
 
 
 def _went_wrong(rows: list[dict]) -> Panel:
@@ -158,45 +157,27 @@ def lines(comparison: Comparison) -> tuple[list[Line], float]:
     return out, top
 
 
-def check_plot(path: str | Path, rows: int) -> None:
-    """UserError for a suffix that is no picture's, a folder that is not there, more rows than MAX_ROWS, and a picture
-    that needs matplotlib without it."""
-    path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise UserError(
-            f"--plot {path}: give a file name that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
-        )
-    if not path.parent.is_dir():
-        raise UserError(f"--plot {path}: there is no folder {path.parent}; make it first")
+def check_rows(rows: int) -> None:
+    """UserError for more rows than MAX_ROWS."""
     if rows > MAX_ROWS:
-        raise UserError(
-            f"--plot: {rows:,} rows are no picture; at most {MAX_ROWS} are, so leave some values out"
-        )
-    if path.suffix.lower() != ".html" and find_spec("matplotlib") is None:
-        raise UserError(
-            f"--plot {path} needs matplotlib: pip install 'kvsim[plot]'; or write .html, which needs nothing"
-        )
+        raise UserError(f"{rows:,} rows are no picture; at most {MAX_ROWS} are, so leave some values out")
 
 
 def save_plot(comparison: Comparison, path: str | Path) -> Path:
     """Write the picture to a .png or .svg (extra `plot`) or .html file, whole or not at all. Raises UserError as
-    `check_plot` does, and when the place cannot be written to."""
-    from kvsim.files import atomic
-    from kvsim.report.html import document
-    from kvsim.report.plot import save_figure
+    `check_rows` and `plot.save_picture` do."""
+    check_rows(len(comparison.rows))
+    return save_picture(path, lambda figure: _draw(figure, comparison), lambda: _page(comparison))
 
-    path = Path(path)
-    check_plot(path, len(comparison.rows))
-    if path.suffix.lower() != ".html":
-        return save_figure(path, lambda figure: _draw(figure, comparison))
+
+def _page(comparison: Comparison) -> bytes:
+    from kvsim.report.html import document
+
     heading = words.printable(title(comparison))
     header = (
         f'<header><p class="why"><b>{escape(heading)}</b></p><p>{escape(subtitle(comparison))}</p></header>'
     )
-    page = document(heading, f'{header}<div id="timeline"></div>', plotly_data(comparison))
-    with atomic(path) as temporary:
-        temporary.write_bytes(page)
-    return path
+    return document(heading, f'{header}<div id="timeline"></div>', plotly_data(comparison))
 
 
 def subtitle(comparison: Comparison) -> str:
@@ -213,8 +194,6 @@ _CHAR_PX, _GAP_PX, _RIGHT_PX = 6.6, 26, 18
 
 
 def _draw(figure, comparison: Comparison) -> None:
-    from kvsim.report.plot import PX, WIDTH_IN
-
     width = WIDTH_IN / PX
     placed, height = lines(comparison)
     headings = [(line, "bold", fig.TEXT) for line in textwrap.wrap(words.printable(title(comparison)), 130)]

@@ -4,18 +4,19 @@
 from __future__ import annotations
 
 import textwrap
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
 from kvsim.errors import UserError
-from kvsim.files import atomic
+from kvsim.files import atomic, check_file
 from kvsim.report import figure as fig
 from kvsim.report import memory_map as mm
 from kvsim.report import words
 from kvsim.units import format_gib
 
-SUFFIXES = (".png", ".svg")
+PICTURES = (".png", ".svg", ".html")
 WIDTH_IN, _DPI, PX = 11.0, 150, 1 / 96  # PX: inches of a pixel of the page
 _LINE_PX = 17
 _SAMPLES = 2  # of a crowded map, each way in a pixel
@@ -31,41 +32,65 @@ _STYLE = {
 
 
 def save_plot(result, path: str | Path, what: str = "timeline", from_s=None, to_s=None) -> Path:
-    """Write a picture of a run to `path`, a .png or .svg file, whole or not at all: its timeline, or the map of its
-    memory, between two times in seconds if need be.
+    """Write a picture of a run to `path`, a .png, .svg or .html file, whole or not at all: its timeline, or the map of
+    its memory, between two times in seconds if need be.
 
     Raises UserError without matplotlib, for another suffix, when the place cannot be written to, and for a map of a run
     that has none (`memory_map.memory_map`).
     """
     mm.check_picture(what, from_s, to_s)
-    if what == "map":
-        return save_figure(path, lambda figure: _draw_map(figure, result, from_s, to_s))
-    draw = _draw_memory if result.summary()["verdict"] == "does_not_start" else _draw_run
-    return save_figure(path, lambda figure: draw(figure, result))
+
+    def draw(figure) -> None:
+        if what == "map":
+            _draw_map(figure, result, from_s, to_s)
+        elif result.summary()["verdict"] == "does_not_start":
+            _draw_memory(figure, result)
+        else:
+            _draw_run(figure, result)
+
+    def made_page() -> bytes:
+        from kvsim.report.html import page
+
+        return page(result, what, from_s, to_s)
+
+    return save_picture(path, draw, made_page)
 
 
-def save_figure(path: str | Path, draw) -> Path:
-    """Write what `draw(figure)` draws to a .png or .svg file, whole or not at all; raises as `save_plot`."""
-    path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"{path}: give a file name that ends in {' or '.join(SUFFIXES)}")
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
+def check_picture_file(path: str | Path, flag: str = "") -> None:
+    """UserError, before anything is reckoned, for a picture that could not be written (`files.check_file`)."""
+    check_file(path, PICTURES, flag)
+    if Path(path).suffix.lower() != ".html" and find_spec("matplotlib") is None:
         raise UserError(
-            "plots need matplotlib: pip install 'kvsim[plot]'; or write .html, which needs nothing"
-        ) from None
+            f"{f'{flag} {path}'.strip()}: matplotlib is missing: pip install 'kvsim[plot]'; or write .html, which needs"
+            " nothing"
+        )
+
+
+def save_picture(path: str | Path, draw, page) -> Path:
+    """Write what `draw(figure)` draws to a .png or .svg file, or to a .html file the bytes that `page()` makes, whole
+    or not at all; raises as `check_picture_file`, and when the place cannot be written to."""
+    path = Path(path)
+    check_picture_file(path)
     kind = path.suffix.lower()[1:]
+    with atomic(path) as temporary:
+        if kind == "html":
+            temporary.write_bytes(page())
+        else:
+            _save_figure(temporary, kind, draw)
+    return path
+
+
+def _save_figure(path: Path, kind: str, draw) -> None:
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context(_STYLE):
         figure = Figure(dpi=_DPI, facecolor="white")
         FigureCanvasAgg(figure)
         draw(figure)
         metadata = {"Date": None, "Creator": "kvsim"} if kind == "svg" else {"Software": "kvsim"}
-        with atomic(path) as temporary:
-            figure.savefig(temporary, format=kind, metadata=metadata)
-    return path
+        figure.savefig(path, format=kind, metadata=metadata)
 
 
 def _draw_run(figure, result) -> None:

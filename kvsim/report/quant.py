@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvsim.formats import KvFormat
-from kvsim.report.table import aligned
+from kvsim.report.words import aligned
 from kvsim.units import format_ns
 
 # Of an error: where it is in a row, and what is above its column.

@@ -5,9 +5,8 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from kvsim.files import atomic
 from kvsim.report import figure as fig
-from kvsim.report.plot import save_figure
+from kvsim.report.plot import save_picture
 from kvsim.report.quant import error_of
 
 _BEST, _OTHER = fig.POOL, fig.HIGHEST
@@ -18,13 +17,8 @@ _PLACES = ((8, 6, "left"), (8, 0, "left"), (-8, -6, "right"), (-8, 0, "right"), 
 
 
 def save_plot(facts: dict, path: str | Path) -> Path:
-    """Write the picture to a .png, .svg or .html file, whole or not at all; UserError as `report.plot.save_figure`."""
-    path = Path(path)
-    if path.suffix.lower() == ".html":
-        with atomic(path) as temporary:
-            temporary.write_bytes(_page(facts))
-        return path
-    return save_figure(path, lambda figure: _draw(figure, facts))
+    """Write the picture to a .png, .svg or .html file, whole or not at all; UserError as `plot.save_picture`."""
+    return save_picture(path, lambda figure: _draw(figure, facts), lambda: _page(facts))
 
 
 def _points(facts: dict) -> list[tuple[float, float, dict]]:
@@ -105,7 +99,7 @@ def _page(facts: dict) -> bytes:
             _trace("another is better in both", others, _OTHER, "markers+text")]  # fmt: skip
     axis = {"gridcolor": fig.GRID, "zeroline": False, "color": fig.QUIET}
     layout = {
-        "height": 620, "paper_bgcolor": fig.PAGE, "plot_bgcolor": fig.PAGE, "font": {"color": fig.TEXT},
+        **fig.plain_layout(620), "showlegend": True,
         "xaxis": axis | {"title": {"text": x_name}}, "yaxis": axis | {"title": {"text": y_name}, "type": "log"},
         "legend": {"orientation": "h", "y": 1.08}, "margin": {"l": 70, "r": 30, "t": 40, "b": 60},
     }  # fmt: skip

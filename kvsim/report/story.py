@@ -539,10 +539,16 @@ def _never_fits(result, row, events):
 def _allocator_full(result, row, events):
     memory = next((event["memory"] for event in events if event["kind"] == "oom"), None)
     why = words.CAUSES["allocator_full"] if memory is None else oom.meaning(memory)
-    return (
-        why,
-        f"--allocator paged; or fewer requests at once (a lower --max-num-seqs); or {_larger_pool(result)}",
-    )
+    fewer = "a lower --max-num-seqs"
+    if memory is not None:
+        others = len(memory["holders"])
+        fewer = f"a --max-num-seqs below the {others + 1:,} that had memory then" if others else ""
+    changes = [
+        "--allocator paged",
+        f"fewer requests at once ({fewer})" if fewer else "",
+        _larger_pool(result),
+    ]
+    return why, "; or ".join(filter(None, changes))
 
 
 def _deadline(result, row, events):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 
 from kvsim.errors import UserError
+from kvsim.files import atomic
 from kvsim.trace import Trace
 from kvsim.units import NS_PER_S
 
@@ -41,11 +43,9 @@ def plot_trace(trace: Trace, path: str | os.PathLike) -> None:
     axes[-1].grid(alpha=0.3)
     axes[-1].legend()
     try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"{path}: cannot be written ({reason}); give a name such as trace.png in a folder that is there"
-        ) from None
+        with atomic(path) as temporary:
+            figure.savefig(temporary, dpi=120, format=Path(path).suffix[1:].lower() or "png")
+    except ValueError as error:  # a format that matplotlib does not have
+        raise UserError(f"{path} cannot be written ({error}); give a name such as trace.png") from None
     finally:
         pyplot.close(figure)

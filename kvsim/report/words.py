@@ -125,7 +125,11 @@ def gpus(summary: dict) -> str:
 
 
 def _does_not_start(summary: dict) -> str:
-    sentence = summary["failure"]["sentence"]
+    return why_not(summary["failure"]["sentence"])
+
+
+def why_not(sentence: str) -> str:
+    """Why a deployment does not start, without its name."""
     for words in ("does not load: ", "does not start: "):
         sentence = sentence.partition(words)[2] or sentence
     return sentence

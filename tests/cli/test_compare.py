@@ -121,6 +121,13 @@ def test_what_is_not_simulated_is_sized(capsys, trace):
     assert "NOT RUN: pipeline_parallel_size 2" in capsys.readouterr().out
 
 
+def test_a_kv_format_may_be_one_that_another_engine_has(capsys, trace):
+    words = (trace, "--gpu", "b200", "--engine", "sglang,vllm", "--kv-cache-dtype", "fp4_e2m1,nvfp4")
+    _, rows = rows_of(capsys, *words, "--max-model-len", 4096)
+    sized = [(row["engine"], row["kv_cache_dtype"]) for row in rows if row["pool_tokens"]]
+    assert sized == [("sglang", "fp4_e2m1"), ("vllm", "nvfp4")]
+
+
 def test_a_model_that_cannot_be_sized_is_a_row(capsys, trace):
     words = (
         trace,
@@ -139,10 +146,11 @@ def test_a_model_that_cannot_be_sized_is_a_row(capsys, trace):
 
 
 def test_what_is_varied_is_shown_as_it_was_asked(capsys, trace):
-    """Blocks that the engine makes larger, and those that cannot be."""
+    """Blocks that the engine makes larger, and those of an engine that cannot be."""
     words = (trace, "--gpu", "h100", "--max-model-len", 4096, "--kv-cache-dtype", "turboquant_4bit_nc")
-    _, rows = rows_of(capsys, *words, "--block-size", "16,0")
-    assert [(row["block_size"], row["tokens_per_block"]) for row in rows] == [(16, 32), (0, None)]
+    _, rows = rows_of(capsys, *words, "--block-size", "16,64", "--max-num-seqs", "8,99999")
+    assert [row["block_size"] for row in rows] == [16, 16, 64, 64]
+    assert [row["tokens_per_block"] for row in rows] == [32, None, 64, None]
 
 
 def test_sequences_are_of_the_length_of_the_traffic_that_is_replayed(capsys, trace):
@@ -286,6 +294,7 @@ def test_deployments_are_what_kvsim_run_makes_of_their_flags(capsys, trace, boxe
         ("a: --gpu l4\nno colon here\n", "boxes.txt, line 2: write a name, a colon and flags"),
         ("a: --gpu l4\na: --gpu l40s\n", "boxes.txt, line 2: there is a deployment 'a' already"),
         ("a: --gpu l4\n\nb: --gpu l4 --blok-size 8\n", "boxes.txt, line 3: "),
+        ("a: --gpu l4\nb: --gpu l4 --allocator pagd\n", "boxes.txt, line 2: allocator is 'pagd'"),
         ("a: --gpu l4\nb: --gpu 'l4\n", "boxes.txt, line 2: No closing quotation"),
         ("a: --gpu l4\nb: --gpu l5\n", "'l5' is not in the catalogue"),
         (
@@ -374,16 +383,18 @@ def test_exit_code_1_when_no_row_starts(capsys, trace):
     ("words", "sentence"),
     [
         ("--attention mhaa,gqa", "there is no attention 'mhaa'; did you mean 'mha'"),
-        ("--allocator pagd,paged", "there is no allocator 'pagd'; did you mean 'paged'"),
+        ("--allocator pagd,paged", "best-fit; did you mean 'paged'?"),
         ("--kv-cache-dtype fp9,auto", "kv_cache_dtype 'fp9' is not modelled"),
+        ("--kv-cache-dtype auto,fp4_e2m1", "kv_cache_dtype fp4_e2m1 is none of engine vllm"),
+        ("--engine sglang,vllm --kv-cache-dtype q8_0", "kv_cache_dtype q8_0 is none of engine sglang"),
         ("--models llama-3.1-8b,lama-2-7b", "'lama-2-7b' is not in the catalogue"),
         ("--attention gqa", "nothing to compare: this is one row"),
         ("", "nothing to compare: this is one row"),
         ("--window 512 --attention mha,gqa", "--window 512 changes nothing"),
-        ("--attention gqa,mqa --block-size 0", "no row is possible: block_size is 0"),
+        ("--attention gqa,mqa --block-size 0", "error: block_size is 0; it must be at least 1"),
         ("--attention gqa,mqa --plot x.pdf", "--plot x.pdf: give a file name that ends in"),
         ("--attention gqa,mqa --plot nowhere/x.png", "there is no folder nowhere"),
-        ("--attention gqa,mqa -o x.txt", "is no table"),
+        ("--attention gqa,mqa -o x.txt", "-o x.txt: give a file name that ends in .parquet or .csv"),
         ("--max-num-seqs 1:200:1 --plot x.png", "200 rows are no picture"),
     ],
 )

@@ -3,11 +3,12 @@
 import csv
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
 
-from kvsim import deployment, fit
+from kvsim import deployment, fit, quality
 from kvsim.cli import main
 from kvsim.cli.quant import DEFAULT_FORMATS
 from kvsim.errors import UserError
@@ -330,6 +331,14 @@ def test_traffic_beside_quality(capsys):
 )  # fmt: skip
 def test_mistakes(capsys, words, expected):
     assert expected in told(capsys, *words.split())
+
+
+def test_a_picture_without_matplotlib_is_refused_before_anything_is_measured(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(quality, "measure", None)
+    assert told(capsys, *SMALL, "--plot", "x.svg").endswith(
+        "--plot x.svg: matplotlib is missing: pip install 'kvsim[plot]'; or write .html, which needs nothing\n"
+    )
 
 
 @pytest.mark.parametrize(

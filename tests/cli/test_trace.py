@@ -62,7 +62,8 @@ def test_plot(kvsim, tmp_path, burst):
     assert code == 0 and (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG" and "wrote" in out
     for bad in ("p.xyz", "no/p.png"):
         code, _, err = kvsim("trace", "info", burst, "--plot", tmp_path / bad)
-        assert code == 2 and "cannot be written" in err
+        assert code == 2 and "cannot be written" in err and err.count("\n") == 1
+    assert not list(tmp_path.glob(".p*"))  # no temporary file
 
 
 @pytest.mark.parametrize(

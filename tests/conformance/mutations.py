@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from kvsim.errors import UserError
-from tests.conformance.wrong_rules import BLOCKS, MUTATIONS, Mutation
+from tests.conformance.wrong_rules import ALLOCATORS, BLOCKS, MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parents[2]
 # What catches, in the order of asking, until one fails. The last ones take minutes, and are there for what the first
@@ -29,8 +29,10 @@ NAMES = {
     "tests/engine/test_free_list.py": "free list",
     "tests/engine/test_invariants.py": "invariants",
     "tests/engine/test_cases.py": "stored case",
+    "tests/engine/test_regions.py": "regions",
 }
-TESTS = tuple(NAMES)
+REGION_TESTS = ("tests/engine/test_regions.py",)  # the only ones with other allocators than paged
+TESTS = tuple(name for name in NAMES if name not in REGION_TESTS)
 MAX_SECONDS = 1200
 # A counter-example is enough: hypothesis need not look for the smallest one.
 CONFTEST = """
@@ -61,6 +63,11 @@ def copy_project(folder: Path):
         elif not entry.name.startswith("."):
             (folder / entry.name).symlink_to(entry)
     (folder / "conftest.py").write_text(CONFTEST)
+
+
+def tests_for(mutation: Mutation) -> tuple[str, ...]:
+    """What may catch it, in the order of asking."""
+    return REGION_TESTS if mutation.rule == ALLOCATORS else TESTS
 
 
 def first_failure(mutation: Mutation | None, tests=TESTS) -> str | None:
@@ -116,21 +123,21 @@ def check_baseline(tests):
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="make mutations", description=__doc__)
-    parser.add_argument("--only", help="a part of the names of those to try")
+    parser.add_argument("--only", help="a part of the names of those to try, or a rule, such as allocators")
     parser.add_argument("--quick", action="store_true", help="only the first file of tests")
     parser.add_argument("--out", type=Path, help="write the table here, as JSON")
     parser.add_argument("--no-baseline", action="store_true", help="do not run the tests without a mutation")
     args = parser.parse_args(argv)
-    chosen = [m for m in MUTATIONS if not args.only or args.only in m.name]
+    chosen = [m for m in MUTATIONS if not args.only or args.only == m.rule or args.only in m.name]
     for mutation in MUTATIONS:
         mutated(mutation)
-    tests = TESTS[:1] if args.quick else TESTS
+    most = 1 if args.quick else None
     if not args.no_baseline:
-        check_baseline(tests)
+        check_baseline(tuple(dict.fromkeys(test for m in chosen for test in tests_for(m)[:most])))
     rows = []
     print("| rule | wrong rule | caught by |\n|---|---|---|")
     for mutation in chosen:
-        failure = first_failure(mutation, tests)
+        failure = first_failure(mutation, tests_for(mutation)[:most])
         caught_by = in_words(failure) if failure else None
         rows.append({"rule": mutation.rule, "name": mutation.name, "caught_by": caught_by})
         print(f"| {mutation.rule} | {mutation.name} | {caught_by or 'nothing'} |", flush=True)

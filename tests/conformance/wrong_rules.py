@@ -17,6 +17,8 @@ class Mutation(NamedTuple):
 SCHEDULE, BLOCKS, LOOP = "engine/schedule.py", "engine/blocks.py", "engine/loop.py"
 QUEUES, COHORT = "engine/queues.py", "engine/cohort.py"
 STATE, KEYS, RUN = "engine/state.py", "engine/keys.py", "run.py"
+REGIONS = "engine/regions.py"
+ALLOCATORS = "allocators"  # the rule of what is docs/allocators.md's
 
 MUTATIONS = (
     Mutation(
@@ -674,5 +676,130 @@ MUTATIONS = (
         "who waits for blocks does not notice what is cached meanwhile", "3.11", SCHEDULE,
         "    return has_most or s.keys.oldest",
         "    return True or s.keys.oldest",
+    ),
+    Mutation(
+        "best fit takes the first piece that is long enough", ALLOCATORS, REGIONS,
+        " == BUDDY or s.settings[0].allocator == BEST_FIT\n",
+        " == BUDDY\n",
+    ),
+    Mutation(
+        "of the shortest pieces the last one is taken", ALLOCATORS, REGIONS,
+        "free[k].length < free[found].length):",
+        "free[k].length <= free[found].length):",
+    ),
+    Mutation(
+        "a free region is not joined with what is free behind it", ALLOCATORS, REGIONS,
+        "        if k + 1 < now.num_free_regions and free[k + 1].start == start + size:\n",
+        "        if False:\n",
+    ),
+    Mutation(
+        "a free region is not joined with what is free before it", ALLOCATORS, REGIONS,
+        "        if k > 0 and free[k - 1].start + free[k - 1].length == start:\n",
+        "        if False:\n",
+    ),
+    Mutation(
+        "the upper of two buddies is joined with what is behind it", ALLOCATORS, REGIONS,
+        "        if free[k].start & free[k].length > 0:  # the upper half of a pair\n            k -= 1\n",
+        "",
+    ),
+    Mutation(
+        "the upper of two buddies grows in place", ALLOCATORS, REGIONS,
+        "(piece.length == more and row.slot & more == 0)",
+        "piece.length == more",
+    ),
+    Mutation(
+        "a region goes where it can stay", ALLOCATORS, REGIONS,
+        "    if can_grow_in_place(s, row, k, size):\n",
+        "    if False:\n",
+    ),
+    Mutation(
+        "a region that moves is free before it has its new place", ALLOCATORS, REGIONS,
+        "        k = find_piece(s, size)\n        if k == now.num_free_regions:\n            return -1\n        start = take_from_piece(s, k, size)\n        free_piece(s, row.slot, row.num_blocks)\n",
+        "        free_piece(s, row.slot, row.num_blocks)\n        k = find_piece(s, size)\n        if k == now.num_free_regions:\n            return -1\n        start = take_from_piece(s, k, size)\n",
+    ),
+    Mutation(
+        "growth in place copies", ALLOCATORS, REGIONS,
+        "    copied, kind = 0, REGION_GROW\n",
+        "    copied, kind = row.computed, REGION_GROW\n",
+    ),
+    Mutation(
+        "the last token of a request needs a place", ALLOCATORS, REGIONS,
+        "cfg.max_model_len) - 1\n    return max(0",
+        "cfg.max_model_len)\n    return max(0",
+    ),
+    Mutation(
+        "a region that grows wastes what it wasted", ALLOCATORS, REGIONS,
+        "    now.internal_tokens += unused_tokens(s, row, size) - unused_tokens(s, row, row.num_blocks)\n",
+        "",
+    ),
+    Mutation(
+        "contiguous reserves the prompt", ALLOCATORS, SCHEDULE,
+        "        tokens = cfg.max_model_len\n    elif cfg.allocator == EXACT:",
+        "        tokens = row.prompt\n    elif cfg.allocator == EXACT:",
+    ),
+    Mutation(
+        "exact reserves a token less", ALLOCATORS, SCHEDULE,
+        "        tokens = row.prompt + row.output\n    size = ",
+        "        tokens = row.prompt + row.output - 1\n    size = ",
+    ),
+    Mutation(
+        "exact reserves what the model cannot reach", ALLOCATORS, SCHEDULE,
+        "    size = blocks_for(cfg, min(tokens, cfg.max_model_len))\n",
+        "    size = blocks_for(cfg, tokens if cfg.allocator == EXACT else min(tokens, cfg.max_model_len))\n",
+    ),
+    Mutation(
+        "a buddy grows by what it lacks", ALLOCATORS, SCHEDULE,
+        "    if s.settings[0].allocator == BUDDY:\n        lacking = row.num_blocks\n",
+        "",
+    ),
+    Mutation(
+        "any free blocks make a region", ALLOCATORS, SCHEDULE,
+        "        if whole > largest_free(s):\n            return POOL_FULL, whole\n",
+        "        if whole > now.free_blocks:\n            return POOL_FULL, whole\n",
+    ),
+    Mutation(
+        "regions know no watermark", ALLOCATORS, SCHEDULE,
+        "        return POOL_FULL_WATERMARK if whole + watermark > now.free_blocks else NO_CAUSE, whole\n",
+        "        return NO_CAUSE, whole\n",
+    ),
+    Mutation(
+        "out of memory frees nothing", ALLOCATORS, SCHEDULE,
+        "    free_before, lost = now.free_blocks, row.computed\n    release(s, r)\n    now.num_dropped",
+        "    free_before, lost = now.free_blocks, row.computed\n    now.num_dropped",
+    ),
+    Mutation(
+        "nobody runs after who is out of memory", ALLOCATORS, SCHEDULE,
+        "== PRIORITY or s.settings[0].allocator != PAGED\n",
+        "== PRIORITY\n",
+    ),
+    Mutation(
+        "the largest piece is that after who is out of memory left", ALLOCATORS, SCHEDULE,
+        "    log_region(s, r, REGION_SHORT, -1, largest_free(s))\n    free_before, lost = now.free_blocks, row.computed\n    release(s, r)\n",
+        "    free_before, lost = now.free_blocks, row.computed\n    release(s, r)\n    log_region(s, r, REGION_SHORT, -1, largest_free(s))\n",
+    ),
+    Mutation(
+        "who waits for a region looks again when enough is free in all", ALLOCATORS, SCHEDULE,
+        "return now.wait_cause == POOL_FULL and now.wait_least > largest_free(s)",
+        "return now.wait_cause == POOL_FULL",
+    ),
+    Mutation(
+        "the cohort runs together though others may find no place", ALLOCATORS, SCHEDULE,
+        "        return ONE_BY_ONE if blocks > blocks_to_grow(s) else TOGETHER\n",
+        "        return TOGETHER\n",
+    ),
+    Mutation(
+        "quiet steps go on over who may find no place", ALLOCATORS, LOOP,
+        "                    if cfg.allocator != PAGED:  # who does not find a place to grow ends\n",
+        "                    if False:\n",
+    ),
+    Mutation(
+        "what is free is lost to fragments while the watermark holds", ALLOCATORS, BLOCKS,
+        "    if s.settings[0].allocator != PAGED and now.wait_cause == POOL_FULL:\n",
+        "    if s.settings[0].allocator != PAGED:\n",
+    ),
+    Mutation(
+        "what is free is lost to fragments while nobody waits for memory", ALLOCATORS, BLOCKS,
+        "    if not is_full or s.requests[now.wait_request].status == ENDED:\n        return\n",
+        "    if s.requests[now.wait_request].status == ENDED:\n        return\n",
     ),
 )  # fmt: skip

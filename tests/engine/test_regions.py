@@ -175,10 +175,10 @@ def test_growing_to_another_place_in_place_and_not_at_all():
 
 
 def test_best_fit_leaves_the_long_piece_alone():
-    """Pieces of 6, 3 and 7 blocks are free when request 4 asks for 3; nobody grows before it ends."""
+    """Pieces of 6, 3 and 3 blocks are free when request 4 asks for 3; nobody grows before it ends."""
     rows = [(0, 21, 1), (0, 5, 3), (0, 9, 1), (0, 5, 3), (1, 9, 1)]
     for allocator, place in (("first-fit", 0), ("best-fit", 8)):
-        log, *_ = told(rows, allocator, 20, block_size=4, max_model_len=40)
+        log, *_ = told(rows, allocator, 16, block_size=4, max_model_len=40)
         assert (1, "take", 4, place, 3) in log and {entry[1] for entry in log} == {"take", "free"}
 
 
@@ -206,6 +206,27 @@ def test_the_upper_buddy_moves():
         (3, "free", 1, 4, 4),
     ]
     assert outcomes == ["finished"] * 2 and engine.copied_tokens == 2
+
+
+def test_the_upper_buddy_does_not_grow_into_what_is_behind_it():
+    """Blocks 6 and 7 are its own, 4 and 5 before it and 8 and 9 behind it are free: neither makes one piece of 4."""
+    rows = [(0, 3, 2), (0, 2, 1), (0, 2, 3), (0, 2, 1), (0, 1, 2), (0, 3, 2)]
+    log, _, outcomes, ref, engine = told(rows, "buddy", 16)
+    assert (0, "take", 2, 6, 2) in log and (1, "free", 2, 6, 2) in log
+    assert outcomes == ["finished", "finished", "oom", "finished", "finished", "finished"]
+    (at,) = [k for k, e in enumerate(ref.events) if e[2] == "oom"]
+    assert ref.events[at] == (1, 1, "oom", 2, "allocator_full", 5, 7, 4, 2, -1)
+    assert engine.largest_free == {at: 2}
+
+
+def test_who_comes_after_who_is_out_of_memory_has_its_turn():
+    """Request 0 makes tokens. With a step in flight 1 and 2, whose prompts have come to their end in two chunks, both
+    grow for the first time: 1 finds no place, and its blocks are not lost on 2 in the same step."""
+    rows = [(0, 1, 3), (0, 8, 3), (0, 8, 3)]
+    more = {"block_size": 4, "async_scheduling": True, "long_prefill_token_threshold": 4}
+    log, _, outcomes, _, _ = told(rows, "first-fit", 6, **more)
+    (end,) = [time for time, kind, request, *_ in log if (kind, request) == ("free", 1)]
+    assert (end, "grow", 2, 3, 3) in log and outcomes == ["finished", "oom", "finished"]
 
 
 def test_a_pool_that_is_no_power_of_two_is_a_sum_of_them():

@@ -199,7 +199,7 @@ def test_png_and_svg_are_the_same_twice(name, kind, tmp_path):
 
 
 def test_plots_that_cannot_be(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"ends in \.png or \.svg"):
+    with pytest.raises(UserError, match=r"x\.pdf: give a file name that ends in \.png, \.svg or \.html"):
         save_plot(run("one"), tmp_path / "x.pdf")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"pip install 'kvsim\[plot\]'"):

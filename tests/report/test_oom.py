@@ -297,9 +297,25 @@ def test_an_oom_is_told_with_its_numbers(name):
     others = sum(holder["blocks"] for holder in memory["holders"][oom.MOST_HOLDERS :])
     assert not others or re.search(rf"\d others? {others} ", text)
     assert f"free, in {memory['num_free_places']} place" in text
-    assert "--allocator paged" in text.partition("to change it: ")[2]
+    advice = text.partition("to change it: ")[2]
+    assert advice.startswith(
+        f"--allocator paged; or fewer requests at once (a --max-num-seqs below the {len(memory['holders']) + 1} that"
+        " had memory then); or a larger pool (a higher --num-gpu-blocks-override, or leave it out)"
+    )
+    told_by_rows = told(dataclasses.replace(result, events=None, regions=None), event["request"])
+    assert "or fewer requests at once (a lower --max-num-seqs); or a larger pool" in told_by_rows
     rows = oom.holder_rows(memory)
     assert sum(int(row[1]) for row in rows[1:]) == 120
+
+
+def test_who_is_out_of_memory_alone_is_not_told_to_share_with_fewer():
+    """15 blocks, and its own 8 do not become 16."""
+    result = simulate(
+        trace([(0, 120, 40)]), llama(num_gpu_blocks_override=16, max_model_len=240, allocator="buddy")
+    )
+    text = told(result, 0)
+    assert "Its 8 blocks" in text and "had to become 16 in one piece" in text
+    assert "to change it: --allocator paged; or a larger pool" in text
 
 
 def test_who_waits_for_a_piece_is_told_how_long_the_longest_was():

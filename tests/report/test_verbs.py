@@ -82,7 +82,7 @@ def test_plot_of_no_kind(ends, tmp_path, capsys):
     assert main(["plot", ends, "-o", "x.pdf"]) == 2
     assert "ends in .png, .svg or .html" in capsys.readouterr().err
     assert main(["plot", ends, "-o", str(tmp_path / "no" / "x.html")]) == 2
-    assert "cannot be written" in capsys.readouterr().err
+    assert f"there is no folder {tmp_path / 'no'}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", ["why", "show", "plot"])
