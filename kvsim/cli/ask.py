@@ -120,6 +120,18 @@ def vllm_only(deployment, flag: str) -> None:
         raise UserError(f"{flag} is answered for engine vllm alone; leave it or --engine out")
 
 
+def paged_only(args: argparse.Namespace) -> None:
+    """UserError for an allocator: what it holds depends on the traffic, which these verbs do not replay."""
+    from kvsim.specs import settings_from_args
+
+    allocator = settings_from_args(args).get("allocator", "paged")
+    if allocator != "paged":
+        raise UserError(
+            f"--allocator {allocator} changes what becomes of traffic, which is not replayed here; leave it out, or"
+            " ask kvsim run or kvsim compare"
+        )
+
+
 def _print(args: argparse.Namespace, facts, text: str) -> None:
     if args.json:
         import json

@@ -11,7 +11,7 @@ import sys
 _EXTRAS = (
     ("matplotlib", "kvsim plot: PNG and SVG", "plot"),
     ("ray", "kvsim sweep: many machines", "ray"),
-    ("cupy", "kernels on a CUDA GPU", "cuda12 or cuda13"),
+    ("cupy", "kernels on a CUDA GPU; cuda12 for CUDA 12", "cuda13"),
 )
 _NEEDED = ("numpy", "numba", "scipy", "pyarrow", "msgspec", "rich", "plotly")
 

@@ -122,6 +122,7 @@ def main(args: argparse.Namespace) -> int:
     from kvsim.report import fit as report
 
     engines.rename(args)
+    ask.paged_only(args)
     if ask.question(args) is not None:
         return ask.main(args)
     if args.min_gpus:

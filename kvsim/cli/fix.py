@@ -42,12 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Print; the exit code."""
     from kvsim.cli import draft
-    from kvsim.cli.ask import vllm_only
+    from kvsim.cli.ask import paged_only, vllm_only
     from kvsim.cli.fit import with_total
     from kvsim.cli.run import deployment_of
     from kvsim.memory import levers
     from kvsim.report import fix as report
 
+    paged_only(args)
     names = _levers(args, tuple(levers.LEVERS))
     draft.take(args)
     deployment = with_total(deployment_of(args, None, None), args.total)

@@ -52,12 +52,13 @@ def main(args: argparse.Namespace) -> int:
     """Print; the exit code."""
     from kvsim import memory
     from kvsim.cli import draft
-    from kvsim.cli.ask import vllm_only
+    from kvsim.cli.ask import paged_only, vllm_only
     from kvsim.cli.run import asked_of
     from kvsim.memory.loading import LOADERS
     from kvsim.report.load import load_facts, load_text
     from kvsim.specs import check_supported, deployment, settings_from_args
 
+    paged_only(args)
     if args.gpus_per_node < 1:
         raise UserError(f"--gpus-per-node is {args.gpus_per_node}; it must be at least 1")
     if args.timeline and args.gpu is None:

@@ -71,14 +71,15 @@ def num_left_out(trace: Trace, max_model_len: int) -> int:
 
 
 def _is_served(trace: Trace, max_model_len: int) -> np.ndarray:
-    return (trace.prompt_tokens > 0) & (trace.output_tokens > 0) & (trace.prompt_tokens < max_model_len)
+    prompt, output = trace.prompt_tokens, trace.output_tokens
+    return (prompt > 0) & (output > 0) & (prompt < max_model_len) & (output <= max_model_len)  # 3.21
 
 
 def _served(trace: Trace, max_model_len: int) -> tuple[np.ndarray, np.ndarray]:
     served = _is_served(trace, max_model_len)
     if not served.any():
         raise UserError(
-            f"no request of {trace.name} has a prompt below max_model_len {max_model_len:,} and an output; give a"
+            f"no request of {trace.name} has a prompt and an output within max_model_len {max_model_len:,}; give a"
             " trace that has, or raise --max-model-len"
         )
     return trace.prompt_tokens[served].astype(np.int64), trace.output_tokens[served].astype(np.int64)

@@ -35,6 +35,7 @@ def monte_carlo_facts(
         "num_left_out": montecarlo.num_left_out(trace, limit),
         "usable_blocks": usable_blocks(budget),
         "sequences": asked,
+        "max_num_seqs": dep.settings.max_num_seqs,
         **{
             name: _distribution(each, asked, budget.groups[0].block_size)
             for name, each in zip(lengths, filled, strict=True)
@@ -69,10 +70,10 @@ def monte_carlo_lines(facts: dict, ranks: int) -> list[str]:
     """The part of the page that --monte-carlo adds."""
     of_rank = f" of each of {ranks} data parallel ranks" if ranks > 1 else ""
     rows = []
-    for name, words in _WHEN.items():
+    for name, when in _WHEN.items():
         at_once, wasted = facts[name]["concurrency"], facts[name]["wasted_tokens"]
         cells = [f"{at_once[key]:,}" for key in ("fewest", "p5", "p50", "p95", "most")]
-        rows.append([words, *cells, f"{100 * facts[name]['do_not_fit']:.2f} %"])
+        rows.append([when, *cells, f"{100 * facts[name]['do_not_fit']:.2f} %"])
         if wasted is not None:
             share = facts[name]["wasted_share"]
             in_words = [f"{wasted[f'p{p}']:,}" for p in _PERCENTS]
@@ -84,16 +85,24 @@ def monte_carlo_lines(facts: dict, ranks: int) -> list[str]:
     left_out = facts["num_left_out"]
     lines = [
         "",
-        f"Requests at once in {facts['scenarios']:,} draws from {facts['trace']}, seed {facts['seed']}, until the"
-        f" {facts['usable_blocks']:,} blocks{of_rank} are full",
+        f"Requests at once in {_count(facts['scenarios'], 'draw')} from {facts['trace']}, seed"
+        f" {facts['seed']}, until the {facts['usable_blocks']:,} blocks{of_rank} are full",
         *table_lines(header, rows, left=(0,), indent="  "),
-        *(f"  {words}  {_sketch(facts[name])}" for name, words in _WHEN.items()),
+        *(f"  {when}  {_sketch(facts[name])}" for name, when in _WHEN.items()),
     ]
     if facts["at_the_end"]["wasted_tokens"] is None:
         lines.append("  what is wasted is not told, since not every layer keeps every token")
+    if any(facts[name]["concurrency"]["most"] > facts["max_num_seqs"] for name in _WHEN):
+        lines.append(f"  memory holds that; max_num_seqs {facts['max_num_seqs']:,} lets no more run at once")
     if left_out:
-        lines.append(f"  {left_out:,} requests that the engine rejects on arrival are not drawn")
+        left = _count(left_out, "request")
+        lines.append(f"  {left} that the engine rejects on arrival: in the table above, and not drawn")
     return lines
+
+
+def _count(n: int, noun: str) -> str:
+    """`report.words.count`, without NumPy."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 def _sketch(facts: dict) -> str:

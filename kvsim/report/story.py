@@ -430,7 +430,7 @@ def _reasons(result, row: dict, events: list[dict], waited: dict[str, int]) -> t
         meaning, change = words.CAUSES.get(cause, "") if cause else "", ""
     changes = [change] if change else []
     if row["outcome"] not in ("rejected", "unservable"):
-        changes += [text for text in _about_waiting(result, row, waited) if text not in changes]
+        changes += [text for text in _about_waiting(result, row, waited) if text not in change]
     return meaning, "; ".join(changes)
 
 

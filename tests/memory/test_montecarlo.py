@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvsim import deployment, fit
+from kvsim import deployment, fit, simulate
 from kvsim.cli import main
 from kvsim.errors import UserError
 from kvsim.memory import montecarlo
@@ -239,7 +239,7 @@ def test_no_request_that_would_be_served(capsys, tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n0,9000,10\n")
     words = ["llama-3.1-8b", "--gpu", "l40s", "--max-model-len", "8K", "--trace", path, "--monte-carlo", 10]
-    assert "no request of t has a prompt below max_model_len 8,192" in mistake(capsys, *words)
+    assert "no request of t has a prompt and an output within max_model_len 8,192" in mistake(capsys, *words)
 
 
 def test_a_gpu_that_is_not_there(monkeypatch):
@@ -253,6 +253,27 @@ def test_a_gpu_that_is_not_there(monkeypatch):
     lengths = montecarlo.lengths_at_the_end(load_trace("chat-small"), 2048)
     with pytest.raises(UserError, match="--backend cuda: backend 'cuda' needs a CUDA device"):
         montecarlo.fill_pools(dep, budget, [lengths], 1, backend="cuda")
+
+
+def test_what_is_not_drawn_is_what_a_run_rejects(capsys):
+    options = ("llama-3.1-8b", "--gpu", "l4", "--max-model-len", "1K")
+    facts = facts_of(capsys, *options, "--trace", "chat-small", "--monte-carlo", "5")
+    run = simulate(load_trace("chat-small"), deployment("llama-3.1-8b", gpu="l4", max_model_len=1024))
+    assert facts["monte_carlo"]["num_left_out"] == run.summary()["outcomes"]["rejected"] == 222
+
+
+def test_a_line_says_that_max_num_seqs_lets_fewer_run(capsys):
+    options = ["fit", "llama-3.1-8b", "--gpu", "l40s", "--max-model-len", "8K", "--trace", "chat-small"]
+    for limit, is_said in (("64", True), ("1000", False)):
+        assert main([*options, "--monte-carlo", "5", "--max-num-seqs", limit]) == 0
+        assert (f"max_num_seqs {int(limit):,} lets no more" in capsys.readouterr().out) is is_said
+
+
+@pytest.mark.parametrize("verb", [("fit",), ("fix",), ("load", "--timeline")])
+def test_an_allocator_is_a_matter_of_runs(verb, capsys):
+    assert main([*verb, "llama-3.1-8b", "--gpu", "l4", "--allocator", "contiguous"]) == 2
+    told = capsys.readouterr().err
+    assert "--allocator contiguous" in told and "kvsim compare" in told
 
 
 def test_without_the_flag_nothing_heavy_is_loaded():
