@@ -79,6 +79,24 @@ def num_threads() -> int:
     return parallel.get_num_threads() if parallel._is_initialized else config.NUMBA_NUM_THREADS
 
 
+def as_writable(array):
+    """The same memory as an array that may be written, for compiled code that only reads it: numba compiles anew for an
+    array that is read-only, such as one of `np.load(mmap_mode="r")`, and a copy would take as much memory again."""
+    if array.flags.writeable:
+        return array
+    import numpy as np
+
+    return np.asarray(_AsWritable(array))
+
+
+class _AsWritable:
+    """What NumPy makes another array of, which keeps this and so the memory."""
+
+    def __init__(self, array):
+        self.array = array
+        self.__array_interface__ = array.__array_interface__ | {"data": (array.ctypes.data, False)}
+
+
 def import_numba() -> None:
     """Import all of numba that compiled code needs: in a process of our own without the linear algebra of SciPy, which
     takes 0.1 s to import and no kernel here uses, and without which numba has no `np.dot`."""

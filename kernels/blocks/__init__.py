@@ -16,10 +16,12 @@ and tables are changed in place, by these functions alone; `check` says whether 
 
 from __future__ import annotations
 
+import operator
 from typing import NamedTuple
 
 import numpy as np
 
+from kvsim import _jit
 from kvsim.kernels.blocks import ref
 from kvsim.kernels.blocks.ref import ABSENT, RUN_BINS, Filled, Pool, Scenarios, Tables
 
@@ -59,7 +61,7 @@ class SequenceBlocks(NamedTuple):
 
 def sequence_blocks(tokens, block_size: int, *, backend="auto") -> SequenceBlocks:
     """Blocks of `block_size` tokens that sequences of `tokens` take, of any shape, and the places that stay empty."""
-    tokens = _lengths(tokens)
+    tokens, block_size = _lengths(tokens), _whole(block_size, "block_size")
     if not 1 <= block_size <= MAX_BLOCK_SIZE:
         raise ValueError(f"a block has 1 to {MAX_BLOCK_SIZE} tokens, not {block_size}")
     out = SequenceBlocks(np.empty(tokens.shape, np.int32), np.empty(tokens.shape, np.int32))
@@ -74,11 +76,14 @@ def scenarios(num_draws: int, block_sizes, block_bytes, budgets) -> Scenarios:
     pool has as many whole blocks as its budget pays for."""
     block_sizes, budgets = np.asarray(block_sizes), np.asarray(budgets, np.int64)
     block_bytes = np.asarray(block_bytes, np.int64)
-    if block_bytes.ndim != 2 or block_bytes.shape[1] != len(block_sizes) or (block_bytes < 1).any():
+    if block_sizes.ndim != 1 or budgets.ndim != 1:
+        raise ValueError("block_sizes and budgets are one-dimensional")
+    if block_bytes.ndim != 2 or block_bytes.shape[1] != len(block_sizes):
         raise ValueError(
-            f"block_bytes is [formats, {len(block_sizes)} block sizes], each at least 1, not of shape"
-            f" {block_bytes.shape}"
+            f"block_bytes is [formats, {len(block_sizes)} block sizes], not of shape {block_bytes.shape}"
         )
+    if (block_bytes < 1).any():
+        raise ValueError(f"a block has at least 1 byte, not {block_bytes.min()}")
     draw, size, form, budget = np.indices(
         (num_draws, len(block_sizes), len(block_bytes), len(budgets))
     ).reshape(4, -1)
@@ -117,7 +122,10 @@ def occupancy(lengths, scenarios: Scenarios, bins: int = 8, *, backend="auto", t
 
 def new_pool(num_blocks, num_scenarios: int = 1) -> Pool:
     """A pool of free blocks for each scenario, of one size or of a size each; block 0 is taken first."""
-    sizes = np.broadcast_to(np.asarray(num_blocks, np.int64), (num_scenarios,)).copy()
+    sizes = np.asarray(num_blocks)
+    if sizes.dtype.kind not in "iu" and sizes.size:
+        raise ValueError(f"a pool has a whole number of blocks, not {num_blocks!r}")
+    sizes = np.broadcast_to(sizes.astype(np.int64), (num_scenarios,)).copy()
     if len(sizes) and not (0 <= sizes.min() and sizes.max() < 2**31):
         raise ValueError(f"a pool has 0 to 2**31 - 1 blocks, not {num_blocks}")
     blocks = np.arange(sizes.max(initial=0), dtype=np.int32)
@@ -164,7 +172,7 @@ def release(pool: Pool, tables: Tables, is_done, *, backend="auto", threads=1) -
     """int64[scenarios]: how many blocks became free. The sequences of `is_done[scenarios, sequences]` give back all of
     theirs; those that nobody else holds go on the free stack, the lowest number on top."""
     _check_state(pool, tables)
-    is_done = _owned(is_done, bool)
+    is_done = _contiguous(is_done, bool)
     if is_done.shape != tables.num_blocks.shape:
         raise ValueError(f"is_done has shape {tables.num_blocks.shape}, not {is_done.shape}")
     freed = np.empty(len(is_done), np.int64)
@@ -216,8 +224,6 @@ def backend_of(name: str):
 
         cuda.check_device()
         return cuda
-    from kvsim import _jit
-
     if name == "auto" and _jit.is_disabled():
         return ref
     from kvsim.kernels.blocks import cpu
@@ -225,9 +231,18 @@ def backend_of(name: str):
     return cpu
 
 
-def _owned(x, dtype) -> np.ndarray:
-    """Contiguous, and a copy where it cannot be written: compiled code is made for one kind of array."""
-    return np.require(x, dtype, ("C", "W"))
+def _contiguous(x, dtype) -> np.ndarray:
+    """For kernels that only read it. Writable, because compiled code is made for one kind of array."""
+    return _jit.as_writable(np.require(x, dtype, "C"))
+
+
+def _whole(x, name: str) -> int:
+    try:
+        if not isinstance(x, (bool, np.bool_)):
+            return operator.index(x)
+    except TypeError:
+        pass
+    raise ValueError(f"{name} is a whole number, not {x!r}")
 
 
 def _lengths(tokens) -> np.ndarray:
@@ -236,7 +251,7 @@ def _lengths(tokens) -> np.ndarray:
         raise ValueError(f"lengths are whole numbers, not {tokens.dtype}")
     if tokens.size and not (0 <= tokens.min() and tokens.max() < 2**31):
         raise ValueError("lengths are 0 to 2**31 - 1 tokens")
-    return _owned(tokens, np.int32)
+    return _contiguous(tokens, np.int32)
 
 
 def _rows_of_lengths(lengths) -> np.ndarray:
@@ -251,19 +266,23 @@ def _scenarios(given: Scenarios, num_draws: int) -> Scenarios:
     if not draw.shape == block_size.shape == num_blocks.shape or draw.ndim != 1:
         raise ValueError("the columns of scenarios are one-dimensional and of one length")
     if draw.size:
+        if any(column.dtype.kind not in "iu" for column in (draw, block_size, num_blocks)):
+            raise ValueError("the columns of scenarios are whole numbers")
         if not (0 <= draw.min() and draw.max() < num_draws):
             raise ValueError(f"draw is a row of lengths, 0 to {num_draws - 1}")
         if not (1 <= block_size.min() and block_size.max() <= MAX_BLOCK_SIZE):
             raise ValueError(f"a block has 1 to {MAX_BLOCK_SIZE} tokens")
         if num_blocks.min() < 0:
             raise ValueError("a pool has at least 0 blocks")
-    return Scenarios(_owned(draw, np.int32), _owned(block_size, np.int32), _owned(num_blocks, np.int64))
+    return Scenarios(
+        _contiguous(draw, np.int32), _contiguous(block_size, np.int32), _contiguous(num_blocks, np.int64)
+    )
 
 
 def _check_out(out, shape) -> None:
     for name, part in zip(out._fields, out, strict=True):
-        if part.shape != shape or part.dtype != np.int64 or not part.flags.c_contiguous:
-            raise ValueError(f"out.{name} has to be a contiguous int64 array of shape {shape}")
+        if part.shape != shape or part.dtype != np.int64 or not part.flags.carray:
+            raise ValueError(f"out.{name} has to be a writable, contiguous int64 array of shape {shape}")
 
 
 def _per_sequence(x, shape, name) -> np.ndarray:
@@ -276,7 +295,7 @@ def _per_sequence(x, shape, name) -> np.ndarray:
         raise ValueError(f"{name} is within int32")
     if name != "source" and x.min(initial=0) < 0:
         raise ValueError(f"{name} is at least 0")
-    return _owned(x, np.int32)
+    return _contiguous(x, np.int32)
 
 
 def _check_pool(pool: Pool) -> None:

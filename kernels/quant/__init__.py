@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvsim import _jit
 from kvsim.kernels.quant import cuda, ref
 from kvsim.kernels.quant.rules import (
     FLOATS,
@@ -76,6 +77,8 @@ def quantize_grouped(
     outer, length, inner = shape
     in_codes, in_groups = ((outer, count, inner) for count in (rule.packed(length), rule.num_groups(length)))
     work = _backend(backend, x)
+    if out is not None and not (isinstance(out, (tuple, list)) and len(out) == 3):
+        raise ValueError("out is a Quantized, or a tuple of three: codes, scales and zeros")
     kinds = _kinds(rule)
     shapes = [_unfolded(part, x.shape, rule) for part in (in_codes, in_groups, in_groups)]
     out = Quantized(
@@ -196,8 +199,6 @@ def self_test(backend: str) -> str | None:
 def _why_no_cpu() -> str | None:
     import importlib.util
 
-    from kvsim import _jit
-
     if _jit.is_disabled():
         return "NUMBA_DISABLE_JIT is set, so its loops are plain Python"
     if importlib.util.find_spec("numba") is None:
@@ -222,8 +223,6 @@ def _backend(name: str, x=None):
         return cuda
     if name == "ref":
         return ref
-    from kvsim import _jit
-
     if name == "auto" and _jit.is_disabled():
         return ref
     try:
@@ -240,7 +239,8 @@ def _array(x):
 
 
 def _contiguous(x):
-    return cuda.contiguous(x) if cuda.is_on_device(x) else np.ascontiguousarray(x)
+    """For kernels that only read it."""
+    return cuda.contiguous(x) if cuda.is_on_device(x) else _jit.as_writable(np.ascontiguousarray(x))
 
 
 def _input(x, dtype):
@@ -261,12 +261,29 @@ def _output(out, shape, dtype, name, x):
         return None
     if out is None:
         return cuda.empty(shape, dtype) if cuda.is_on_device(x) else np.empty(shape, dtype)
-    if out.shape != tuple(shape) or out.dtype != dtype or not out.flags.c_contiguous:
+    is_array = isinstance(out, np.ndarray) or cuda.is_on_device(out)
+    if (
+        not is_array
+        or (out.shape, out.dtype) != (tuple(shape), dtype)
+        or not (out.flags.c_contiguous and _is_writable(out))
+    ):
         raise ValueError(
-            f"{name} has to be a contiguous {np.dtype(dtype)} array of shape {tuple(shape)}, not {out.dtype} of"
-            f" {out.shape}"
+            f"{name} has to be a writable, contiguous {np.dtype(dtype)} array of shape {tuple(shape)}, not"
+            f" {_told(out)}"
         )
     return out
+
+
+def _is_writable(x) -> bool:
+    return cuda.is_on_device(x) or x.flags.writeable  # CuPy has no such flag
+
+
+def _told(x) -> str:
+    """An argument in words."""
+    if not (isinstance(x, np.ndarray) or cuda.is_on_device(x)):
+        return f"a {type(x).__name__}"
+    faults = [", not contiguous"] * (not x.flags.c_contiguous) + [", read-only"] * (not _is_writable(x))
+    return f"{x.dtype} of {x.shape}{''.join(faults)}"
 
 
 def _kinds(rule: Rule):
@@ -296,6 +313,8 @@ def _one_nan(x):
 def _fp8(codes: str, scale: float) -> str:
     if codes not in FP8_MAX:
         raise ValueError(f"fp8 is {' or '.join(FP8_MAX)}, not {codes!r}")
+    if np.ndim(scale):
+        raise ValueError(f"a scale is one number, not an array of shape {np.shape(scale)}")
     if not 0 < np.float32(scale) < np.inf:
         raise ValueError(f"a scale is positive and finite, not {scale}")
     return codes

@@ -178,6 +178,8 @@ def sample_queries(available: int, wanted: int, seed: int = 0, head: int = 0) ->
     """The `wanted` of `available` queries of a head, ascending, without repetition; all where there are no more.
 
     Those that draw the smallest numbers from Philox's raw stream of (seed, head), which no version of NumPy changes."""
+    if wanted < 1:
+        raise ValueError(f"num_queries is at least 1, not {wanted}")
     if wanted >= available:
         return np.arange(available)
     drawn = np.random.Philox(key=[seed, head]).random_raw(available)

@@ -6,6 +6,7 @@ and how codes are packed. `ref.py` is what a rule means, in NumPy; the other bac
 
 from __future__ import annotations
 
+import operator
 from typing import NamedTuple
 
 FLOATS = ("float32", "float16", "bfloat16")
@@ -77,6 +78,8 @@ class Rule(NamedTuple):
 
 def checked(rule: Rule) -> Rule:
     """The rule, or a ValueError that says in one sentence what no rule can be."""
+    if not isinstance(rule, Rule):
+        raise ValueError(f"rule is a Rule, such as Rule(4, group=32), not a {type(rule).__name__}")
     if rule.codes not in ("int", *FP8_MAX):
         raise ValueError(f"codes are int, e4m3 or e5m2, not {rule.codes!r}")
     if rule.bits not in ((8, 4, 3, 2) if rule.codes == "int" else (8,)):
@@ -122,8 +125,10 @@ def kivi(bits: int, side: str, group: int = 32, dtype: str = "float16") -> Rule:
 
     KIVI keeps the codes of keys with the token axis last, in int32 words: `codes.swapaxes(-1, -2)`, contiguous, viewed
     as int32, is its array."""
-    axis = {"keys": -2, "values": -1}[side]
-    return Rule(bits, group=group, axis=axis, zero="min", scale_dtype=dtype, is_stepwise=True)
+    if side not in ("keys", "values"):
+        raise ValueError(f"side is keys or values, not {side!r}")
+    axis = -2 if side == "keys" else -1
+    return checked(Rule(bits, group=group, axis=axis, zero="min", scale_dtype=dtype, is_stepwise=True))
 
 
 class KiviSplit(NamedTuple):
@@ -135,4 +140,12 @@ class KiviSplit(NamedTuple):
 
 def kivi_split(tokens: int, residual: int = 128) -> KiviSplit:
     """KIVI quantizes keys by whole windows of `residual` tokens and keeps the newest `residual` values."""
+    try:
+        is_possible = operator.index(tokens) >= 0 and operator.index(residual) >= 1
+    except TypeError:
+        is_possible = False
+    if not is_possible:
+        raise ValueError(
+            f"tokens are a whole number from 0 and residual one from 1, not {tokens!r} and {residual!r}"
+        )
     return KiviSplit(tokens - tokens % residual, max(tokens - residual, 0))

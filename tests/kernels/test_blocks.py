@@ -23,6 +23,7 @@ from tests.kernels.blocks_cases import (
 )
 
 needs_jit = pytest.mark.skipif(_jit.is_disabled(), reason="without the JIT this takes minutes")
+READ_ONLY = np.broadcast_to(np.int64(0), 1)
 
 
 @pytest.mark.parametrize("start", range(0, 600, 100))
@@ -181,6 +182,28 @@ def test_arrays_that_cannot_be_written_and_lists_are_read(backend):
     assert blocks.fill([[5, 33, 16, 1]], every, backend=backend).sequences.tolist() == [3]
 
 
+def test_lengths_that_are_read_only_are_read_where_they_are():
+    lengths = np.array([[5, 33, 16]], np.int32)
+    lengths.flags.writeable = False
+    inside = blocks._lengths(lengths)
+    assert inside.ctypes.data == lengths.ctypes.data and inside.flags.writeable
+    assert not lengths.flags.writeable
+
+
+@needs_jit
+def test_read_only_lengths_compile_nothing_anew():
+    from kvsim.kernels.blocks import cpu
+
+    lengths, every = np.array([[5, 33, 16]], np.int32), Scenarios([0], [16], [5])
+    blocks.fill(lengths, every, backend="cpu")
+    blocks.sequence_blocks(lengths, 16, backend="cpu")
+    before = len(cpu._fill.signatures), len(cpu._sequence_blocks.signatures)
+    lengths.flags.writeable = False
+    assert blocks.fill(lengths, every, backend="cpu").sequences.tolist() == [3]
+    assert blocks.sequence_blocks(lengths, 16, backend="cpu").blocks.tolist() == [[1, 3, 1]]
+    assert (len(cpu._fill.signatures), len(cpu._sequence_blocks.signatures)) == before == (1, 1)
+
+
 @pytest.mark.parametrize("threads", [2, 3, 8])
 def test_any_number_of_threads_gives_the_same(threads):
     rng = np.random.default_rng(3)
@@ -220,6 +243,13 @@ def test_any_number_of_threads_gives_the_same(threads):
         (lambda p, t: blocks.fill([[1]], Scenarios([0, 0], [16], [1])), "of one length"),
         (lambda p, t: blocks.occupancy([[1]], Scenarios([0], [16], [1]), bins=0), "bins"),
         (lambda p, t: blocks.scenarios(1, [16, 32], [[1]], [5]), "block_bytes is"),
+        *((lambda p, t, size=size: blocks.sequence_blocks([1, 17], size), "block_size is a whole number, not ")
+          for size in (1.5, True, "16", None, [16, 32])),
+        (lambda p, t: blocks.scenarios(1, [16], [[0]], [5]), "^a block has at least 1 byte, not 0$"),
+        (lambda p, t: blocks.scenarios(1, 16, [[1]], [5]), "are one-dimensional"),
+        (lambda p, t: blocks.scenarios(1, [1.5], [[1]], [5]), "scenarios are whole numbers"),
+        *((lambda p, t, n=n: blocks.new_pool(n), "a whole number of blocks, not ") for n in (1.5, True, "16", None)),
+        (lambda p, t: blocks.fill([[1]], Scenarios([0], [16], [1]), out=blocks.Filled(*[READ_ONLY] * 3)), "writable"),
         (lambda p, t: blocks.new_pool(-1), "a pool has 0 to"),
         (lambda p, t: blocks.allocate(p, t, [[1, 5]]), "too few for what is asked"),
         (lambda p, t: blocks.allocate(p, t, [[1, -5]]), "need is at least 0"),
@@ -231,7 +261,7 @@ def test_any_number_of_threads_gives_the_same(threads):
         (lambda p, t: blocks.release(p, blocks.new_tables(2, 4, 2), [[True]]), "as many scenarios"),
         (lambda p, t: blocks.free_runs(p._replace(free=p.free.astype(np.int64))), "contiguous int32"),
     ],
-)
+)  # fmt: skip
 def test_a_mistake_is_one_sentence_and_changes_nothing(call, told):
     pool, tables = blocks.new_pool(8), blocks.new_tables(2, 4)
     blocks.allocate(pool, tables, [[2, 3]], backend="ref")

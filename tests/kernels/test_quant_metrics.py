@@ -208,6 +208,9 @@ def test_what_is_refused(backend):
         backend.attention_errors(x, x[..., :2], x, x[..., :2], x)
     with pytest.raises(ValueError, match="share"):
         backend.attention_errors(np.zeros((3, 3, 4)), x, x, x, x)
+    for wanted in (0, -1):
+        with pytest.raises(ValueError, match=f"num_queries is at least 1, not {wanted}"):
+            backend.attention_errors(x, x, x, x, x, num_queries=wanted)
     for visible in (0, 4, [1, 2, 4]):
         with pytest.raises(ValueError, match="1 to 3 tokens"):
             backend.attention_errors(x, x, x, x, x, visible=visible)
