@@ -153,9 +153,13 @@ def _pick(path: Path, names: list[str], asked: dict[str, str]) -> dict[str, str]
         if hits:
             picked[side] = hits[0]
         elif side != "q":
+            example = next(
+                (name for name in names if name.isprintable() and name not in picked.values()), "NAME"
+            )
             has = ", ".join(repr(name) for name in names[:8]) + (", ..." if len(names) > 8 else "")
             raise UserError(
-                f"{path}: has no {side.upper()}, only {has or 'nothing'}; name it {' or '.join(known[:2])}"
+                f"{path}: has no {side.upper()}, only {has or 'nothing'}; name it"
+                f" {' or '.join(known[:2])}, or say which it is by --{side} {example}"
             )
     return picked
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -115,6 +116,8 @@ def main(args: argparse.Namespace) -> int:
     from kvsim.cli.warm import say_if_kernels_are_cold
     from kvsim.report import quant as report
 
+    if args.what in ("nan", "inf", "-inf") and (args.range or args.bits):
+        raise UserError(f"{args.what} is no finite number; give one that --range has room for")
     _refuse(args, _OF_NUMBER, "goes with a number; see --help")
     metrics = _metrics(args.metrics)
     _check_outputs(args)
@@ -143,7 +146,9 @@ def main(args: argparse.Namespace) -> int:
         rows.append(report.row(kv, one, heads.num_tokens, heads.dim, share, weighted))
     if capacities:
         capacity.add_to(rows, capacities, notes)
+        notes += capacity.notes_of_layers(formats, of_engine, asked)
     report.mark_pareto(rows)
+    notes += report.notes_of_overflow(rows)
     facts = _facts(args, heads, deployment, rows, notes)
     if not heads.query_heads:
         metrics = metrics or report.WITHOUT_QUERIES
@@ -177,6 +182,7 @@ def _is_number(args: argparse.Namespace) -> bool:
 
 def _number(args: argparse.Namespace) -> int:
     from kvsim.report import quant as report
+    from kvsim.report.table import width_of
 
     for name, value in vars(args).items():
         if name not in (*_OF_NUMBER, "what", "json") and value not in (None, False):
@@ -208,7 +214,7 @@ def _number(args: argparse.Namespace) -> int:
 
         print(json.dumps(facts, indent=1))
     else:
-        print(report.number_text(facts))
+        print(report.number_text(facts, width_of(sys.stdout)))
     return 0
 
 
@@ -297,9 +303,33 @@ def _heads(args: argparse.Namespace, deployment):
         )
     if tokens < 2:
         raise UserError(f"--tokens is {tokens}; give two or more")
+    _check_memory(tokens, dim)
     return quality.generated(
         tokens, args.heads or DEFAULT_HEADS, dim, args.profile or "llama", own_seeds, num_queries
     )
+
+
+def _check_memory(tokens: int, dim: int) -> None:
+    """UserError where one generated head has no room in this machine's memory."""
+    from kvsim.quality import GENERATED_BYTES
+    from kvsim.units import format_gib
+
+    free, need = _free_bytes(), GENERATED_BYTES * tokens * dim
+    if free is not None and need > free:
+        most = free // (GENERATED_BYTES * dim)
+        raise UserError(
+            f"--tokens {tokens:,}: a generated head of so many tokens x {dim} takes {format_gib(need)} of memory, and"
+            f" {format_gib(free)} are free; lower --tokens, to about {most:,}"
+        )
+
+
+def _free_bytes() -> int | None:
+    """Memory that can be had without swapping, None where the system does not say."""
+    try:
+        found = re.search(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return 1024 * int(found[1]) if found else None
 
 
 def _head_dim(deployment) -> int | None:
@@ -418,7 +448,8 @@ def _facts(args: argparse.Namespace, heads, deployment, rows: list[dict], notes:
     from kvsim.report.words import count
 
     kv_heads, query_heads = count(heads.num_heads, "KV head"), count(heads.query_heads, "query head")
-    queries = f", {query_heads} with {heads.num_queries:,} queries each" if heads.query_heads else ""
+    queries_each = f"{heads.num_queries:,} {'query' if heads.num_queries == 1 else 'queries'}"
+    queries = f", {query_heads} with {queries_each} each" if heads.query_heads else ""
     where = None
     if deployment is not None:
         gpus = (
@@ -435,7 +466,7 @@ def _facts(args: argparse.Namespace, heads, deployment, rows: list[dict], notes:
             for name in ("verdict", "num_preemptions", "p99_ttft_ms"):
                 row.pop(name, None)
     return {
-        "measured": f"{heads.name}: {kv_heads} of {heads.num_tokens:,} tokens x {heads.dim}{queries}",
+        "measured": f"{heads.name}: {kv_heads} of {count(heads.num_tokens, 'token')} x {heads.dim}{queries}",
         "deployment": where,
         "tokens": heads.num_tokens,
         "kv_heads": heads.num_heads,
@@ -464,9 +495,9 @@ def _print(args: argparse.Namespace, facts: dict, metrics: tuple[str, ...]) -> N
 
         print(json.dumps(report.plain(facts), indent=1))
     else:
-        from kvsim.report.table import print_text
+        from kvsim.report.table import print_text, width_of
 
-        print_text(report.text(facts, metrics))
+        print_text(report.text(facts, metrics, width_of(sys.stdout)))
         for path in written:
             print(f"wrote {path}")
 

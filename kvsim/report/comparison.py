@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
-import textwrap
 from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple, TextIO
@@ -12,7 +10,7 @@ from typing import NamedTuple, TextIO
 from kvsim.comparison import NOT_RUN, Comparison
 from kvsim.executors import Failed
 from kvsim.report import words
-from kvsim.report.table import WIDTH, print_text
+from kvsim.report.table import WIDTH, print_text, width_of
 
 VERDICTS = {**words.VERDICTS, "failed": "NOT RUN"}
 _TP = "tensor_parallel_size"  # said by the number of GPUs
@@ -39,7 +37,6 @@ class Column(NamedTuple):
 def print_comparison(comparison: Comparison, stream: TextIO | None = None) -> None:
     """Print to `stream` (standard output) as wide as the terminal is, 80 columns elsewhere."""
     stream = stream or sys.stdout
-    width = shutil.get_terminal_size().columns if stream.isatty() else WIDTH
     styles = {
         r"\bSTABLE\b": "bold green",
         r"\bBACKLOGGED\b": "bold yellow",
@@ -47,20 +44,20 @@ def print_comparison(comparison: Comparison, stream: TextIO | None = None) -> No
         r"(?m)^(the KV cache|the traffic|row by row)\b.*$": "bold",
         r"(?m)^note:": "dim",
     }
-    print_text(comparison_text(comparison, width), stream, styles)
+    print_text(comparison_text(comparison, width_of(stream)), stream, styles)
 
 
 def comparison_text(comparison: Comparison, width: int = WIDTH) -> str:
     """Title, two tables, a sentence for each row, notes. A table that is too wide goes on below itself."""
-    lines = [*_wrapped(title(comparison), width), *_wrapped(_counts(comparison), width), ""]
+    lines = [*words.wrapped(title(comparison), width), *words.wrapped(_counts(comparison), width), ""]
     lines += ["the KV cache", *_table(comparison, _cache_columns(comparison), width), ""]
     lines += ["the traffic", *_table(comparison, _run_columns(comparison), width), ""]
     lines.append("row by row; ratios are to the first row that has a number")
     for row in comparison.rows:
-        lines += _wrapped(f"  {label(comparison, row)}: {sentence(comparison, row)}", width, "      ")
+        lines += words.wrapped(f"  {label(comparison, row)}: {sentence(comparison, row)}", width, "      ")
     lines += [""] if comparison.notes else []
     for note in comparison.notes:
-        lines += _wrapped(f"note: {note}", width, "      ")
+        lines += words.wrapped(f"note: {note}", width, "      ")
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -204,23 +201,16 @@ def _table(comparison: Comparison, together: list[list[Column]], width: int) -> 
         )
         for name in comparison.varied
     ]
-    parts, part = [], []
-    for columns in together:
-        if part and max(map(len, _lines(comparison, [*names, *part, *columns]))) > width:
-            parts.append(part)
-            part = []
-        part = [*part, *columns]
-    tables = [_lines(comparison, [*names, *part]) for part in (*parts, part)]
-    return [line for k, table in enumerate(tables) for line in ([""] if k else []) + table]
+    return words.folded(
+        [_cells(comparison, column, "  " * (k == 0)) for k, column in enumerate(names)],
+        [[_cells(comparison, column) for column in columns] for columns in together],
+        width,
+    )
 
 
-def _lines(comparison: Comparison, columns: list[Column]) -> list[str]:
-    rows = [[f"  {columns[0].above}", *(column.above for column in columns[1:])]]
-    rows += [[f"  {columns[0].below}", *(column.below for column in columns[1:])]]
-    for row in comparison.rows:
-        first, *rest = (column.text(row) for column in columns)
-        rows.append([f"  {first}", *rest])
-    return words.aligned(rows, "".join(column.side for column in columns))
+def _cells(comparison: Comparison, column: Column, indent: str = "") -> tuple[str, list[str]]:
+    cells = [column.above, column.below, *(column.text(row) for row in comparison.rows)]
+    return column.side, [indent + cell for cell in cells]
 
 
 def _number(value: float | None) -> str:
@@ -233,9 +223,3 @@ def _ratio(value: float | None) -> str:
 
 def _share(value: float | None) -> str:
     return "-" if value is None else words.percent(value, 1)
-
-
-def _wrapped(text: str, width: int, indent: str = "  ") -> list[str]:
-    return textwrap.wrap(
-        text, max(20, width), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )

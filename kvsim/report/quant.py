@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from kvsim.formats import KvFormat
-from kvsim.report.words import aligned
+from kvsim.report.table import WIDTH
+from kvsim.report.words import folded, listed, wrapped
 from kvsim.units import format_ns
 
 # Of an error: where it is in a row, and what is above its column.
@@ -27,10 +28,11 @@ WITHOUT_QUERIES = ("k_sqnr_db", "k_max_error", "v_sqnr_db", "v_max_error")
 
 
 class Capacity(NamedTuple):
-    """What a deployment has room for with one format. `is_estimated`: no engine has the format, so it is the room of
-    the dtype's cache over the bits. `reason`: why there is nothing, or no simulation."""
+    """What a deployment has room for with one format. `wide_tokens`: with a cache of 16 bits. `is_estimated`: no
+    engine has the format, so it is those over the bits. `reason`: why there is nothing, or no simulation."""
 
     tokens: int | None
+    wide_tokens: int
     is_estimated: bool = False
     reason: str | None = None
     verdict: str | None = None
@@ -94,6 +96,14 @@ def mark_pareto(rows: list[dict]) -> None:
         row["pareto"] = own is not None and not any(p[0] <= own[0] and p[1] <= own[1] for p in others)
 
 
+def notes_of_overflow(rows: list[dict]) -> list[str]:
+    """A note for formats whose error is no number."""
+    bad = [row["format"] for row in rows if not math.isfinite(error_of(row))]
+    if not bad:
+        return []
+    return [f"{listed(bad)}: keys or values overflow, so the error is no number, and no plot has the format"]
+
+
 def plain(value):
     """For JSON, which has no NaN and no infinity: None instead."""
     if isinstance(value, dict):
@@ -108,40 +118,44 @@ def plain(value):
 # ---------------------------------------------------------------- text
 
 
-def text(facts: dict, metrics: Sequence[str]) -> str:
-    """What was measured, a line for each format, and what has to be known to read it."""
-    header, body, sides = _columns(facts, metrics)
-    lines = [facts["measured"], *([facts["deployment"]] if facts["deployment"] else []), ""]
-    lines += aligned([header, *body], sides)
-    lines += ["", *_legend(facts, metrics), *(f"note: {note}" for note in facts["notes"])]
+def text(facts: dict, metrics: Sequence[str], width: int = WIDTH) -> str:
+    """What was measured, a line for each format, and what has to be known to read it.
+
+    A table that is wider than `width` goes on below itself."""
+    lines = [line for fact in ("measured", "deployment") for line in wrapped(facts[fact] or "", width)]
+    names, *columns = _columns(facts, metrics)
+    lines += ["", *folded([names], [[column] for column in columns], width), ""]
+    for said in (*_legend(facts, metrics), *(f"note: {note}" for note in facts["notes"])):
+        lines += wrapped(said, width)
     return "\n".join(lines)
 
 
-def _columns(facts: dict, metrics: Sequence[str]) -> tuple[list[str], list[list[str]], str]:
+def _columns(facts: dict, metrics: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Columns for `folded`, with two lines of heading; the first names the formats."""
     rows = facts["formats"]
-    header = ["", "format", "bits", "16 bit /", *(METRICS[name][1] for name in metrics)]
-    has_tokens, has_traffic = "tokens" in rows[0], "num_preemptions" in rows[0]
-    header += ["tokens"] * has_tokens + ["preemptions", "p99 TTFT", "verdict"] * has_traffic
-    body = []
-    for row in rows:
-        cells = [
-            "*" if row["pareto"] else "",
-            row["format"],
-            f"{row['bits']:.3f}",
-            f"{row['compression']:.2f}",
+    columns = [
+        ("<", ["", "  format", *(f"{'*' if row['pareto'] else ' '} {row['format']}" for row in rows)]),
+        (">", ["", "bits", *(f"{row['bits']:.3f}" for row in rows)]),
+        (">", ["16 /", "bits", *(f"{row['compression']:.2f}" for row in rows)]),
+    ]
+    for name in metrics:
+        *above, below = METRICS[name][1].split(" ", 1)
+        columns.append((">", ["".join(above), below, *(_error(row, name) for row in rows)]))
+    if "tokens" in rows[0]:
+        columns.append((">", ["tokens", "that fit", *map(_tokens, rows)]))
+    if "num_preemptions" in rows[0]:
+        counts, ttfts = ([row[name] for row in rows] for name in ("num_preemptions", "p99_ttft_ms"))
+        columns += [
+            (">", ["pre-", "emptions", *("-" if count is None else f"{count:,}" for count in counts)]),
+            (">", ["p99", "TTFT", *("-" if ms is None else format_ns(round(1e6 * ms)) for ms in ttfts)]),
+            ("<", ["", "verdict", *((row["verdict"] or "-").replace("_", " ") for row in rows)]),
         ]
-        cells += [_error(row, name) for name in metrics]
-        if has_tokens:
-            about = "~" if row["tokens_are_estimated"] else ""
-            cells.append("-" if row["tokens"] is None else f"{about}{row['tokens']:,}")
-        if has_traffic:
-            count, ttft = row["num_preemptions"], row["p99_ttft_ms"]
-            cells.append("-" if count is None else f"{count:,}")
-            cells.append("-" if ttft is None else format_ns(round(1e6 * ttft)))
-            cells.append((row["verdict"] or "-").replace("_", " "))
-        body.append(cells)
-    sides = "<<" + ">" * (len(header) - 2 - has_traffic) + "<" * has_traffic
-    return header, body, sides
+    return columns
+
+
+def _tokens(row: dict) -> str:
+    about = "~" if row["tokens_are_estimated"] else ""
+    return "-" if row["tokens"] is None else f"{about}{row['tokens']:,}"
 
 
 def value_of(row: dict, name: str) -> float | None:
@@ -171,8 +185,8 @@ def _legend(facts: dict, metrics: Sequence[str]) -> list[str]:
     ]
     if set(metrics) & set(MAIN_METRICS):
         lines.append(
-            "KL of the attention weights in nats; top-1: queries whose first token stays; out: relative error of the"
-            " output"
+            "KL of the attention weights in nats; top-1: queries whose most attended token stays the same; out:"
+            " relative error of the output"
         )
     if is_deployed and any(row["tokens_are_estimated"] for row in facts["formats"]):
         lines.append(
@@ -209,11 +223,16 @@ def number_facts(x: Fraction, low: Fraction, high: Fraction, bits: int) -> dict:
     }  # fmt: skip
 
 
-def number_text(f: dict) -> str:
+def number_text(f: dict, width: int = WIDTH) -> str:
     """The steps, as one would do them on paper."""
+    return "\n".join(line for step in _steps(f) for line in wrapped(step, width, "   ") or [""])
+
+
+def _steps(f: dict) -> list[str]:
     number, low, high, scale = map("{:.6g}".format, (f["number"], *f["range"], f["scale"]))
     (first, last), zero, choices = f["codes"], f["exact_zero_point"], f["zero_points"]
-    of_number = f", {100 * f['relative_error']:.2g} % of the number" if f["number"] else ""
+    percent = np.format_float_positional(float(f"{100 * f['relative_error']:.2g}"), trim="-")
+    of_number = f", {percent} % of the number" if f["number"] else ""
     lines = [
         f"{number} in {f['bits']} bits over [{low}, {high}]",
         "",
@@ -228,7 +247,7 @@ def number_text(f: dict) -> str:
     ]
     if len(choices) == 1 and choices[0]["zero_point"] == zero:
         lines[-1] += f", a whole number: {low} and {high} come back as they are."
-        return "\n".join(lines)
+        return lines
     words = " or ".join(f"{choice['zero_point']:,}" for choice in choices)
     lines[-1] += f", but codes are whole numbers: it is rounded to {words}."
     for choice in choices:
@@ -237,4 +256,4 @@ def number_text(f: dict) -> str:
             f"  with {choice['zero_point']:,}: {number} is stored as {choice['code']:,} and comes back as"
             f" {choice['back']:.6g}; the codes reach from {ends}"
         )
-    return "\n".join(lines)
+    return lines

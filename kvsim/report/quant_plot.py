@@ -32,7 +32,7 @@ def _names(facts: dict) -> tuple[str, str]:
     x = (
         "tokens that fit"
         if "tokens" in facts["formats"][0]
-        else "bits a number, metadata and padding included"
+        else "bits a number, metadata and slot alignment included"
     )
     return x, "relative error of the output" if facts["query_heads"] else "relative error of keys and values"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 import textwrap
 from typing import TextIO
@@ -75,6 +76,11 @@ def print_result(result, stream: TextIO | None = None, *, folder: str | None = N
             r"(?m)^  (rejected|unservable|timed out|out of memory) +(?=[1-9])": "red",
         },
     )
+
+
+def width_of(stream: TextIO) -> int:
+    """Columns of the terminal that `stream` is, 80 where it is none."""
+    return shutil.get_terminal_size().columns if stream.isatty() else WIDTH
 
 
 def print_text(text: str, stream: TextIO | None = None, styles: dict[str, str] | None = None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import numpy as np
 
 from kvsim.metrics import MANY_PREEMPTIONS
@@ -231,6 +233,34 @@ def aligned(rows: list[list[str]], align: str, gap: str = "  ") -> list[str]:
         ).rstrip()
         for row in rows
     ]
+
+
+def folded(
+    names: list[tuple[str, list[str]]], together: list[list[tuple[str, list[str]]]], width: int
+) -> list[str]:
+    """The lines of a table that is `width` wide: what has no room goes on in a table below, behind the same names.
+
+    A column is `<` or `>` and its cells, headings first; those of one list in `together` stay beside each other."""
+
+    def lines(columns: list[tuple[str, list[str]]]) -> list[str]:
+        sides, cells = zip(*columns, strict=True)
+        return aligned([list(row) for row in zip(*cells, strict=True)], "".join(sides))
+
+    parts, part = [], []
+    for columns in together:
+        if part and max(map(len, lines([*names, *part, *columns]))) > width:
+            parts.append(part)
+            part = []
+        part = [*part, *columns]
+    tables = [lines([*names, *part]) for part in (*parts, part)]
+    return [line for k, table in enumerate(tables) for line in ([""] if k else []) + table]
+
+
+def wrapped(text: str, width: int, indent: str = "  ") -> list[str]:
+    """Lines of a text, all but the first behind `indent`."""
+    return textwrap.wrap(
+        text, max(20, width), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def printable(text: str, instead: str = "?") -> str:

@@ -60,6 +60,8 @@ def test_claim_B09_one_number_by_hand(capsys):
     }
     assert main(["quant", "0.0234375", "--range", "-1,1", "--bits", "8"]) == 0
     text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    text = " ".join(text.split())
     for part in (
         "2 / 255 = 0.00784314",
         "= 2.98828, rounded to 3",
@@ -88,14 +90,14 @@ def test_a_number_is_off_by_half_a_step_at_most(capsys, number, low, high, bits)
 def test_the_usual_table(capsys):
     assert main(["quant", "--tokens", "512", "--heads", "1"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith(
+    assert " ".join(text.split()).startswith(
         "generated, profile llama: 1 KV head of 512 tokens x 128, 1 query head with 256 queries each"
     )
     lines = text.splitlines()
-    assert lines[2].split() == [
-        "format", "bits", "16", "bit", "/", "K:", "KL", "top-1", "out,", "K", "out,", "V", "out,", "both",
-    ]  # fmt: skip
-    rows = [line.removeprefix("*").split() for line in lines[3:15]]
+    assert max(map(len, lines)) <= 80
+    assert lines[3].split() == ["16", "/", "K:", "out,", "out,", "out,"]
+    assert lines[4].split() == ["format", "bits", "bits", "KL", "top-1", "K", "V", "both"]
+    rows = [line.removeprefix("*").split() for line in lines[5:17]]
     assert [row[0] for row in rows] == list(DEFAULT_FORMATS)
     assert [row[1:3] for row in rows[:2]] == [["16.000", "1.00"], ["8.000", "2.00"]]
 
@@ -175,7 +177,7 @@ def test_without_queries_numbers_are_compared(capsys, tmp_path):
     np.savez(tmp_path / "t.npz", k=k, v=k)
     assert main(["quant", str(tmp_path / "t.npz"), "--formats", "float32,fp8"]) == 0
     text = capsys.readouterr().out
-    assert "K: SQNR dB" in text and "KL" not in text and "give Q (--q)" in text
+    assert "SQNR dB" in text and "KL" not in text and "give Q (--q)" in text
     row = by_name(asked(capsys, tmp_path / "t.npz", "--formats", "float32"))["float32"]
     assert (
         row["attention"] is None and row["k"]["sqnr_db"] is None and row["k"]["mse"] == 0
@@ -252,7 +254,7 @@ def test_a_format_can_make_it_start(capsys):
         rows["bfloat16"]["tokens"] == 0 and rows["fp4_e2m1"]["tokens"] > 40_960 and rows["fp4_e2m1"]["pareto"]
     )
     assert main(["quant", *served, *small, "--formats", "auto"]) == 1  # the answer is no
-    assert "one request of 40,960 tokens does not fit" in capsys.readouterr().out
+    assert "one request of 40,960 tokens does not fit" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.whole_trace
@@ -283,7 +285,51 @@ def test_traffic_beside_quality(capsys):
         )
     assert rows["q4_0"]["p99_ttft_ms"] is None
     text = report.text(facts, ("kl",))
-    assert "preemptions" in text and "p99 TTFT" in text and "~" in text
+    assert "emptions    TTFT  verdict" in text and "~" in text
+    assert (
+        max(map(len, text.splitlines())) <= 80 < max(map(len, report.text(facts, ("kl",), 200).splitlines()))
+    )
+
+
+def test_layers_left_alone_and_padded_blocks_are_noted(capsys):
+    small = ("--tokens", 64, "--heads", 1, "--queries", 4)
+    names = ("--formats", "fp8,turboquant_k8v4,kivi-2")
+    notes = asked(capsys, "--model", "llama-3.1-8b", "--gpu", "l4", "--max-model-len", "8K", *small, *names)[
+        "notes"
+    ]
+    assert len(notes) == 1 and notes[0].startswith("turboquant_k8v4: layers 0, 1, 30, 31 stay at 16 bits")
+    gemma = ("--model", "gemma-4-26b-a4b", "--gpu", "h200", "-tp", "2")
+    facts = asked(capsys, *gemma, *small, "--formats", "auto,fp8,fp8_per_token_head")
+    rows, (note,) = by_name(facts), facts["notes"]
+    wide, padded = rows["bfloat16"], rows["fp8_per_token_head"]
+    missing = 100 * (1 - padded["tokens"] / (wide["tokens"] * padded["compression"]))
+    assert note.startswith(
+        f"fewer tokens fit than the bits say of fp8_per_token_head ({missing:.1f} %): bits leave out"
+    )
+
+
+def test_formats_that_overflow_are_noted(capsys, tmp_path):
+    k = np.random.default_rng(0).standard_normal((1, 64, 32)).astype(np.float32) * np.float32(1e30)
+    np.savez(tmp_path / "t.npz", k=k, v=k)
+    notes = asked(capsys, tmp_path / "t.npz", "--formats", "bfloat16,q8_0,q4_0")["notes"]
+    assert notes[0].startswith("q8_0 and q4_0: keys or values overflow")
+
+
+def test_percents_and_plurals_are_plain(capsys):
+    assert main(["quant", "0.001", "--range", "-1,1", "--bits", "8"]) == 0
+    assert "0.001, 100 % of the number" in capsys.readouterr().out
+    facts = asked(capsys, *SMALL[2:6], "--tokens", 2, "--queries", 1, "--formats", "fp8")
+    assert facts["measured"].endswith("1 KV head of 2 tokens x 32, 1 query head with 1 query each")
+
+
+def test_more_tokens_than_memory_are_refused_before_they_are_made(capsys, monkeypatch):
+    from kvsim.cli import quant
+
+    monkeypatch.setattr(quality, "generated", None)
+    monkeypatch.setattr(quant, "_free_bytes", lambda: 2**30)
+    assert told(capsys, "--tokens", "1M", "--head-dim", "128").endswith(
+        "takes 2.00 GiB of memory, and 1.00 GiB are free; lower --tokens, to about 524,288\n"
+    )
 
 
 # ---------------------------------------------------------------- mistakes
@@ -300,6 +346,7 @@ def test_traffic_beside_quality(capsys):
         ("0.5 --range 0,1 --bits 17", "--bits is 17; give 2 to 16"),
         ("0.5 --range 0,x --bits 8", "--range '0,x' is not two numbers"),
         ("0.5 --range 0,1 --bits 8 --rotate", "--rotate is of formats"),
+        ("nan --range -1,1 --bits 8", "nan is no finite number"),
         ("--range -1,1", "--range goes with a number"),
         ("--formats turboquant_4bit", "there is no format 'turboquant_4bit'; did you mean 'turboquant_4bit_nc'"),
         ("--formats octave_k3v4", "octave_k3v4 is not executed: its levels and rotation are not known to the bit"),
@@ -355,6 +402,16 @@ def test_a_picture_without_matplotlib_is_refused_before_anything_is_measured(cap
 )
 def test_mistakes_with_a_file(capsys, tensors, words, expected):
     assert expected in told(capsys, tensors, *words.split())
+
+
+def test_mistakes_of_axes_and_names_say_the_flag(capsys, tmp_path):
+    k, q = np.ones((64, 2, 32), np.float32), np.ones((64, 8, 32), np.float32)
+    np.savez(tmp_path / "thd.npz", k=k, v=k, q=q)
+    assert "give --layout if the axes are in another order, or --see-all" in told(
+        capsys, tmp_path / "thd.npz"
+    )
+    np.savez(tmp_path / "names.npz", foo=k, bar=k)
+    assert "name it k or key, or say which it is by --k foo" in told(capsys, tmp_path / "names.npz")
 
 
 def test_every_format_of_the_default_exists():
