@@ -439,6 +439,15 @@ template <class P> DEVICE Scale get_scale(const void* scales, const void* zeros,
     i64 v = (i64)blockIdx.x * blockDim.x + threadIdx.x; v - v % 32 < (count); v += (i64)gridDim.x * blockDim.x
 
 // Groups of 8, 16, 32, 64, 128 or 256 numbers that fill the rows: a group is 1 to 32 lanes.
+template <class T, class P> DEVICE Scale scale_row(const T* x, bool is_idle, int lanes, const P& p, float* y) {
+    Eight<T> eight = is_idle ? zeros_of<T>() : load(x);
+    Ends ends = no_ends(p);
+#pragma unroll
+    for (int i = 0; i < 8; i++) y[i] = number(eight, i), include(ends, y[i], p);
+    share(ends, 1, lanes, p);
+    return scale_of(ends, p);
+}
+
 template <class T, int FIXED>
 __global__ void quantize_rows(const T* __restrict__ x, u8* __restrict__ codes, void* __restrict__ scales,
                               void* __restrict__ zeros, RULE) {
@@ -447,14 +456,9 @@ __global__ void quantize_rows(const T* __restrict__ x, u8* __restrict__ codes, v
     const i64 count = p.outer * p.length / 8;
     for (EACH_EIGHT(v, count)) {
         bool is_idle = v >= count;
-        Eight<T> eight = is_idle ? zeros_of<T>() : load(x + 8 * v);
         float y[8];
-        Ends ends = no_ends(p);
-#pragma unroll
-        for (int i = 0; i < 8; i++) y[i] = number(eight, i), include(ends, y[i], p);
-        share(ends, 1, lanes, p);
+        Scale s = scale_row(x + 8 * v, is_idle, lanes, p, y);
         if (is_idle) continue;
-        Scale s = scale_of(ends, p);
         store_codes(codes + v * p.bits(), encode(y, s, p), p.bits());
         if ((v & (lanes - 1)) == 0) put_scale(scales, zeros, v >> shift, s, p);
     }
@@ -482,14 +486,9 @@ __global__ void fake_rows(const T* __restrict__ x, T* __restrict__ out, RULE) {
     const i64 count = p.outer * p.length / 8;
     for (EACH_EIGHT(v, count)) {
         bool is_idle = v >= count;
-        Eight<T> eight = is_idle ? zeros_of<T>() : load(x + 8 * v);
         float y[8];
-        Ends ends = no_ends(p);
-#pragma unroll
-        for (int i = 0; i < 8; i++) y[i] = number(eight, i), include(ends, y[i], p);
-        share(ends, 1, lanes, p);
+        Scale s = scale_row(x + 8 * v, is_idle, lanes, p, y);
         if (is_idle) continue;
-        Scale s = scale_of(ends, p);
         decode(encode(y, s, p), kept(s.scale, p), s.zero, p, y);
         store(out + 8 * v, y);
     }
