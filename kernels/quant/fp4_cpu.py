@@ -18,14 +18,15 @@ _INFINITE = np.uint32(0x7F800000)
 
 def quantize_nvfp4(x, global_scale=1.0, four_over_six=False, dtype=None, out: Packed | None = None) -> Packed:
     """fp4_ref.quantize_nvfp4."""
-    numbers = widened(x, float_name(x, dtype))
+    name = float_name(x, dtype)
     g = fp4_ref.checked_global(global_scale)
     out = checked(out, x.shape, "nvfp4")
 
     def work(x, codes, scales):
+        x = widened(x, name)
         nvfp4(x, x.view(np.uint32), g, four_over_six, codes, scales, 16)
 
-    _each_part(work, numbers, out.codes, out.scales, 16)
+    _each_part(work, _flat(x), out.codes, out.scales, 16)
     return out
 
 
@@ -36,13 +37,14 @@ def dequantize_nvfp4(codes, scales, global_scale=1.0, dtype="float32", out=None)
 
 def quantize_mxfp4(x, dtype=None, out: Packed | None = None) -> Packed:
     """fp4_ref.quantize_mxfp4."""
-    numbers = widened(x, float_name(x, dtype))
+    name = float_name(x, dtype)
     out = checked(out, x.shape, "mxfp4")
 
     def work(x, codes, scales):
+        x = widened(x, name)
         mxfp4(x, x.view(np.uint32), codes, scales, 32)
 
-    _each_part(work, numbers, out.codes, out.scales, 32)
+    _each_part(work, _flat(x), out.codes, out.scales, 32)
     return out
 
 
@@ -53,17 +55,18 @@ def dequantize_mxfp4(codes, scales, dtype="float32", out=None) -> np.ndarray:
 
 def quantize_nf4(x, dtype=None, out: Packed | None = None) -> Packed:
     """fp4_ref.quantize_nf4."""
-    numbers = widened(x, float_name(x, dtype))
+    name, numbers = float_name(x, dtype), _flat(x)
     out = checked(out, x.shape, "nf4")
     whole = numbers.size // 64 * 64
 
     def work(x, codes, scales):
+        x = widened(x, name)
         nf4(x, x.view(np.uint32), codes, scales, 64)
 
     _each_part(work, numbers[:whole], out.codes, out.scales, 64)
     if whole < numbers.size:  # the short block, which has rules of its own
         last = Packed(out.codes[whole // 2 :], out.scales[whole // 64 :])
-        fp4_ref.quantize_nf4(numbers[whole:], out=last)
+        fp4_ref.quantize_nf4(widened(numbers[whole:], name), out=last)
     return out
 
 
@@ -95,6 +98,10 @@ def _dequantized(kind, codes, scales, g, dtype, out):
 
     _each_part(work, flat, np.ascontiguousarray(codes), np.ascontiguousarray(scales), group)
     return out
+
+
+def _flat(x) -> np.ndarray:
+    return np.ascontiguousarray(x).reshape(-1)
 
 
 def _each_part(work, numbers, codes, scales, group: int) -> None:

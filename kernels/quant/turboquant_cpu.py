@@ -25,12 +25,13 @@ def quantize_turboquant(
     dim = k.shape[-1]
     where = layout(preset, dim)
     out = checked(out, k, v, name, where)
-    keys, values = (widened(x, name) for x in (k, v))
+    keys, values = (np.ascontiguousarray(x).reshape(-1) for x in (k, v))
     slots = out.reshape(-1)
     between = None if where.key_bits == 8 else bounds(where.key_bits, dim, VLLM_LEVELS)
 
     def work(part):
-        k, v, here = keys[part], values[part], slots[_slots(part, dim, where.slot)]
+        k, v = (widened(x[part], name) for x in (keys, values))
+        here = slots[_slots(part, dim, where.slot)]
         room = np.empty((2, dim), np.float32)
         if where.key_bits == 8:
             store_e4m3(k, here, dim, where.slot)
