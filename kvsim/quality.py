@@ -20,6 +20,7 @@ from kvsim.kernels.quant import metrics_ref, of_format, ref
 from kvsim.kernels.quant.attention import WindowedAttention, errors_of_heads
 from kvsim.kernels.quant.metrics_ref import NUM_QUERIES, AttentionErrors, Errors, Sums
 from kvsim.kernels.quant.synthetic import kv_head
+from kvsim.kernels.threads import limit
 from kvsim.tensors import KvTensors
 
 # What generating a head takes for each number of its keys, about: measured by the resident memory of the process were
@@ -143,7 +144,8 @@ def measure(
     windows = range(0, heads.num_tokens, WINDOW)
     sums = [[Sums(0, 0.0, 0.0, 0.0, 0.0, 0.0)] * 2 for _ in formats]
     rows: list[list[np.ndarray]] = []
-    with ThreadPoolExecutor(threads) as pool:
+    own = max(1, threads // max(len(formats), 1))  # of each format's kernels
+    with ThreadPoolExecutor(threads, initializer=limit, initargs=(own,)) as pool:
         for index in range(heads.num_heads):
             head = heads.head(index)
             layer = None if heads.layer_of is None else heads.layer_of[index]

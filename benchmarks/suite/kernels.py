@@ -12,7 +12,7 @@ import numpy as np
 
 from kvsim.kernels.quant import metrics_cpu
 from kvsim.kernels.quant.synthetic import kv_heads
-from kvsim.kernels.quant.threads import in_parts
+from kvsim.kernels.threads import in_parts
 
 IS_QUICK = bool(os.environ.get("KVSIM_BENCH_QUICK"))  # the smoke test of `make bench`
 VALUES = 2**16 if IS_QUICK else 2**26  # 256 MiB of float32, far beyond the caches

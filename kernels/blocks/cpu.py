@@ -9,12 +9,11 @@ since numba makes int64 of anything else, of which half as many fit into a regis
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 
 from kvsim._jit import inline_njit, njit
 from kvsim.kernels.blocks.ref import FREED
+from kvsim.kernels.threads import each
 
 _CHUNK = 1024  # sequences whose blocks are added in uint32, at most
 
@@ -61,8 +60,7 @@ def _share_out(work, num_scenarios, threads):
         work(slice(None))
         return
     step = -(-num_scenarios // (4 * threads))
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, (slice(start, start + step) for start in range(0, num_scenarios, step))))
+    each(work, (slice(start, start + step) for start in range(0, num_scenarios, step)), threads)
 
 
 @inline_njit

@@ -23,7 +23,7 @@ from kvsim.kernels.quant.half import (
     number_to_bfloat,
 )
 from kvsim.kernels.quant.rules import FLOATS, ROUNDINGS, ZEROS, Rule
-from kvsim.kernels.quant.threads import each, in_parts, part_size
+from kvsim.kernels.threads import each, in_parts, num_threads, part_size
 
 TILE = 2048  # numbers: 8 KiB of fp32 and their codes fit into the first cache; a multiple of 8, so codes fill bytes
 _TOKENS = 8  # at once where groups lie along tokens: their codes of any width are whole bytes
@@ -1477,7 +1477,7 @@ def _each_part(work, shape, rule: Rule) -> None:
             for row in range(0, outer, rows)
             for at in range(0, length, step)
         ),
-        _jit.num_threads(),
+        num_threads(),
     )
 
 

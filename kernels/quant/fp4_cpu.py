@@ -10,7 +10,7 @@ from kvsim.kernels.quant.cpu import e4m3_of
 from kvsim.kernels.quant.fp4_ref import E2M1_SIGNED, E4M3, NF4, NF4_BOUNDS, Packed, checked
 from kvsim.kernels.quant.half import narrow, widened
 from kvsim.kernels.quant.ref import float_name
-from kvsim.kernels.quant.threads import in_parts
+from kvsim.kernels.threads import in_parts
 
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _INFINITE = np.uint32(0x7F800000)

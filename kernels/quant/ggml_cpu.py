@@ -28,7 +28,7 @@ from kvsim.kernels.quant.half import (
 )
 from kvsim.kernels.quant.ref import float_name, storage
 from kvsim.kernels.quant.rules import FLOATS
-from kvsim.kernels.quant.threads import in_parts
+from kvsim.kernels.threads import in_parts
 
 _TILE = 64  # blocks: 8 KiB of fp32
 _MAGNITUDE = np.uint32(0x7FFFFFFF)

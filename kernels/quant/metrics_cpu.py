@@ -27,7 +27,7 @@ from kvsim.kernels.quant.metrics_ref import (
     errors_of_sums,
     sample_queries,
 )
-from kvsim.kernels.quant.threads import each
+from kvsim.kernels.threads import each
 
 _BLOCK = 64 * CHUNK  # numbers a call
 _FLOAT, _HALF, _BFLOAT = 0, 1, 2

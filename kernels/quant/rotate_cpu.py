@@ -8,7 +8,7 @@ from kvsim._jit import inline_njit, njit
 from kvsim.kernels.quant.half import narrow, widen
 from kvsim.kernels.quant.ref import float_name
 from kvsim.kernels.quant.rotate_ref import checked, scale_of, sign_of
-from kvsim.kernels.quant.threads import in_parts
+from kvsim.kernels.threads import in_parts
 
 
 def rotate(

@@ -13,8 +13,8 @@ from kvsim.kernels.quant.lloyd_max import VLLM_LEVELS, bounds, levels
 from kvsim.kernels.quant.ref import float_name
 from kvsim.kernels.quant.rotate_cpu import butterflies
 from kvsim.kernels.quant.rotate_ref import scale_of
-from kvsim.kernels.quant.threads import in_parts
 from kvsim.kernels.quant.turboquant_ref import checked, checked_numbers, layout
+from kvsim.kernels.threads import in_parts
 
 
 def quantize_turboquant(

@@ -163,7 +163,7 @@ def test_what_is_wrong_is_said(backend):
 
 def test_threads_change_no_byte(monkeypatch):
     monkeypatch.setattr(_jit, "num_threads", lambda: 3)
-    monkeypatch.setattr("kvsim.kernels.quant.threads._LEAST", 64)
+    monkeypatch.setattr("kvsim.kernels.threads._LEAST", 64)
     x = np.random.default_rng(2).standard_normal((13, 96)).astype(np.float32)
     for kind in ("nvfp4", "mxfp4", "nf4"):
         ref, got = (getattr(backend, f"quantize_{kind}")(x) for backend in (fp4_ref, fp4_cpu))

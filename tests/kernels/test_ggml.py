@@ -218,7 +218,7 @@ def test_what_is_wrong_is_said(backend):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_threads_change_no_byte(monkeypatch, dtype):
     monkeypatch.setattr(_jit, "num_threads", lambda: 3)
-    monkeypatch.setattr("kvsim.kernels.quant.threads._LEAST", 64)
+    monkeypatch.setattr("kvsim.kernels.threads._LEAST", 64)
     x = np.random.default_rng(2).standard_normal((7, 96)).astype(np.float32)
     x = x if dtype == "float32" else narrow(x, dtype)
     for type in GGML_TYPES:

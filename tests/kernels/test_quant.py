@@ -17,7 +17,7 @@ from kvsim import _jit
 from kvsim.kernels import quant
 from kvsim.kernels.quant import Rule, half, ref
 from kvsim.kernels.quant.rules import FLOATS, FP8_MAX, ROUNDINGS, ZEROS
-from kvsim.kernels.quant.threads import each
+from kvsim.kernels.threads import each, limit, num_threads
 
 needs_jit = pytest.mark.skipif(_jit.is_disabled(), reason="without the JIT this takes minutes")
 
@@ -187,7 +187,7 @@ def test_bfloat16_at_odd_addresses_is_as_at_even_ones():
 def test_threads_change_no_byte(monkeypatch, threads):
     """Whatever is cut: rows, the tokens of one head, or neither where one scale is for all."""
     monkeypatch.setattr(_jit, "num_threads", lambda: threads)
-    monkeypatch.setattr("kvsim.kernels.quant.threads._LEAST", 64)
+    monkeypatch.setattr("kvsim.kernels.threads._LEAST", 64)
     spread = []
     monkeypatch.setattr(
         "kvsim.kernels.quant.cpu.each", lambda work, parts, n: spread.extend(each(work, parts, n))
@@ -209,7 +209,7 @@ def test_threads_change_no_byte(monkeypatch, threads):
 @needs_jit
 def test_kernels_may_be_called_from_several_threads_at_once(monkeypatch):
     monkeypatch.setattr(_jit, "num_threads", lambda: 2)
-    monkeypatch.setattr("kvsim.kernels.quant.threads._LEAST", 64)
+    monkeypatch.setattr("kvsim.kernels.threads._LEAST", 64)
     x = numbers((64, 40), 1, "plain")
     expected = quant.fake_quantize_grouped(x, Rule(4), backend="ref")
     with ThreadPoolExecutor(4) as pool:
@@ -706,3 +706,15 @@ def test_without_numba_the_definition_runs():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "kvsim.kernels.quant.ref 127 False\n"
+
+
+def test_a_thread_among_several_asks_for_no_others():
+    told = num_threads()
+
+    def own():
+        limit(1)
+        return num_threads()
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(own).result() == 1
+    assert num_threads() == told

@@ -87,6 +87,6 @@ def test_what_is_wrong_is_said(backend):
 
 def test_threads_change_no_bit(monkeypatch):
     monkeypatch.setattr(_jit, "num_threads", lambda: 3)
-    monkeypatch.setattr("kvsim.kernels.quant.threads._LEAST", 64)
+    monkeypatch.setattr("kvsim.kernels.threads._LEAST", 64)
     x = np.random.default_rng(2).standard_normal((11, 64)).astype(np.float16)
     np.testing.assert_array_equal(rotate_cpu.rotate(x, 5), rotate_ref.rotate(x, 5))

@@ -181,7 +181,7 @@ def test_what_is_wrong_is_said(backend):
 @pytest.mark.parametrize("preset", ["turboquant_k8v4", "turboquant_3bit_nc"])
 def test_threads_change_no_byte(monkeypatch, preset):
     monkeypatch.setattr(_jit, "num_threads", lambda: 3)
-    monkeypatch.setattr("kvsim.kernels.quant.threads._LEAST", 64)
+    monkeypatch.setattr("kvsim.kernels.threads._LEAST", 64)
     k, v = np.random.default_rng(2).standard_normal((2, 11, 3, 32)).astype(np.float32)
     slots = turboquant_ref.quantize_turboquant(k, v, preset)
     np.testing.assert_array_equal(turboquant_cpu.quantize_turboquant(k, v, preset), slots)

@@ -7,6 +7,7 @@ results do not depend on how many there are.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,20 @@ from kvsim import _jit
 
 _LEAST = 1 << 18  # numbers in a part: at least 40 us of copying; a thread takes 80 us to begin and end
 _PARTS = 4  # for each thread, since some are held up
+
+
+_own = threading.local()
+
+
+def limit(threads: int) -> None:
+    """At most so many for the kernels that this thread calls: it is one of several that share the cores."""
+    _own.limit = threads
+
+
+def num_threads() -> int:
+    """How many a kernel that is called here may use."""
+    told = _jit.num_threads()
+    return min(told, getattr(_own, "limit", told))
 
 
 def each(work: Callable, parts: Iterable, threads: int) -> list:
@@ -44,7 +59,7 @@ def each(work: Callable, parts: Iterable, threads: int) -> list:
 
 def part_size(count: int, unit: int = 1) -> int:
     """How many of `count` numbers make a part, in whole units: all of them for one thread."""
-    threads = _jit.num_threads()
+    threads = num_threads()
     least = count if threads == 1 else max(_LEAST, -(-count // (_PARTS * threads)))
     return max(-(-least // unit) * unit, unit)
 
@@ -53,4 +68,4 @@ def in_parts(work: Callable, count: int, unit: int) -> None:
     """`work(slice)` for all of `count` numbers, in parts of whole units."""
     size = part_size(count, unit)
     starts = range(0, count, size)
-    each(work, (slice(start, min(start + size, count)) for start in starts), _jit.num_threads())
+    each(work, (slice(start, min(start + size, count)) for start in starts), num_threads())
