@@ -601,7 +601,7 @@ def _check_ranges(s: EngineSettings) -> None:
         )
     if not 0 <= s.watermark < 1:
         raise UserError(f"watermark is {s.watermark:g}; it is a fraction of all blocks, from 0 up to below 1")
-    for name, known in CHOICES.items():
+    for name, known in _CHOICES.items():
         value = getattr(s, name)
         if value not in known:
             hint = did_you_mean(value, known)
@@ -610,7 +610,7 @@ def _check_ranges(s: EngineSettings) -> None:
         raise UserError(f"engine_version is {s.engine_version!r}; write it like 0.33.0")
 
 
-CHOICES = {
+_CHOICES = {
     "scheduling_policy": ("fcfs", "priority"),
     "engine": formats.ENGINES,
     "allocator": ("paged", "contiguous", "exact", "buddy", "first-fit", "best-fit"),

@@ -120,6 +120,13 @@ def vllm_only(deployment, flag: str) -> None:
         raise UserError(f"{flag} is answered for engine vllm alone; leave it or --engine out")
 
 
+def refuse(args: argparse.Namespace, names: tuple[str, ...], why: str) -> None:
+    """A flag that would change nothing is a misunderstanding."""
+    for name in names:
+        if getattr(args, name) is not None:
+            raise UserError(f"{'MODEL' if name == 'model' else '--' + name.replace('_', '-')} {why}")
+
+
 def paged_only(args: argparse.Namespace) -> None:
     """UserError for an allocator: what it holds depends on the traffic, which these verbs do not replay."""
     from kvsim.specs import settings_from_args

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from kvsim.cli.ask import refuse
 from kvsim.errors import UserError
 from kvsim.units import GB, parse_bytes, parse_count
 
@@ -128,23 +129,21 @@ def main(args: argparse.Namespace) -> int:
     if args.min_gpus:
         from kvsim.cli import fewest
 
-        _refuse(
-            args, (*_BESIDE_MIN_GPUS, *_OF_TRAINING), "does not go with --min-gpus; leave one of them out"
-        )
+        refuse(args, (*_BESIDE_MIN_GPUS, *_OF_TRAINING), "does not go with --min-gpus; leave one of them out")
         return fewest.main(args)
-    _refuse(args, _OF_MIN_GPUS, "goes with --min-gpus; see --help")
+    refuse(args, _OF_MIN_GPUS, "goes with --min-gpus; see --help")
     if args.train is not None:
         return _training(args)
     if args.params is not None:
         return _nominal(args)
-    _refuse(args, ("gpu_gb", "kv_reserve"), "goes with --params; see --help")
-    _refuse(args, _OF_TRAINING, "goes with --train; see --help")
+    refuse(args, ("gpu_gb", "kv_reserve"), "goes with --params; see --help")
+    refuse(args, _OF_TRAINING, "goes with --train; see --help")
     if args.emit:
-        _refuse(args, ("seqs", "trace"), "changes nothing beside --emit; leave it out")
+        refuse(args, ("seqs", "trace"), "changes nothing beside --emit; leave it out")
     if args.trace is None:
-        _refuse(args, ("columns", "monte_carlo"), "goes with --trace; see --help")
+        refuse(args, ("columns", "monte_carlo"), "goes with --trace; see --help")
     if args.monte_carlo is None:
-        _refuse(args, ("seed", "backend"), "goes with --monte-carlo; see --help")
+        refuse(args, ("seed", "backend"), "goes with --monte-carlo; see --help")
     draft.take(args)
     deployment = with_total(deployment_of(args, None, None), args.total)
     budget = memory.fit(deployment, args.overhead, args.cuda_context)
@@ -184,13 +183,6 @@ _BESIDE_MIN_GPUS = (
 )  # fmt: skip
 
 
-def _refuse(args: argparse.Namespace, names: tuple[str, ...], why: str) -> None:
-    """A flag that would change nothing is a misunderstanding."""
-    for name in names:
-        if getattr(args, name) is not None:
-            raise UserError(f"{'MODEL' if name == 'model' else '--' + name.replace('_', '-')} {why}")
-
-
 def _training(args: argparse.Namespace) -> int:
     from kvsim.cli.models import sizes
     from kvsim.memory import training
@@ -198,7 +190,7 @@ def _training(args: argparse.Namespace) -> int:
     from kvsim.specs import load_gpu, load_model, settings_from_args
 
     of_serving = (*_OF_SERVING[1:], "gpu_gb", "kv_reserve", *settings_from_args(args))
-    _refuse(args, of_serving, "is for serving; leave it out beside --train")
+    refuse(args, of_serving, "is for serving; leave it out beside --train")
     if (args.model is None) == (args.params is None):
         raise UserError("--train needs MODEL or --params N, one of them")
     if args.gpu is None:
@@ -254,12 +246,12 @@ def _nominal(args: argparse.Namespace) -> int:
 
     settings = settings_from_args(args)
     dtype = settings.pop("dtype", None)
-    _refuse(
+    refuse(
         args,
         (*_OF_SERVING, *settings),
         "goes with a model, and --params is a size without one; leave one of them out",
     )
-    _refuse(args, _OF_TRAINING, "goes with --train; see --help")
+    refuse(args, _OF_TRAINING, "goes with --train; see --help")
     if (args.gpu is None) == (args.gpu_gb is None):
         raise UserError("--params needs --gpu NAME or --gpu-gb N,..., one of them")
     if args.gpu is not None:

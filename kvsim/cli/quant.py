@@ -10,6 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from kvsim import _jit
+from kvsim.cli.ask import refuse
 from kvsim.errors import UserError, did_you_mean
 
 _EPILOG = """examples:
@@ -118,7 +119,7 @@ def main(args: argparse.Namespace) -> int:
 
     if args.what in ("nan", "inf", "-inf") and (args.range or args.bits):
         raise UserError(f"{args.what} is no finite number; give one that --range has room for")
-    _refuse(args, _OF_NUMBER, "goes with a number; see --help")
+    refuse(args, _OF_NUMBER, "goes with a number; see --help")
     metrics = _metrics(args.metrics)
     _check_outputs(args)
     deployment = _deployment(args)
@@ -164,13 +165,6 @@ def seeds(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no seed, nor seeds such as 0,1,2")
     return tuple(dict.fromkeys(map(int, text.split(","))))
-
-
-def _refuse(args: argparse.Namespace, names: tuple[str, ...], why: str) -> None:
-    """A flag that would change nothing is a misunderstanding."""
-    for name in names:
-        if getattr(args, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} {why}")
 
 
 def _is_number(args: argparse.Namespace) -> bool:
@@ -249,7 +243,7 @@ def _deployment(args: argparse.Namespace):
     if "kv_cache_dtype" in settings:
         raise UserError("--kv-cache-dtype is one of the table's formats; name them by --formats")
     if args.trace is None:
-        _refuse(args, _OF_TRACE, "goes with --trace; see --help")
+        refuse(args, _OF_TRACE, "goes with --trace; see --help")
     flag = "--trace" if args.trace is not None else None
     if flag is None and (settings or warnings_from_args(args)):
         flag = "--" + next(iter(settings), "engine settings").replace("_", "-")
@@ -281,19 +275,19 @@ def _heads(args: argparse.Namespace, deployment):
     if args.what is not None:
         from kvsim.tensors import load_tensors
 
-        _refuse(args, _GENERATED, "is of generated keys and values; leave it out beside a file")
+        refuse(args, _GENERATED, "is of generated keys and values; leave it out beside a file")
         if len(own_seeds) > 1:
             raise UserError("--seed takes one number beside a file: it samples queries")
         names = {side: getattr(args, side) for side in "kvq" if getattr(args, side) is not None}
         tensors = load_tensors(args.what, args.layout or "htd", names)
         if tensors.q is None:
-            _refuse(
+            refuse(
                 args,
                 ("queries", "see_all", "seed"),
                 f"is of queries, and {args.what} has none; name them by --q",
             )
         return quality.of_file(Path(args.what).name, tensors, num_queries, own_seeds[0], not args.see_all)
-    _refuse(args, _OF_FILE, "goes with a file of tensors; see --help")
+    refuse(args, _OF_FILE, "goes with a file of tensors; see --help")
     dim = args.head_dim or _head_dim(deployment) or DEFAULT_DIM
     tokens = args.tokens or DEFAULT_TOKENS
     if dim % 32:
@@ -445,6 +439,7 @@ def _why_not(kv, dim: int) -> str | None:
 
 
 def _facts(args: argparse.Namespace, heads, deployment, rows: list[dict], notes: list[str]) -> dict:
+    from kvsim.report.fit import gpus_text
     from kvsim.report.words import count
 
     kv_heads, query_heads = count(heads.num_heads, "KV head"), count(heads.query_heads, "query head")
@@ -452,11 +447,7 @@ def _facts(args: argparse.Namespace, heads, deployment, rows: list[dict], notes:
     queries = f", {query_heads} with {queries_each} each" if heads.query_heads else ""
     where = None
     if deployment is not None:
-        gpus = (
-            f"{deployment.num_gpus} x {deployment.gpu.name}"
-            if deployment.num_gpus > 1
-            else deployment.gpu.name
-        )
+        gpus = gpus_text(deployment.num_gpus, deployment.gpu.name)
         where = f"{deployment.model.name} on {gpus}, engine {deployment.settings.engine}"
         where += f", trace {args.trace}" if args.trace is not None else ""
     if not heads.query_heads:

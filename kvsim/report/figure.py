@@ -15,6 +15,7 @@ import numpy as np
 
 from kvsim.report import words
 from kvsim.report.fleet import num_replicas, one_timeline
+from kvsim.report.regions import is_paged
 from kvsim.units import GIB, NS_PER_S, format_gib
 
 MAX_BINS = 2_000  # more are merged: a screen has no more columns
@@ -149,7 +150,7 @@ def panels(result) -> Panels:
         return np.add.reduceat(column[name], windows) / np.add.reduceat(width, windows) * NS_PER_S
 
     memory, shares, memory_gib = [], [], 0.0
-    if summary.get("allocator", "paged") != "paged":
+    if not is_paged(summary):
         bytes_per_block = result.deployment["budget"]["bytes_per_block"]
         memory_gib = max(0, summary["num_gpu_blocks"] - 1) * bytes_per_block / GIB
         useful = column["blocks_used_mean"] * bytes_per_block - column["wasted_bytes_mean"]

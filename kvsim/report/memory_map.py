@@ -83,28 +83,35 @@ class Failure(NamedTuple):
 
 
 def memory_map(
-    result, columns: int = COLUMNS, rows: int = ROWS, from_s: float | None = None, to_s: float | None = None
+    result,
+    columns: int = COLUMNS,
+    rows: int = ROWS,
+    from_s: float | None = None,
+    to_s: float | None = None,
+    samples: int = 1,
 ) -> MemoryMap:
     """Sample where requests had their memory, at `columns` moments and `rows` addresses between two times in seconds
     (default: all of it). A region is where it was at the middle of a column, so one that came and went between two is
-    not seen.
+    not seen. A crowded map, whose regions are smaller than a pixel, has `samples` times as many columns and rows.
 
     Raises UserError for a run that has no regions or blocks, and for times outside of it.
     """
     check_has_regions(result)
     from_ns, to_ns = _view(result, from_s, to_s)
     num_usable, is_buddy = regions.shape_of_pool(result)
-    is_paged = regions.is_paged(result)
+    is_paged = regions.is_paged(result.summary())
     unit, unit_ns = fig.time_unit(to_ns)
     held = regions.residences(result)
+    in_view = (held.start_ns < to_ns) & (held.end_ns > from_ns)
+    is_crowded = len(np.unique(held.request[in_view])) > MAX_HUED
+    if is_crowded:
+        columns, rows = samples * columns, samples * rows
     time = from_ns + ((2 * np.arange(columns) + 1) * (to_ns - from_ns)) // (2 * columns)
     block = ((2 * np.arange(rows) + 1) * num_usable) // (2 * rows)
     first, last = np.searchsorted(time, held.start_ns), np.searchsorted(time, held.end_ns)
     which, num_holders = _painted(held, block, first, last, columns)
     alone = held.request.astype(np.int32)[which]
     owner = np.select([num_holders == 0, num_holders == 1], [np.int32(FREE), alone], np.int32(SHARED))
-    in_view = (held.start_ns < to_ns) & (held.end_ns > from_ns)
-    is_crowded = len(np.unique(held.request[in_view])) > MAX_HUED
     hues, classes = _hues(result, is_crowded)
     if is_paged:
         free, largest = num_usable - _num_used(held, first, last, columns), None
@@ -140,7 +147,7 @@ def check_has_regions(result) -> None:
             "--what map: the engine does not start, so nothing was ever held; --what timeline shows why"
         )
     if result.regions is None:
-        level, whose = ("blocks", " with paging") if regions.is_paged(result) else ("events", "")
+        level, whose = ("blocks", " with paging") if regions.is_paged(result.summary()) else ("events", "")
         raise UserError(
             f"--what map needs regions.parquet, which --record {options['record']} does not keep{whose}; run it again"
             f" with --record {level}"

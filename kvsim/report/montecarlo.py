@@ -5,6 +5,7 @@ from __future__ import annotations
 from kvsim.memory import Budget
 from kvsim.memory.concurrency import usable_blocks
 from kvsim.report.catalogue import table_lines
+from kvsim.report.words import count
 from kvsim.specs import Deployment
 
 _PERCENTS = (5, 50, 95)
@@ -85,7 +86,7 @@ def monte_carlo_lines(facts: dict, ranks: int) -> list[str]:
     left_out = facts["num_left_out"]
     lines = [
         "",
-        f"Requests at once in {_count(facts['scenarios'], 'draw')} from {facts['trace']}, seed"
+        f"Requests at once in {count(facts['scenarios'], 'draw')} from {facts['trace']}, seed"
         f" {facts['seed']}, until the {facts['usable_blocks']:,} blocks{of_rank} are full",
         *table_lines(header, rows, left=(0,), indent="  "),
         *(f"  {when}  {_sketch(facts[name])}" for name, when in _WHEN.items()),
@@ -95,14 +96,9 @@ def monte_carlo_lines(facts: dict, ranks: int) -> list[str]:
     if any(facts[name]["concurrency"]["most"] > facts["max_num_seqs"] for name in _WHEN):
         lines.append(f"  memory holds that; max_num_seqs {facts['max_num_seqs']:,} lets no more run at once")
     if left_out:
-        left = _count(left_out, "request")
+        left = count(left_out, "request")
         lines.append(f"  {left} that the engine rejects on arrival: in the table above, and not drawn")
     return lines
-
-
-def _count(n: int, noun: str) -> str:
-    """`report.words.count`, without NumPy."""
-    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 def _sketch(facts: dict) -> str:

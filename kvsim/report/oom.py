@@ -3,9 +3,7 @@ for an engine that does not start. Every number is one of the run's."""
 
 from __future__ import annotations
 
-import functools
 import shlex
-import textwrap
 
 import numpy as np
 
@@ -184,6 +182,6 @@ def failure_text(result) -> str:
         f"{failure['kind']} ({failure['cause']}): {words.CAUSES[failure['cause']]}, {failure['short_bytes']:,} bytes"
         f" ({size}) are missing on each GPU. No request was served."
     )
-    wrapped = functools.partial(textwrap.wrap, width=WIDTH, subsequent_indent="  ", break_on_hyphens=False)
-    lines = [*wrapped(head), "", *memory_lines(result), "", *wrapped(f"why: {failure['sentence']}")]
+    why = words.wrapped(f"why: {failure['sentence']}", WIDTH)
+    lines = [*words.wrapped(head, WIDTH), "", *memory_lines(result), "", *why]
     return "\n".join([*lines, f"what would make it start: {fix_command(result)}"])

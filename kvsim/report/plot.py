@@ -243,9 +243,7 @@ def _draw_map(figure, result, from_s, to_s) -> None:
     left, width, heights = 0.075, 0.91, (400, 130)
     heading = _heading(result)
     pixels = (round(width * WIDTH_IN * _DPI), round(heights[0] * PX * _DPI))
-    m = mm.memory_map(result, *pixels, from_s, to_s)
-    if m.is_crowded:  # regions are smaller than a pixel, which shows the mean of several samples
-        m = mm.memory_map(result, *(_SAMPLES * size for size in pixels), from_s, to_s)
+    m = mm.memory_map(result, *pixels, from_s, to_s, samples=_SAMPLES)
     told = m.failures if len(m.failures) <= mm.MAX_TOLD else []
     above, gap, below = 44 + _LINE_PX * len(heading), 44, 46 + _LINE_PX * len(told)
     total = above + sum(heights) + gap + below

@@ -32,7 +32,7 @@ def residences(result) -> Residences:
     end_ns = max(round(result.summary()["makespan_s"] * NS_PER_S), int(time.max(initial=0)))
     order = np.argsort(request, kind="stable")
     # A region ends with the next row of its request, blocks of a paged run with its next free: all go at once.
-    is_end = is_free[order] if is_paged(result) else np.ones(len(order), bool)
+    is_end = is_free[order] if is_paged(result.summary()) else np.ones(len(order), bool)
     n = len(order)
     ends = np.append(np.flatnonzero(is_end), n)
     following = ends[np.searchsorted(ends, np.arange(1, n + 1))]
@@ -51,9 +51,9 @@ def residences(result) -> Residences:
     )
 
 
-def is_paged(result) -> bool:
+def is_paged(summary: dict) -> bool:
     """Whether blocks come from anywhere, not in one region a request."""
-    return result.summary().get("allocator", "paged") == "paged"
+    return summary.get("allocator", "paged") == "paged"
 
 
 def shape_of_pool(result) -> tuple[int, bool]:

@@ -18,6 +18,7 @@ import numpy as np
 from kvsim.metrics import LATENCIES
 from kvsim.report import oom, words
 from kvsim.report.fleet import MAX_ROWS, num_replicas, of_replica, one_timeline, replica_rows
+from kvsim.report.regions import is_paged
 from kvsim.report.story import head_waits
 from kvsim.report.words import aligned
 from kvsim.units import NS_PER_S, format_gib, format_ns
@@ -218,7 +219,7 @@ def _usage(summary: dict) -> list[str]:
 
 def shares_sentence(summary: dict) -> str:
     """What regions made of the pool: while somebody waited for memory, else while anybody ran. Empty with paging."""
-    if summary.get("allocator", "paged") == "paged":
+    if is_paged(summary):
         return ""
     when, shares = "requests waited for memory", summary["kv_while_waiting_for_memory"]
     if not shares["seconds"]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import textwrap
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from kvsim.metrics import MANY_PREEMPTIONS
 from kvsim.units import NS_PER_MS, NS_PER_S, format_gib, format_ns, format_seconds
+
+if TYPE_CHECKING:  # `kvsim fit` says its numbers in these words, and loads no NumPy
+    import numpy as np
 
 VERDICTS = {
     "does_not_start": "DOES NOT START",
@@ -138,6 +139,8 @@ def why_not(sentence: str) -> str:
 
 
 def _overloaded(summary: dict) -> str:
+    from kvsim.metrics import MANY_PREEMPTIONS
+
     outcomes, n = summary["outcomes"], summary["num_requests"]
     bad = [f"{outcomes[name]:,} {OUTCOMES[name]}" for name in BAD_OUTCOMES if outcomes[name]]
     reasons = [f"{listed(bad)} of {count(n, 'request')}"] if bad else []
@@ -160,6 +163,8 @@ def _backlogged(summary: dict) -> str:
 
 
 def _stable(summary: dict) -> str:
+    from kvsim.metrics import MANY_PREEMPTIONS
+
     n = summary["num_requests"]
     share = f"{summary['completed']:,} of {count(n, 'request')} completed"
     if not summary["num_preemptions"]:
@@ -273,7 +278,7 @@ def codes(column) -> tuple[np.ndarray, list[str]]:
     """A dictionary column of words as (codes int64[n], -1 for null; the words)."""
     array = column.combine_chunks()
     indices = array.indices.fill_null(-1).to_numpy(zero_copy_only=False)
-    return indices.astype(np.int64), array.dictionary.to_pylist()
+    return indices.astype("int64"), array.dictionary.to_pylist()
 
 
 def code_of(names: list[str], name: str) -> int:
