@@ -145,9 +145,7 @@ class Result:
             _summary=summary,
             _make_bins=functools.partial(bin_table, *bins_of(run.state), budget),
             _make_deployment=plain(deployment, budget, options),
-            regions=region_table(run.state.region_log[: run.state.now[0].num_region_rows])
-            if has_regions
-            else None,
+            regions=region_table(run.state.regions) if has_regions else None,
         )
 
     @classmethod
@@ -411,9 +409,9 @@ def request_table(table, trace, outcomes, causes, replica=None) -> pa.Table:
 
 def largest_free_of(run: EngineRun) -> np.ndarray | None:
     """int32[events]: the largest free piece, in blocks, where somebody asked for more, else -1; None with paging."""
-    log = run.state.region_log[: int(run.state.now[0].num_region_rows)]
     if len(run.state.region_log) == 0:
         return None
+    log = run.state.regions
     asked = log[log["kind"] == st.REGION_SHORT]
     largest = np.full(len(run.events), -1, np.int32)
     largest[asked["event"]] = asked["num_blocks"]
@@ -485,7 +483,7 @@ def bins_of(state: st.State) -> tuple[np.ndarray, int, int]:
     """A copy of the bins in use, their width and the end of the last one, ns."""
     width, end = int(state.now[0].bin_width), int(state.now[0].accounted)
     used = state.timeline[: -(-end // width)]
-    bins = np.frombuffer(bytearray(used.tobytes()), st.BIN)  # as bytes, or numpy copies field by field
+    bins = np.frombuffer(bytearray(used), st.BIN)  # as bytes, or numpy copies field by field
     if state.settings[0].allocator == st.PAGED:  # the ends of last blocks are all that is lost
         bins["internal_area"] = bins["wasted_area"]
     return bins, width, end

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvsim._jit import inline_njit, njit
-from kvsim.kernels.blocks.ref import FREED
+from kvsim.kernels.blocks.ref import FREED, shift_of
 from kvsim.kernels.threads import each
 
 _CHUNK = 1024  # sequences whose blocks are added in uint32, at most
@@ -63,13 +63,7 @@ def _share_out(work, num_scenarios, threads):
     each(work, (slice(start, start + step) for start in range(0, num_scenarios, step)), threads)
 
 
-@inline_njit
-def _shift(block_size):
-    """The power of two that a block size is, -1 where it is none."""
-    shift = 0
-    while (1 << shift) < block_size:
-        shift += 1
-    return shift if (1 << shift) == block_size else -1
+_shift = inline_njit(shift_of)
 
 
 @njit

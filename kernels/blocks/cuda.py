@@ -13,7 +13,7 @@ import warnings
 
 import numpy as np
 
-from kvsim.kernels.blocks.ref import FREED
+from kvsim.kernels.blocks.ref import FREED, shift_of
 
 try:
     from numba import cuda, int64
@@ -88,13 +88,7 @@ def _launch(function, num_blocks, read, written):
             array.copy_to_host(here)
 
 
-@device_function
-def _shift(block_size):
-    """The power of two that a block size is, -1 where it is none."""
-    shift = 0
-    while (1 << shift) < block_size:
-        shift += 1
-    return shift if (1 << shift) == block_size else -1
+_shift = device_function(shift_of)
 
 
 @device_function

@@ -45,6 +45,14 @@ class Tables(NamedTuple):
     num_blocks: np.ndarray  # int32[scenarios, sequences]
 
 
+def shift_of(block_size):
+    """The power of two that a block size is, -1 where it is none: plain Python, which the other backends compile."""
+    shift = 0
+    while (1 << shift) < block_size:
+        shift += 1
+    return shift if (1 << shift) == block_size else -1
+
+
 def sequence_blocks(tokens, block_size, blocks, wasted):
     blocks[:] = -(-tokens.astype(np.int64) // block_size)
     wasted[:] = blocks.astype(np.int64) * block_size - tokens

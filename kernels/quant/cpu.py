@@ -22,14 +22,13 @@ from kvsim.kernels.quant.half import (
     half_to_float,
     number_to_bfloat,
 )
-from kvsim.kernels.quant.rules import FLOATS, ROUNDINGS, ZEROS, Rule
+from kvsim.kernels.quant.rules import CODES, FLOATS, ROUNDINGS, ZEROS, Rule
 from kvsim.kernels.threads import each, in_parts, num_threads, part_size
 
 TILE = 2048  # numbers: 8 KiB of fp32 and their codes fit into the first cache; a multiple of 8, so codes fill bytes
 _TOKENS = 8  # at once where groups lie along tokens: their codes of any width are whole bytes
 CHANNELS = TILE // _TOKENS
 _INFINITY = 0x7F800000
-_CODES = ("int", "e4m3", "e5m2")
 
 
 class Floats(NamedTuple):
@@ -1432,7 +1431,7 @@ def _plan(shape, rule: Rule) -> Plan:
         rule, outer, length = rule._replace(group=rule.group or length), 1, outer * length
     lowest = -(2 ** (rule.bits - 1)) if rule.is_signed else 0
     return Plan(
-        outer, length, inner, rule.group or max(length, 1), rule.bits, _CODES.index(rule.codes),
+        outer, length, inner, rule.group or max(length, 1), rule.bits, CODES.index(rule.codes),
         ZEROS.index(rule.zero), ROUNDINGS.index(rule.rounding), FLOATS.index(rule.scale_dtype),
         np.float32(lowest), np.float32(lowest + 2**rule.bits - 1),
         rule.spans_zero, rule.is_sum_rounded, rule.is_division, rule.is_stepwise, rule.is_zero_hidden,

@@ -15,12 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from kvsim.kernels.quant.rules import FLOATS, ROUNDINGS, ZEROS, Rule
+from kvsim.kernels.quant.rules import CODES, FLOATS, ROUNDINGS, ZEROS, Rule
 
 THREADS = 256  # quant.cu's WARPS are as many
 COMPILE = ("--std=c++17", "--fmad=false")  # nothing fused; division and subnormals are IEEE's by default
 _TYPES = {"float32": "float", "float16": "Half", "bfloat16": "Bfloat"}
-_CODES = ("int", "e4m3", "e5m2")
 _PARTS = 65_536  # threads that look for the ends of one group
 _NULL = np.uint64(0)
 
@@ -116,7 +115,7 @@ def quantize_fp8(x, codes: str, scale: float, saturate: bool, dtype: str, out) -
         inverse = np.float32(1) / scale
     # A quotient by a power of two is the product with its reciprocal, to the bit, and cheaper.
     is_exact = np.frexp(scale)[0] == 0.5 and np.isfinite(inverse)
-    kernel = f"encode_fp8<{_TYPES[dtype]}, {_CODES.index(codes)}>"
+    kernel = f"encode_fp8<{_TYPES[dtype]}, {CODES.index(codes)}>"
     inverse = inverse if is_exact else np.float32(0)
     _run(kernel, -(-x.size // 8), _input(x), made, np.int64(x.size), scale, inverse, np.int32(saturate))
     _deliver(made, out)
@@ -127,7 +126,7 @@ def dequantize_fp8(x, codes: str, scale: float, dtype: str, out) -> None:
     if not x.size:
         return
     made = _room(out)
-    kernel = f"decode_fp8<{_TYPES[dtype]}, {_CODES.index(codes)}>"
+    kernel = f"decode_fp8<{_TYPES[dtype]}, {CODES.index(codes)}>"
     _run(kernel, -(-x.size // 8), _input(x), made, np.int64(x.size), np.float32(scale))
     _deliver(made, out)
 
@@ -150,7 +149,7 @@ def rule_kernel(work: str, side: str, dtype: str, rule: Rule) -> str:
 def _options(rule: Rule) -> int:
     """What quant.cu's Plan reads of a rule."""
     fields = (
-        (0, rule.bits), (4, _CODES.index(rule.codes)), (6, ZEROS.index(rule.zero)),
+        (0, rule.bits), (4, CODES.index(rule.codes)), (6, ZEROS.index(rule.zero)),
         (8, ROUNDINGS.index(rule.rounding)), (10, FLOATS.index(rule.scale_dtype)), (12, rule.spans_zero),
         (13, rule.is_sum_rounded), (14, rule.is_division), (15, rule.is_stepwise), (16, rule.is_zero_hidden),
         (17, rule.is_signed),

@@ -100,6 +100,8 @@ DEVICE float rounded_to(float x, int kind) {
     return x;
 }
 
+DEVICE float inverse_or_0(float x) { return x == 0.0f ? 0.0f : 1.0f / x; }
+
 // ---------------------------------------------------------------- fp8
 
 // The byte of a float, half to even, by integers: below the normal numbers a power of two has the step of the subnormal
@@ -893,7 +895,7 @@ template <int TYPE> DEVICE u64 encode_ggml(const float* y, u8* block, int quarte
         d = (float_of((u32)order(high)) - minimum) / top;
         plus = 0.5f;
     }
-    float inverse = d == 0.0f ? 0.0f : 1.0f / d;
+    float inverse = inverse_or_0(d);
     if (quarter == 0) {
         put_half(block, d);
         if (ggml_scales(TYPE) == 4) put_half(block + 2, minimum);
@@ -1006,8 +1008,6 @@ DEVICE float e2m1_number(u32 code) {
     float x = twice_e2m1(code) * 0.5f;
     return code & 8 ? -x : x;
 }
-
-DEVICE float inverse_or_0(float x) { return x == 0.0f ? 0.0f : 1.0f / x; }
 
 DEVICE u32 e4m3_scale(float wanted) { return fp8_of(wanted < 448.0f ? wanted : 448.0f, E4M3, true); }
 

@@ -14,6 +14,7 @@ FP8_MAX = {
     "e4m3": 448.0,
     "e5m2": 57344.0,
 }  # largest finite number; e4m3 is the variant without infinities (fn)
+CODES = ("int", *FP8_MAX)  # their order is the number that compiled code knows them by
 ROUNDINGS = ("half-even", "half-away", "trunc")
 ZEROS = ("none", "min", "middle", "integer")
 
@@ -80,7 +81,7 @@ def checked(rule: Rule) -> Rule:
     """The rule, or a ValueError that says in one sentence what no rule can be."""
     if not isinstance(rule, Rule):
         raise ValueError(f"rule is a Rule, such as Rule(4, group=32), not a {type(rule).__name__}")
-    if rule.codes not in ("int", *FP8_MAX):
+    if rule.codes not in CODES:
         raise ValueError(f"codes are int, e4m3 or e5m2, not {rule.codes!r}")
     if rule.bits not in ((8, 4, 3, 2) if rule.codes == "int" else (8,)):
         raise ValueError(f"{rule.codes} codes have no {rule.bits} bits; int has 8, 4, 3 or 2, fp8 has 8")

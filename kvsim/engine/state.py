@@ -420,6 +420,11 @@ class State(NamedTuple):
         return self.free_time[::-1]
 
     @property
+    def regions(self) -> np.ndarray:
+        """REGION_EVENT[n]: what became of regions, in order."""
+        return self.region_log[: int(self.now[0].num_region_rows)]
+
+    @property
     def gap_counts(self) -> np.ndarray:
         """int64[GAP_BUCKETS]: gaps between two tokens of a request."""
         return self.gap_lanes[:GAP_BUCKETS] + self.gap_lanes[GAP_LANE:]
