@@ -15,7 +15,7 @@ import msgspec
 from kvsim.errors import UserError
 from kvsim.executors import Failed
 from kvsim.memory import Budget, fit
-from kvsim.memory.budget import kv_groups, max_in_flight_tokens
+from kvsim.memory.budget import bytes_per_token, kv_groups, max_in_flight_tokens
 from kvsim.memory.concurrency import percentile_lengths, usable_blocks
 from kvsim.memory.planner import pages_per_request
 from kvsim.result import Result, Summary
@@ -210,7 +210,7 @@ def kv_bytes_per_token(dep: Deployment) -> int | float:
     check_supported(dep.model)
     settings = msgspec.structs.replace(dep.settings, tensor_parallel_size=1)
     groups = kv_groups(msgspec.structs.replace(dep, settings=settings))
-    return _whole(sum(g.block_bytes / g.block_size for g in groups if g.kind != "mamba"))
+    return _whole(bytes_per_token(groups))
 
 
 def _whole(value: float) -> int | float:

@@ -8,7 +8,7 @@ from kvsim._jit import inline_njit, inner_njit, njit
 from kvsim.kernels.quant import fp4_ref
 from kvsim.kernels.quant.cpu import e4m3_of
 from kvsim.kernels.quant.fp4_ref import E2M1_SIGNED, E4M3, NF4, NF4_BOUNDS, Packed, checked
-from kvsim.kernels.quant.half import narrow, widened
+from kvsim.kernels.quant.half import as_wide, settle, widened
 from kvsim.kernels.quant.ref import float_name
 from kvsim.kernels.threads import in_parts
 
@@ -76,10 +76,9 @@ def dequantize_nf4(codes, scales, shape, dtype="float32", out=None) -> np.ndarra
     flat = out.reshape(-1)
 
     def work(numbers, codes, scales):
-        wide = numbers if dtype == "float32" else np.empty(numbers.size, np.float32)
+        wide = as_wide(numbers)
         numbers_nf4(codes, scales, wide, 64)
-        if dtype != "float32":
-            narrow(wide, dtype, numbers)
+        settle(wide, dtype, numbers)
 
     _each_part(work, flat, np.ascontiguousarray(codes), np.ascontiguousarray(scales), 64)
     return out
@@ -91,10 +90,9 @@ def _dequantized(kind, codes, scales, g, dtype, out):
     group = fp4_ref.GROUP[kind]
 
     def work(numbers, codes, scales):
-        wide = numbers if dtype == "float32" else np.empty(numbers.size, np.float32)
+        wide = as_wide(numbers)
         numbers_e2m1(codes, scales, g, wide, group, kind == "mxfp4")
-        if dtype != "float32":
-            narrow(wide, dtype, numbers)
+        settle(wide, dtype, numbers)
 
     _each_part(work, flat, np.ascontiguousarray(codes), np.ascontiguousarray(scales), group)
     return out

@@ -135,6 +135,17 @@ def _narrow(y, is_half, out):
             out[i] = float_to_bfloat(y[i])
 
 
+def as_wide(out: np.ndarray) -> np.ndarray:
+    """Where the float32 of a contiguous vector is made: itself, or room beside one of 16 bits (`settle`)."""
+    return out if out.dtype == np.float32 else np.empty(out.size, np.float32)
+
+
+def settle(wide: np.ndarray, dtype: str, out: np.ndarray) -> None:
+    """Narrow what was made in `as_wide(out)`, unless that is `out`."""
+    if wide is not out:
+        narrow(wide, dtype, out)
+
+
 def widen(x: np.ndarray, dtype: str, out: np.ndarray) -> None:
     """`ref.widen` of a contiguous vector of 16-bit floats into the float32 vector `out`."""
     _widen(x.view(np.uint16), dtype == "float16", out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvsim._jit import inline_njit, njit
-from kvsim.kernels.quant.half import narrow, widen
+from kvsim.kernels.quant.half import as_wide, settle, widen
 from kvsim.kernels.quant.ref import float_name
 from kvsim.kernels.quant.rotate_ref import checked, scale_of, sign_of
 from kvsim.kernels.threads import in_parts
@@ -24,15 +24,14 @@ def rotate(
     before, after = (ones, signs * scale_of(n)) if inverse else (signs, ones * scale_of(n))
 
     def work(part):
-        numbers = flat[part]
-        wide = result[part] if name == "float32" else np.empty(numbers.size, np.float32)
-        if name == "float32":
+        numbers, turned = flat[part], result[part]
+        wide = as_wide(turned)
+        if wide is turned:
             wide[:] = numbers
         else:
             widen(numbers, name, wide)
         rotate_rows(wide, before, after, n)
-        if name != "float32":
-            narrow(wide, name, result[part])
+        settle(wide, name, turned)
 
     in_parts(work, flat.size, n)
     return out

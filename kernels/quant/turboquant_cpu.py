@@ -8,7 +8,7 @@ from kvsim._jit import inline_njit, njit
 from kvsim.kernels.quant.cpu import e4m3_of
 from kvsim.kernels.quant.fp4_ref import E4M3
 from kvsim.kernels.quant.ggml_cpu import load_half, store_half
-from kvsim.kernels.quant.half import half_to_float, narrow, scale_to_half, widened
+from kvsim.kernels.quant.half import as_wide, half_to_float, scale_to_half, settle, widened
 from kvsim.kernels.quant.lloyd_max import VLLM_LEVELS, bounds, levels
 from kvsim.kernels.quant.ref import float_name
 from kvsim.kernels.quant.rotate_cpu import butterflies
@@ -52,8 +52,9 @@ def dequantize_turboquant(slots, preset: str, dim: int, dtype: str = "float32", 
     means = None if where.key_bits == 8 else levels(where.key_bits, dim, VLLM_LEVELS)
 
     def work(part):
-        here, n = flat[_slots(part, dim, where.slot)], part.stop - part.start
-        keys, values = (array[part] if dtype == "float32" else np.empty(n, np.float32) for array in numbers)
+        here = flat[_slots(part, dim, where.slot)]
+        given_part = [array[part] for array in numbers]
+        keys, values = map(as_wide, given_part)
         if where.key_bits == 8:
             load_e4m3(here, keys, dim, where.slot)
         else:
@@ -62,9 +63,8 @@ def dequantize_turboquant(slots, preset: str, dim: int, dtype: str = "float32", 
                 where.slot, preset.endswith("_nc"),
             )  # fmt: skip
         load_values(here, values, dim, where.value_bits, where.value_start, where.slot)
-        if dtype != "float32":
-            for array, wide in zip(numbers, (keys, values), strict=True):
-                narrow(wide, dtype, array[part])
+        for wide, given in zip((keys, values), given_part, strict=True):
+            settle(wide, dtype, given)
 
     in_parts(work, numbers[0].size, dim)
     return out

@@ -70,6 +70,11 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     sentence: str
 
 
+def bytes_per_token(groups: tuple[KvGroup, ...]) -> float:
+    """KV bytes on one GPU for one more token while no window is full, padding layers not counted."""
+    return sum(g.block_bytes / g.block_size for g in groups if g.kind != "mamba")
+
+
 class Budget(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes on the GPU that binds (the pipeline stage with the fewest blocks), and the pool they leave.
 
@@ -113,8 +118,8 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def bytes_per_token(self) -> float:
-        """KV bytes on one GPU for one more token while no window is full, padding layers not counted."""
-        return sum(g.block_bytes / g.block_size for g in self.groups if g.kind != "mamba")
+        """That of its groups."""
+        return bytes_per_token(self.groups)
 
     @property
     def has_pool(self) -> bool:
