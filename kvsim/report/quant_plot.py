@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from html import escape
 from pathlib import Path
+
+import numpy as np
 
 from kvsim.report import figure as fig
 from kvsim.report.plot import save_picture
@@ -14,6 +17,10 @@ _BEST, _OTHER = fig.POOL, fig.HIGHEST
 # best falls with bits and rises with tokens, so that labels stand above it, or below.
 _PLACES = ((8, 6, "left"), (8, 0, "left"), (-8, -6, "right"), (-8, 0, "right"), (0, 11, "center"), (0, -11, "center"),
            (8, 12, "left"), (-8, -12, "right"), (8, 20, "left"), (-8, -20, "right"), (8, -12, "left"))  # fmt: skip
+
+# The same for plotly: to which side and how far down.
+_SIDES = ((1, -1), (1, 0), (-1, 1), (-1, 0), (0, -1), (0, 1), (-1, -1), (1, 1))
+_PAGE_PX, _CHAR_PX = 1150, 6.3  # of the figure on a page of 1,300, and of a letter
 
 
 def save_plot(facts: dict, path: str | Path) -> Path:
@@ -93,14 +100,21 @@ def _page(facts: dict) -> bytes:
 
     points = _points(facts)
     x_name, y_name = _names(facts)
-    best = [p for p in points if p[2]["pareto"]]
-    others = [p for p in points if not p[2]["pareto"]]
-    data = [_trace("not worse than any other", best, _BEST, "lines+markers+text"),
-            _trace("another is better in both", others, _OTHER, "markers+text")]  # fmt: skip
+    sides = _sides(points)
+    best = [k for k, (_, _, row) in enumerate(points) if row["pareto"]]
+    others = [k for k, (_, _, row) in enumerate(points) if not row["pareto"]]
+    data = [
+        _trace(name, [points[k] for k in which], [sides[k] for k in which], colour, mode)
+        for name, which, colour, mode in (
+            ("not worse than any other", best, _BEST, "lines+markers+text"),
+            ("another is better in both", others, _OTHER, "markers+text"),
+        )
+    ]
     axis = {"gridcolor": fig.GRID, "zeroline": False, "color": fig.QUIET}
     layout = {
         **fig.plain_layout(620), "showlegend": True,
-        "xaxis": axis | {"title": {"text": x_name}}, "yaxis": axis | {"title": {"text": y_name}, "type": "log"},
+        "xaxis": axis | {"title": {"text": x_name}},
+        "yaxis": axis | {"title": {"text": y_name}, "type": "log", "dtick": 1},
         "legend": {"orientation": "h", "y": 1.08}, "margin": {"l": 70, "r": 30, "t": 40, "b": 60},
     }  # fmt: skip
     body = f'<header><p class="why">{escape(facts["measured"])}</p>'
@@ -110,10 +124,42 @@ def _page(facts: dict) -> bytes:
     return document(f"KV formats: {facts['measured']}", body, {"data": data, "layout": layout})
 
 
-def _trace(name: str, points: list, colour: str, mode: str) -> dict:
+def _sides(points: list) -> list[str]:
+    """plotly's place for each label: where, on a page of usual width, it covers neither a point nor a label before it;
+    else where it is at least inside."""
+    if not points:
+        return []
+    x = np.interp(*_spread([x for x, _, _ in points]), (60, _PAGE_PX - 60))
+    y = np.interp(*_spread([-math.log(y) for _, y, _ in points]), (40, 440))
+    rises = -1 if "tokens" in points[0][2] else 1
+    taken = [(a - 6, b - 6, a + 6, b + 6) for a, b in zip(x, y, strict=True)]
+    sides = []
+    for a, b, (_, _, row) in zip(x, y, points, strict=True):
+        width = _CHAR_PX * len(row["format"])
+        boxes = {}
+        for dx, dy in _SIDES:
+            left, middle = a + dx * (8 + width / 2) - width / 2, b + 12 * rises * dy
+            if 0 < left and left + width < _PAGE_PX:
+                boxes[dx, rises * dy] = left, middle - 7, left + width, middle + 7
+        free = [at for at, box in boxes.items() if not any(_overlap(box, other) for other in taken)]
+        at = next(iter(free or boxes))
+        taken.append(boxes[at])
+        sides.append(f"{('top', 'middle', 'bottom')[at[1] + 1]} {('left', 'center', 'right')[at[0] + 1]}")
+    return sides
+
+
+def _spread(values: list[float]) -> tuple[list[float], tuple[float, float]]:
+    return values, (min(values), max(values) if max(values) > min(values) else min(values) + 1)
+
+
+def _overlap(one: tuple, other: tuple) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def _trace(name: str, points: list, sides: list[str], colour: str, mode: str) -> dict:
     return {
         "type": "scatter", "mode": mode, "name": name, "marker": {"color": colour, "size": 9},
         "line": {"color": colour, "width": 1}, "x": [x for x, _, _ in points], "y": [y for _, y, _ in points],
-        "text": [row["format"] for _, _, row in points], "textposition": "top center", "textfont": {"size": 11},
+        "text": [row["format"] for _, _, row in points], "textposition": sides, "textfont": {"size": 11},
         "hovertemplate": "%{text}<br>%{x:,.6~g}, error %{y:.3g}<extra></extra>",
     }  # fmt: skip

@@ -434,3 +434,13 @@ def test_names_of_formats_for_research():
     for engine in ("vllm", "llama.cpp"):
         with pytest.raises(UserError):
             kv_format("int4-token-g32", engine)
+
+
+def test_names_in_the_page_stand_beside_each_other():
+    from kvsim.report.quant_plot import _sides
+
+    one, other = {"format": "int4_per_token_head"}, {"format": "turboquant_4bit_nc"}
+    points = [(4.19, 0.33, one), (4.25, 0.34, other), (16.0, 0.005, {"format": "bfloat16"})]
+    sides = _sides(points)
+    assert sides[0] != sides[1] and _sides([]) == []
+    assert _sides([(4.0, 0.3, one)]) == ["top right"]
