@@ -59,6 +59,18 @@ def conversion(takes: str, gives: str, build: Callable) -> Callable:
     return intrinsic(convert)
 
 
+def fused_multiply_add() -> Callable:
+    """A function of float64 for compiled code: x * y + z, rounded once. Ask `has_instruction("fma")` first: without it
+    LLVM calls a library."""
+    from numba.core.types import float64
+    from numba.extending import intrinsic
+
+    def call(typing_context, x, y, z):
+        return float64(float64, float64, float64), lambda context, builder, signature, xyz: builder.fma(*xyz)
+
+    return intrinsic(call)
+
+
 def has_instruction(feature: str) -> bool:
     """Whether compiled code may use an extension of x86, such as "f16c"."""
     from llvmlite import binding

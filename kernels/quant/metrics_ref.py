@@ -3,6 +3,9 @@
 `before` and `after` are arrays of one shape: float16, float32, float64, or uint16 with the bits of what `dtype` names
 ("float16", "bfloat16"). NaN anywhere makes what depends on it NaN, and so does an empty array.
 
+The error after - before is a float64, and where both have one 16-bit type a float32: exact unless one is thousands of
+times the other, infinite where two bfloat16 are too far apart for it. Its square is a float64 then without rounding.
+
 A sum of many terms is made in one order, whoever makes it and with however many threads: chunks of `CHUNK` terms, added
 first to last; in a chunk, term i belongs to lane i mod `LANES`, each lane is added first to last, and the lanes are
 added by halves (the upper half to the lower) until one is left. So the `metrics_cpu` of any machine has the bits of
@@ -81,8 +84,12 @@ def error_sums(before: np.ndarray, after: np.ndarray, dtype: str | None = None) 
     """The sums of `errors`."""
     check_same_shape(before, after)
     x, y = widen(before, dtype).reshape(-1), widen(after, dtype).reshape(-1)
+    kinds = {dtype_of(before, dtype), dtype_of(after, dtype)}
     with np.errstate(all="ignore"):
-        error = y - x
+        if kinds in ({"float16"}, {"bfloat16"}):
+            error = (y.astype(np.float32) - x.astype(np.float32)).astype(np.float64)
+        else:
+            error = y - x
         terms = (error * error, x * x, y * y, x * y)
         return Sums(x.size, *map(_sum, terms), max_error=float(np.abs(error).max(initial=0.0)))
 

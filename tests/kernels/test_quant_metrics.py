@@ -74,16 +74,42 @@ def test_sums_are_as_exact_as_float64_allows():
 
 
 @needs_jit
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_any_number_of_threads_gives_the_same_bits(dtype, monkeypatch):
     monkeypatch.setattr(cpu, "_BLOCK", 2 * ref.CHUNK)
-    x, y = arrays(1_000_003, 5, dtype, dtype)
-    expected = bits(ref.errors(x, y))
+    x, y = arrays(1_000_003, 5)
+    x, y = (bfloat(a) if dtype == "bfloat16" else a.astype(dtype) for a in (x, y))
+    expected = bits(ref.errors(x, y, dtype))
     for threads in (1, 2, 3):
-        assert bits(cpu.errors(x, y, threads=threads)) == expected
-        assert bits(cpu.mse(x, y, threads=threads)) == expected[:8]
+        assert bits(cpu.errors(x, y, dtype, threads)) == expected
+        assert bits(cpu.mse(x, y, dtype, threads)) == expected[:8]
+    assert bits(cpu.mse(x[1:], y[1:], dtype)) == bits(ref.mse(x[1:], y[1:], dtype))  # not where words begin
     rows = x[:1_000_000].reshape(-1, 1000), y[:1_000_000].reshape(-1, 1000)
-    assert len({cpu.relative_error(*rows, 128, threads=threads) for threads in (1, 2, 3)}) == 1
+    assert len({cpu.relative_error(*rows, 128, dtype=dtype, threads=threads) for threads in (1, 2, 3)}) == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_error_of_two_16_bit_floats_is_an_fp32(backend, dtype):
+    """Every pair of a range of exponents and mantissas, one by one, with what is far from the other among them."""
+    codes = np.arange(0, 0x7C00, 977, dtype=np.uint16)  # finite in both
+    x, y = np.repeat(codes, codes.size), np.tile(codes ^ 0x8000, codes.size)
+    wide = [cpu._widen(a, dtype) for a in (x, y)]
+    error = (wide[1] - wide[0]).astype(np.float64)
+    assert np.any(error != wide[1].astype(np.float64) - wide[0])  # some are not exact
+    found = backend.errors(x, y, dtype)
+    assert found.max_error == np.abs(error).max()
+    exact = sum(Fraction(float(e)) ** 2 for e in error) / error.size
+    assert found.mse == pytest.approx(float(exact), rel=1e-13)
+    for i in range(0, x.size, 41):
+        assert backend.mse(x[i : i + 1], y[i : i + 1], dtype) == error[i] ** 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_bfloats_too_far_apart(backend):
+    largest = np.full(3, 0x7F7F, np.uint16)
+    with np.errstate(all="ignore"):
+        assert backend.errors(largest, largest ^ 0x8000, "bfloat16")[:3] == (math.inf, -math.inf, math.inf)
 
 
 def test_every_half_and_bfloat_is_widened_exactly():
