@@ -59,14 +59,18 @@ def conversion(takes: str, gives: str, build: Callable) -> Callable:
     return intrinsic(convert)
 
 
-def fused_multiply_add() -> Callable:
-    """A function of float64 for compiled code: x * y + z, rounded once. Ask `has_instruction("fma")` first: without it
-    LLVM calls a library."""
-    from numba.core.types import float64
+def multiply_add(kind: str) -> Callable:
+    """x * y + z of three numbers of a numba type, for compiled code, rounded once where there is an instruction for it
+    and twice elsewhere: for products that need no rounding, or sums."""
+    if is_disabled() or not has_instruction("fma"):
+        return inline_njit(lambda x, y, z: x * y + z)
+    from numba.core import types
     from numba.extending import intrinsic
 
+    number = getattr(types, kind)
+
     def call(typing_context, x, y, z):
-        return float64(float64, float64, float64), lambda context, builder, signature, xyz: builder.fma(*xyz)
+        return number(number, number, number), lambda context, builder, signature, xyz: builder.fma(*xyz)
 
     return intrinsic(call)
 

@@ -37,13 +37,7 @@ _PITCH = LANES + LANES // 4
 _FLOAT, _HALF, _BFLOAT = 0, 1, 2
 _QUERIES = 8  # a call
 
-if not _jit.is_disabled() and _jit.has_instruction("fma"):
-    _multiply_add = _jit.fused_multiply_add()
-else:
-
-    @inline_njit
-    def _multiply_add(x, y, z):
-        return x * y + z
+_multiply_add = _jit.multiply_add("float64")
 
 
 def errors(before: np.ndarray, after: np.ndarray, dtype: str | None = None, threads: int = 1) -> Errors:
