@@ -919,8 +919,8 @@ def has_infinity(source):
 
 
 @_jit.njit
-def dequantize_rows(codes, stored, p, tile, sink):
-    """The numbers of `outer` rows of `length` codes."""
+def dequantize_rows(codes, pairs, stored, p, tile, sink):
+    """The numbers of `outer` rows of `length` codes; `pairs` are two codes of 8 bits each, where they can be had so."""
     # Infinity times 0 is another NaN than the one that `put` knows how to narrow.
     is_direct_out = is_plain(p) and not (sink.kind == 2 and has_infinity(stored.scales))
     packed = (p.length * p.bits + 7) // 8
@@ -939,7 +939,7 @@ def dequantize_rows(codes, stored, p, tile, sink):
                     unpack_row(codes, first + start * p.bits // 8, m, p.bits, tile)
                     small, begin = tile.codes, 0
                 if is_direct_out:
-                    decode_into(small, begin, m, groups, p, tile, sink, out + start)
+                    decode_into(small, pairs, begin, m, groups, p, tile, sink, out + start)
                 else:
                     decode_groups(small, begin, m, groups, p, tile)
                     store(tile, sink, out + start, m)
@@ -1041,24 +1041,48 @@ def quantize_direct(source, p, tile, codes, stored):
 
 
 @_jit.inline_njit
-def decode_span(codes, at, n, groups, p, tile, sink, to, kind):
+def pair_of(low, high):
+    """A word of two bfloat16."""
+    return np.int32(np.uint32(number_to_bfloat(high)) << np.uint32(16) | np.uint32(number_to_bfloat(low)))
+
+
+@_jit.inline_njit
+def decode_pairs(pairs, at, n, scale, words, to):
+    """The bfloat16 of 8-bit codes, two a word, as in `fake_pairs`."""
+    for i in range(n):
+        pair = np.int32(pairs[at + i])
+        low = np.float32(np.int32(pair << 24) >> 24) * scale
+        words[to + i] = pair_of(low, np.float32(pair >> 8) * scale)
+
+
+@_jit.inline_njit
+def decode_span(codes, pairs, at, n, groups, p, tile, sink, to, kind):
     """The numbers of n codes, a byte each."""
     flip = sign_bit(p)
     for g in range(groups):
         begin, scale = g * p.group, tile.scale[g]
         here, there, k = at + begin, to + begin, min(p.group, n - begin)
+        if (
+            kind == 2
+            and p.bits == 8
+            and pairs.size > 0
+            and sink.words.size > 0
+            and (here | there | k) % 2 == 0
+        ):
+            decode_pairs(pairs, here // 2, k // 2, scale, sink.words, there // 2)
+            continue
         for i in range(k):
             put(sink, there + i, np.float32(np.int32((codes[here + i] ^ flip) - flip)) * scale, kind)
 
 
 @_jit.inline_njit
-def decode_into(codes, at, n, groups, p, tile, sink, to):
+def decode_into(codes, pairs, at, n, groups, p, tile, sink, to):
     if sink.kind == 0:
-        decode_span(codes, at, n, groups, p, tile, sink, to, 0)
+        decode_span(codes, pairs, at, n, groups, p, tile, sink, to, 0)
     elif sink.kind == 1:
-        decode_span(codes, at, n, groups, p, tile, sink, to, 1)
+        decode_span(codes, pairs, at, n, groups, p, tile, sink, to, 1)
     else:
-        decode_span(codes, at, n, groups, p, tile, sink, to, 2)
+        decode_span(codes, pairs, at, n, groups, p, tile, sink, to, 2)
 
 
 @_jit.inline_njit
@@ -1067,10 +1091,7 @@ def fake_pairs(words, at, end, scale, inverse, out, rounding):
     for i in range(at, end):
         word = words[i]
         low = whole_times(bits_float(np.int32(word << 16)) * inverse, rounding, scale)
-        high = whole_times(bits_float(np.int32(word & -65536)) * inverse, rounding, scale)
-        out[i] = np.int32(
-            np.uint32(number_to_bfloat(high)) << np.uint32(16) | np.uint32(number_to_bfloat(low))
-        )
+        out[i] = pair_of(low, whole_times(bits_float(np.int32(word & -65536)) * inverse, rounding, scale))
 
 
 @_jit.inline_njit
@@ -1522,18 +1543,16 @@ def quantize(x, rule: Rule, dtype: str, codes, scales, zeros) -> None:
 
 def dequantize(codes, scales, zeros, rule: Rule, dtype: str, out) -> None:
     """As in `ref.py`, but scales and zeros as in `quantize`; all arrays are contiguous."""
-    run = dequantize_rows if out.shape[2] == 1 else dequantize_columns
 
     def work(part):
-        numbers = out[part.numbers]
+        numbers, small = out[part.numbers], codes[part.codes].reshape(-1)
         stored = _stored(scales[part.groups], None if zeros is None else zeros[part.groups], rule)
-        run(
-            codes[part.codes].reshape(-1),
-            stored,
-            _plan(numbers.shape, rule),
-            _tile(),
-            _floats(numbers, dtype),
-        )
+        rest = stored, _plan(numbers.shape, rule), _tile(), _floats(numbers, dtype)
+        if out.shape[2] == 1:
+            is_paired = small.size % 2 == 0 and small.ctypes.data % 2 == 0
+            dequantize_rows(small, small.view("<i2") if is_paired else np.empty(0, np.int16), *rest)
+        else:
+            dequantize_columns(small, *rest)
 
     _each_part(work, out.shape, rule)
 
