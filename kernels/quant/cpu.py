@@ -187,6 +187,32 @@ def top_of_source(source, at, n, kind):
 
 
 @_jit.inline_njit
+def ends_of_source(source, at, n, kind):
+    """`ends_of` numbers where they are, likewise."""
+    if kind == 0:
+        words, low, high = source.words, np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+        for i in range(at, at + n):
+            key = order(words[i])
+            low = key if key < low else low
+            high = key if key > high else high
+        return low, high
+    halves, low_half, high_half = source.halves, np.int16(0x7FFF), np.int16(-0x8000)
+    for i in range(at, at + n):
+        half = np.int16(halves[i])
+        key = np.int16(half ^ (half >> np.int16(15) & np.int16(0x7FFF)))
+        low_half = key if key < low_half else low_half
+        high_half = key if key > high_half else high_half
+    return order_of_half(low_half, kind), order_of_half(high_half, kind)
+
+
+@_jit.inline_njit
+def order_of_half(key, kind):
+    """The `order` in fp32 of what has this place in that of 16-bit floats."""
+    half = np.uint16(key ^ (key >> np.int16(15) & np.int16(0x7FFF)))
+    return order(float_bits(half_to_float(half) if kind == 1 else bfloat_to_float(half)))
+
+
+@_jit.inline_njit
 def ends_of(tile, at, n, low, high):
     """The `order` of the least and the greatest among n numbers, `low` and `high`."""
     values = tile.values
@@ -685,6 +711,12 @@ def is_direct(p):
     return is_plain(p) and p.rounding != 2 and not p.is_division
 
 
+@_jit.inline_njit
+def is_above_least(p):
+    """Whether numbers are code * scale + zero of integers and codes round((x - zero) * reciprocal), likewise."""
+    return p.codes == 0 and p.zero == 1 and p.rounding == 0 and not (p.is_division or p.is_stepwise)
+
+
 # ---------------------------------------------------------------- packing
 
 
@@ -803,22 +835,26 @@ def num_groups(n, p):
 
 
 @_jit.inline_njit
-def tops_of_kind(source, first, n, p, tile, kind):
-    high = tile.high
+def ends_of_kind(source, first, n, p, tile, kind):
+    low, high = tile.low, tile.high
     for i in range(num_groups(n, p)):
         begin = i * p.group
-        high[i] = top_of_source(source, first + begin, min(p.group, n - begin), kind)
+        m = min(p.group, n - begin)
+        if p.zero == 0:
+            high[i] = top_of_source(source, first + begin, m, kind)
+        else:
+            low[i], high[i] = ends_of_source(source, first + begin, m, kind)
 
 
 @_jit.inline_njit
-def tops_of(source, first, n, p, tile):
-    """The largest sizes in the groups of n numbers, as their ends in the tile."""
+def ends_of_groups(source, first, n, p, tile):
+    """The ends of the groups of n numbers, in the tile, where the numbers need not be."""
     if source.kind == 0:
-        tops_of_kind(source, first, n, p, tile, 0)
+        ends_of_kind(source, first, n, p, tile, 0)
     elif source.kind == 1:
-        tops_of_kind(source, first, n, p, tile, 1)
+        ends_of_kind(source, first, n, p, tile, 1)
     else:
-        tops_of_kind(source, first, n, p, tile, 2)
+        ends_of_kind(source, first, n, p, tile, 2)
 
 
 @_jit.inline_njit
@@ -835,26 +871,13 @@ def ends_of_tile(tile, n, p):
 
 
 @_jit.inline_njit
-def ends_of_long(source, at, n, p, tile):
-    """The ends of a group that no tile holds, as those of the tile's first."""
-    low, high = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
-    for start in range(0, n, TILE):
-        m = min(TILE, n - start)
-        load(source, at + start, tile, 0, m)
-        low, high = ends_of(tile, 0, m, low, high)
-    tile.low[0], tile.high[0] = low, high
-
-
-@_jit.inline_njit
 def scale_span(source, first, n, p, tile):
     """Scales of the groups of a span, and their number. Where they fit, its numbers are in the tile afterwards."""
     if p.group <= TILE:
         load(source, first, tile, 0, n)
         ends_of_tile(tile, n, p)
-    elif p.zero == 0:
-        tops_of(source, first, n, p, tile)
     else:
-        ends_of_long(source, first, n, p, tile)
+        ends_of_groups(source, first, n, p, tile)
     groups = num_groups(n, p)
     scales_of(tile, groups, p)
     return groups
@@ -872,7 +895,7 @@ def encode_groups(n, groups, p, tile, codes, to):
 @_jit.njit
 def quantize_rows(source, p, tile, codes, stored):
     """Codes, and scales and zeros as they are stored, of `outer` rows of `length` numbers."""
-    if is_direct(p):
+    if is_direct(p) or is_above_least(p):
         quantize_direct(source, p, tile, codes, stored)
         return
     packed = (p.length * p.bits + 7) // 8
@@ -922,7 +945,9 @@ def has_infinity(source):
 def dequantize_rows(codes, pairs, stored, p, tile, sink):
     """The numbers of `outer` rows of `length` codes; `pairs` are two codes of 8 bits each, where they can be had so."""
     # Infinity times 0 is another NaN than the one that `put` knows how to narrow.
-    is_direct_out = is_plain(p) and not (sink.kind == 2 and has_infinity(stored.scales))
+    is_direct_out = is_plain(p) or (p.codes == 0 and p.zero == 1 and not p.is_stepwise)
+    if sink.kind == 2 and (has_infinity(stored.scales) or has_infinity(stored.zeros)):
+        is_direct_out = False
     packed = (p.length * p.bits + 7) // 8
     span = span_of(p)
     group = 0
@@ -949,7 +974,7 @@ def dequantize_rows(codes, pairs, stored, p, tile, sink):
 @_jit.njit
 def fake_rows(source, p, tile, sink):
     """What comes back of `outer` rows of `length` numbers."""
-    if is_direct(p):
+    if is_direct(p) or is_above_least(p):
         fake_direct(source, p, tile, sink)
         return
     span = span_of(p)
@@ -978,17 +1003,24 @@ def fake_rows(source, p, tile, sink):
 
 @_jit.inline_njit
 def needs_no_clamp(p):
-    """No code of a direct rule is larger than the divisor, if the scale is not rounded."""
+    """No code of these rules is larger than the divisor, if neither scale nor zero is rounded."""
     return p.scale_kind == 0 and p.divisor <= p.highest
 
 
 @_jit.inline_njit
-def encode_numbers(source, at, n, inverse, p, codes, to, kind, rounding, is_clamped):
-    """The last three are constants."""
+def divided(number, inverse, zero, p, is_clamped, has_zero):
+    """What is rounded to a code; the last two are constants."""
+    if has_zero:
+        number = number - zero
+    number = number * inverse
+    return clamped(number, p.lowest, p.highest) if is_clamped else number
+
+
+@_jit.inline_njit
+def encode_numbers(source, at, n, inverse, zero, p, codes, to, kind, rounding, is_clamped, has_zero):
+    """The last four are constants."""
     for i in range(n):
-        number = number_at(source, at + i, kind) * inverse
-        if is_clamped:
-            number = clamped(number, p.lowest, p.highest)
+        number = divided(number_at(source, at + i, kind), inverse, zero, p, is_clamped, has_zero)
         codes[to + i] = np.uint8(whole_int(number, rounding))
 
 
@@ -997,19 +1029,23 @@ def encode_span(source, first, n, groups, p, tile, codes, to, kind):
     """A byte a code for n numbers."""
     is_even, is_clamped = p.rounding == 0, not needs_no_clamp(p)
     for g in range(groups):
-        begin, inverse = g * p.group, tile.inverse[g]
+        begin, inverse, zero = g * p.group, tile.inverse[g], tile.zero[g]
         k, at, here = min(p.group, n - begin), first + begin, to + begin
         if not inverse > 0:
             for i in range(k):
                 codes[here + i] = 0
+        elif p.zero == 1 and is_clamped:
+            encode_numbers(source, at, k, inverse, zero, p, codes, here, kind, 0, True, True)
+        elif p.zero == 1:
+            encode_numbers(source, at, k, inverse, zero, p, codes, here, kind, 0, False, True)
         elif is_even and is_clamped:
-            encode_numbers(source, at, k, inverse, p, codes, here, kind, 0, True)
+            encode_numbers(source, at, k, inverse, zero, p, codes, here, kind, 0, True, False)
         elif is_even:
-            encode_numbers(source, at, k, inverse, p, codes, here, kind, 0, False)
+            encode_numbers(source, at, k, inverse, zero, p, codes, here, kind, 0, False, False)
         elif is_clamped:
-            encode_numbers(source, at, k, inverse, p, codes, here, kind, 1, True)
+            encode_numbers(source, at, k, inverse, zero, p, codes, here, kind, 1, True, False)
         else:
-            encode_numbers(source, at, k, inverse, p, codes, here, kind, 1, False)
+            encode_numbers(source, at, k, inverse, zero, p, codes, here, kind, 1, False, False)
 
 
 @_jit.inner_njit
@@ -1022,7 +1058,7 @@ def quantize_direct(source, p, tile, codes, stored):
             n = min(span, p.length - at)
             first, out = row * p.length + at, row * packed + at * p.bits // 8
             groups = num_groups(n, p)
-            tops_of(source, first, n, p, tile)
+            ends_of_groups(source, first, n, p, tile)
             scales_of(tile, groups, p)
             keep(tile, groups, p, stored, group)
             group += groups
@@ -1048,7 +1084,7 @@ def pair_of(low, high):
 
 @_jit.inline_njit
 def decode_pairs(pairs, at, n, scale, words, to):
-    """The bfloat16 of 8-bit codes, two a word, as in `fake_pairs`."""
+    """The bfloat16 of 8-bit codes, two a word, as in `fake_numbers`."""
     for i in range(n):
         pair = np.int32(pairs[at + i])
         low = np.float32(np.int32(pair << 24) >> 24) * scale
@@ -1060,8 +1096,12 @@ def decode_span(codes, pairs, at, n, groups, p, tile, sink, to, kind):
     """The numbers of n codes, a byte each."""
     flip = sign_bit(p)
     for g in range(groups):
-        begin, scale = g * p.group, tile.scale[g]
+        begin, scale, zero = g * p.group, tile.scale[g], tile.zero[g]
         here, there, k = at + begin, to + begin, min(p.group, n - begin)
+        if p.zero == 1:
+            for i in range(k):
+                put(sink, there + i, np.float32(codes[here + i]) * scale + zero, kind)
+            continue
         if (
             kind == 2
             and p.bits == 8
@@ -1086,26 +1126,28 @@ def decode_into(codes, pairs, at, n, groups, p, tile, sink, to):
 
 
 @_jit.inline_njit
-def fake_pairs(words, at, end, scale, inverse, out, rounding):
-    """What comes back of bfloat16, two a word: a third less to do than with each by itself."""
-    for i in range(at, end):
-        word = words[i]
-        low = whole_times(bits_float(np.int32(word << 16)) * inverse, rounding, scale)
-        out[i] = pair_of(low, whole_times(bits_float(np.int32(word & -65536)) * inverse, rounding, scale))
+def brought_back(number, scale, inverse, zero, p, rounding, is_clamped, has_zero):
+    """What comes back of a number; the last three are constants."""
+    number = divided(number, inverse, zero, p, is_clamped, has_zero)
+    return np.rint(number) * scale + zero if has_zero else whole_times(number, rounding, scale)
 
 
 @_jit.inline_njit
-def fake_numbers(source, at, end, scale, inverse, p, sink, kind, rounding, is_clamped):
-    """The last three are constants."""
-    is_paired = source.words.size > 0 and sink.words.size > 0 and (at | end) % 2 == 0
-    if kind == 2 and not is_clamped and is_paired:
-        fake_pairs(source.words, at // 2, end // 2, scale, inverse, sink.words, rounding)
+def fake_numbers(source, at, end, scale, inverse, zero, p, sink, kind, rounding, is_clamped, has_zero):
+    """The last four are constants. Of bfloat16 two a word are a third less to do than each by itself."""
+    if kind == 2 and source.words.size > 0 and sink.words.size > 0 and (at | end) % 2 == 0:
+        words, out = source.words, sink.words
+        for i in range(at // 2, end // 2):
+            low, high = bits_float(np.int32(words[i] << 16)), bits_float(np.int32(words[i] & -65536))
+            out[i] = pair_of(
+                brought_back(low, scale, inverse, zero, p, rounding, is_clamped, has_zero),
+                brought_back(high, scale, inverse, zero, p, rounding, is_clamped, has_zero),
+            )
         return
     for i in range(at, end):
-        number = number_at(source, i, kind) * inverse
-        if is_clamped:
-            number = clamped(number, p.lowest, p.highest)
-        put(sink, i, whole_times(number, rounding, scale), kind)
+        number = number_at(source, i, kind)
+        number = brought_back(number, scale, inverse, zero, p, rounding, is_clamped, has_zero)
+        put(sink, i, number, kind)
 
 
 @_jit.inline_njit
@@ -1113,19 +1155,23 @@ def fake_span(source, first, n, groups, p, tile, sink, kind):
     """What comes back of n numbers."""
     is_even, is_clamped = p.rounding == 0, not needs_no_clamp(p)
     for g in range(groups):
-        begin, scale, inverse = g * p.group, tile.scale[g], tile.inverse[g]
+        begin, scale, inverse, zero = g * p.group, tile.scale[g], tile.inverse[g], tile.zero[g]
         at, end = first + begin, first + min(begin + p.group, n)
         if not inverse > 0:
             for i in range(at, end):
-                put(sink, i, scale, kind)  # 0 or NaN
+                put(sink, i, scale + zero, kind)  # the scale is 0 or NaN
+        elif p.zero == 1 and is_clamped:
+            fake_numbers(source, at, end, scale, inverse, zero, p, sink, kind, 0, True, True)
+        elif p.zero == 1:
+            fake_numbers(source, at, end, scale, inverse, zero, p, sink, kind, 0, False, True)
         elif is_even and is_clamped:
-            fake_numbers(source, at, end, scale, inverse, p, sink, kind, 0, True)
+            fake_numbers(source, at, end, scale, inverse, zero, p, sink, kind, 0, True, False)
         elif is_even:
-            fake_numbers(source, at, end, scale, inverse, p, sink, kind, 0, False)
+            fake_numbers(source, at, end, scale, inverse, zero, p, sink, kind, 0, False, False)
         elif is_clamped:
-            fake_numbers(source, at, end, scale, inverse, p, sink, kind, 1, True)
+            fake_numbers(source, at, end, scale, inverse, zero, p, sink, kind, 1, True, False)
         else:
-            fake_numbers(source, at, end, scale, inverse, p, sink, kind, 1, False)
+            fake_numbers(source, at, end, scale, inverse, zero, p, sink, kind, 1, False, False)
 
 
 @_jit.inner_njit
@@ -1135,7 +1181,7 @@ def fake_direct(source, p, tile, sink):
         for at in range(0, p.length, span):
             n, first = min(span, p.length - at), row * p.length + at
             groups = num_groups(n, p)
-            tops_of(source, first, n, p, tile)
+            ends_of_groups(source, first, n, p, tile)
             scales_of(tile, groups, p)
             if source.kind == 0:
                 fake_span(source, first, n, groups, p, tile, sink, 0)
