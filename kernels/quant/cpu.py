@@ -652,10 +652,6 @@ def decode(codes, at, n, scale, zero, p, tile, start):
             values[start + i] = float_bits(number_of_e5m2(codes[at + i]) * scale)
     else:
         flip = sign_bit(p)
-        if p.zero == 1 and not p.is_stepwise:
-            for i in range(n):
-                values[start + i] = float_bits(np.float32(codes[at + i]) * scale + zero)
-            return
         for i in range(n):
             values[start + i] = float_bits(np.float32(np.int32((codes[at + i] ^ flip) - flip)))
         back_tile(tile, start, n, scale, zero, p)
@@ -712,9 +708,9 @@ def is_direct(p):
 
 
 @_jit.inline_njit
-def is_above_least(p):
-    """Whether numbers are code * scale + zero of integers and codes round((x - zero) * reciprocal), likewise."""
-    return p.codes == 0 and p.zero == 1 and p.rounding == 0 and not (p.is_division or p.is_stepwise)
+def has_direct_zero(p):
+    """Whether codes are round((x - zero) * reciprocal) of integers, or round(x * reciprocal + zero), likewise."""
+    return usual(p) == 3 or (usual(p) == 1 and p.zero == 1)
 
 
 # ---------------------------------------------------------------- packing
@@ -895,7 +891,7 @@ def encode_groups(n, groups, p, tile, codes, to):
 @_jit.njit
 def quantize_rows(source, p, tile, codes, stored):
     """Codes, and scales and zeros as they are stored, of `outer` rows of `length` numbers."""
-    if is_direct(p) or is_above_least(p):
+    if is_direct(p) or has_direct_zero(p):
         quantize_direct(source, p, tile, codes, stored)
         return
     packed = (p.length * p.bits + 7) // 8
@@ -945,7 +941,7 @@ def has_infinity(source):
 def dequantize_rows(codes, pairs, stored, p, tile, sink):
     """The numbers of `outer` rows of `length` codes; `pairs` are two codes of 8 bits each, where they can be had so."""
     # Infinity times 0 is another NaN than the one that `put` knows how to narrow.
-    is_direct_out = is_plain(p) or (p.codes == 0 and p.zero == 1 and not p.is_stepwise)
+    is_direct_out = p.codes == 0 and p.zero != 2 and not p.is_stepwise
     if sink.kind == 2 and (has_infinity(stored.scales) or has_infinity(stored.zeros)):
         is_direct_out = False
     packed = (p.length * p.bits + 7) // 8
@@ -974,7 +970,7 @@ def dequantize_rows(codes, pairs, stored, p, tile, sink):
 @_jit.njit
 def fake_rows(source, p, tile, sink):
     """What comes back of `outer` rows of `length` numbers."""
-    if is_direct(p) or is_above_least(p):
+    if is_direct(p) or has_direct_zero(p):
         fake_direct(source, p, tile, sink)
         return
     span = span_of(p)
@@ -994,7 +990,7 @@ def fake_rows(source, p, tile, sink):
                 store(tile, sink, first + start, m)
 
 
-# ---------------------------------------------------------------- the plain symmetric rule, without a tile
+# ---------------------------------------------------------------- the plain rules, without a tile
 #
 # From memory to memory. What can be is decided once a span, not once a group, and kinds of floats are constants in the
 # loops: a third of the time of 16-bit floats.
@@ -1008,19 +1004,18 @@ def needs_no_clamp(p):
 
 
 @_jit.inline_njit
-def divided(number, inverse, zero, p, is_clamped, has_zero):
-    """What is rounded to a code; the last two are constants."""
-    if has_zero:
-        number = number - zero
-    number = number * inverse
+def divided(number, inverse, zero, p, is_clamped, rule):
+    """What is rounded to a code; the last two are constants, `rule` that of `usual`, or 0 for none."""
+    number = (number - zero if rule == 1 else number) * inverse
+    number = number + zero if rule == 3 else number
     return clamped(number, p.lowest, p.highest) if is_clamped else number
 
 
 @_jit.inline_njit
-def encode_numbers(source, at, n, inverse, zero, p, codes, to, kind, rounding, is_clamped, has_zero):
+def encode_numbers(source, at, n, inverse, zero, p, codes, to, kind, rounding, is_clamped, rule):
     """The last four are constants."""
     for i in range(n):
-        number = divided(number_at(source, at + i, kind), inverse, zero, p, is_clamped, has_zero)
+        number = divided(number_at(source, at + i, kind), inverse, zero, p, is_clamped, rule)
         codes[to + i] = np.uint8(whole_int(number, rounding))
 
 
@@ -1034,18 +1029,20 @@ def encode_span(source, first, n, groups, p, tile, codes, to, kind):
         if not inverse > 0:
             for i in range(k):
                 codes[here + i] = 0
+        elif p.zero == 3:
+            encode_numbers(source, at, k, inverse, zero, p, codes, here, kind, 1, True, 3)
         elif p.zero == 1 and is_clamped:
-            encode_numbers(source, at, k, inverse, zero, p, codes, here, kind, 0, True, True)
+            encode_numbers(source, at, k, inverse, zero, p, codes, here, kind, 0, True, 1)
         elif p.zero == 1:
-            encode_numbers(source, at, k, inverse, zero, p, codes, here, kind, 0, False, True)
+            encode_numbers(source, at, k, inverse, zero, p, codes, here, kind, 0, False, 1)
         elif is_even and is_clamped:
-            encode_numbers(source, at, k, inverse, zero, p, codes, here, kind, 0, True, False)
+            encode_numbers(source, at, k, inverse, zero, p, codes, here, kind, 0, True, 0)
         elif is_even:
-            encode_numbers(source, at, k, inverse, zero, p, codes, here, kind, 0, False, False)
+            encode_numbers(source, at, k, inverse, zero, p, codes, here, kind, 0, False, 0)
         elif is_clamped:
-            encode_numbers(source, at, k, inverse, zero, p, codes, here, kind, 1, True, False)
+            encode_numbers(source, at, k, inverse, zero, p, codes, here, kind, 1, True, 0)
         else:
-            encode_numbers(source, at, k, inverse, zero, p, codes, here, kind, 1, False, False)
+            encode_numbers(source, at, k, inverse, zero, p, codes, here, kind, 1, False, 0)
 
 
 @_jit.inner_njit
@@ -1102,6 +1099,10 @@ def decode_span(codes, pairs, at, n, groups, p, tile, sink, to, kind):
             for i in range(k):
                 put(sink, there + i, np.float32(codes[here + i]) * scale + zero, kind)
             continue
+        if p.zero == 3:
+            for i in range(k):
+                put(sink, there + i, (np.float32(codes[here + i]) - zero) * scale, kind)
+            continue
         if (
             kind == 2
             and p.bits == 8
@@ -1126,27 +1127,33 @@ def decode_into(codes, pairs, at, n, groups, p, tile, sink, to):
 
 
 @_jit.inline_njit
-def brought_back(number, scale, inverse, zero, p, rounding, is_clamped, has_zero):
+def brought_back(number, scale, inverse, zero, p, rounding, is_clamped, rule):
     """What comes back of a number; the last three are constants."""
-    number = divided(number, inverse, zero, p, is_clamped, has_zero)
-    return np.rint(number) * scale + zero if has_zero else whole_times(number, rounding, scale)
+    number = divided(number, inverse, zero, p, is_clamped, rule)
+    if rule == 1:
+        return np.rint(number) * scale + zero
+    return (
+        (np.trunc(away_from_zero(number)) - zero) * scale
+        if rule == 3
+        else whole_times(number, rounding, scale)
+    )
 
 
 @_jit.inline_njit
-def fake_numbers(source, at, end, scale, inverse, zero, p, sink, kind, rounding, is_clamped, has_zero):
+def fake_numbers(source, at, end, scale, inverse, zero, p, sink, kind, rounding, is_clamped, rule):
     """The last four are constants. Of bfloat16 two a word are a third less to do than each by itself."""
     if kind == 2 and source.words.size > 0 and sink.words.size > 0 and (at | end) % 2 == 0:
         words, out = source.words, sink.words
         for i in range(at // 2, end // 2):
             low, high = bits_float(np.int32(words[i] << 16)), bits_float(np.int32(words[i] & -65536))
             out[i] = pair_of(
-                brought_back(low, scale, inverse, zero, p, rounding, is_clamped, has_zero),
-                brought_back(high, scale, inverse, zero, p, rounding, is_clamped, has_zero),
+                brought_back(low, scale, inverse, zero, p, rounding, is_clamped, rule),
+                brought_back(high, scale, inverse, zero, p, rounding, is_clamped, rule),
             )
         return
     for i in range(at, end):
         number = number_at(source, i, kind)
-        number = brought_back(number, scale, inverse, zero, p, rounding, is_clamped, has_zero)
+        number = brought_back(number, scale, inverse, zero, p, rounding, is_clamped, rule)
         put(sink, i, number, kind)
 
 
@@ -1160,18 +1167,21 @@ def fake_span(source, first, n, groups, p, tile, sink, kind):
         if not inverse > 0:
             for i in range(at, end):
                 put(sink, i, scale + zero, kind)  # the scale is 0 or NaN
+        elif p.zero == 3:
+            scale = kept(scale, p)
+            fake_numbers(source, at, end, scale, inverse, zero, p, sink, kind, 1, True, 3)
         elif p.zero == 1 and is_clamped:
-            fake_numbers(source, at, end, scale, inverse, zero, p, sink, kind, 0, True, True)
+            fake_numbers(source, at, end, scale, inverse, zero, p, sink, kind, 0, True, 1)
         elif p.zero == 1:
-            fake_numbers(source, at, end, scale, inverse, zero, p, sink, kind, 0, False, True)
+            fake_numbers(source, at, end, scale, inverse, zero, p, sink, kind, 0, False, 1)
         elif is_even and is_clamped:
-            fake_numbers(source, at, end, scale, inverse, zero, p, sink, kind, 0, True, False)
+            fake_numbers(source, at, end, scale, inverse, zero, p, sink, kind, 0, True, 0)
         elif is_even:
-            fake_numbers(source, at, end, scale, inverse, zero, p, sink, kind, 0, False, False)
+            fake_numbers(source, at, end, scale, inverse, zero, p, sink, kind, 0, False, 0)
         elif is_clamped:
-            fake_numbers(source, at, end, scale, inverse, zero, p, sink, kind, 1, True, False)
+            fake_numbers(source, at, end, scale, inverse, zero, p, sink, kind, 1, True, 0)
         else:
-            fake_numbers(source, at, end, scale, inverse, zero, p, sink, kind, 1, False, False)
+            fake_numbers(source, at, end, scale, inverse, zero, p, sink, kind, 1, False, 0)
 
 
 @_jit.inner_njit
