@@ -287,6 +287,27 @@ def simple_scale_of(low, high, p, is_min, kind, is_stepwise):
 
 
 @_jit.inline_njit
+def integer_scale_of(low, high, p, rounding):
+    """`scale_of` likewise, for rules with an integer zero and a scale in fp32; the last is a constant."""
+    infinity = bits_float(np.int32(_INFINITY))
+    is_bad = high >= _INFINITY or low <= order(np.int32(_INFINITY - 0x80000000))
+    bottom, top = bits_float(order(low)), bits_float(order(high))
+    if p.spans_zero:
+        bottom = bottom if bottom < 0 else np.float32(0)
+        top = top if top > 0 else np.float32(0)
+    scale = (top - bottom) / p.divisor
+    scale = scale if scale > p.floor else p.floor
+    inverse = np.float32(1) / scale
+    is_bad |= not scale < infinity
+    is_used = inverse < infinity and not is_bad
+    zero = whole(clamped(-bottom / scale, p.lowest, p.highest), rounding)
+    nan = bits_float(np.int32(0x7FC00000))
+    scale = scale if is_used else np.float32(0)
+    inverse = inverse if is_used else np.float32(0)
+    return nan if is_bad else scale, inverse, zero if is_used else np.float32(0)
+
+
+@_jit.inline_njit
 def scales_of(tile, n, p):
     """`scale_of` n groups of the tile; the usual rules first, which vectorise."""
     low, high, scale, inverse, zero = tile.low, tile.high, tile.scale, tile.inverse, tile.zero
@@ -305,6 +326,12 @@ def scales_of(tile, n, p):
     elif p.zero == 0 and p.scale_kind == 1:
         for i in range(n):
             scale[i], inverse[i], zero[i] = simple_scale_of(low[i], high[i], p, 0, 1, 0)
+    elif p.zero == 3 and p.scale_kind == 0 and p.rounding == 0:
+        for i in range(n):
+            scale[i], inverse[i], zero[i] = integer_scale_of(low[i], high[i], p, 0)
+    elif p.zero == 3 and p.scale_kind == 0 and p.rounding == 1:
+        for i in range(n):
+            scale[i], inverse[i], zero[i] = integer_scale_of(low[i], high[i], p, 1)
     else:
         for i in range(n):
             scale[i], inverse[i], zero[i] = scale_of(low[i], high[i], p)
