@@ -613,7 +613,7 @@ def number_of_e5m2(code):
 @_jit.inline_njit
 def sign_bit(p):
     """Of codes of two's complement, else 0."""
-    return np.int32(p.highest) + 1 if p.lowest < 0 else 0
+    return np.int32(np.int32(p.highest) + 1 if p.lowest < 0 else 0)
 
 
 @_jit.inline_njit
@@ -918,8 +918,11 @@ def encode_groups(n, groups, p, tile, codes, to):
 @_jit.njit
 def quantize_rows(source, p, tile, codes, stored):
     """Codes, and scales and zeros as they are stored, of `outer` rows of `length` numbers."""
-    if is_direct(p) or has_direct_zero(p):
-        quantize_direct(source, p, tile, codes, stored)
+    if is_direct(p):
+        quantize_direct(source, p, tile, codes, stored, False)
+        return
+    if has_direct_zero(p):
+        quantize_direct(source, p, tile, codes, stored, True)
         return
     packed = (p.length * p.bits + 7) // 8
     span = span_of(p)
@@ -966,7 +969,7 @@ def has_infinity(source):
 
 @_jit.njit
 def dequantize_rows(codes, pairs, stored, p, tile, sink):
-    """The numbers of `outer` rows of `length` codes; `pairs` are two codes of 8 bits each, where they can be had so."""
+    """The numbers of `outer` rows of `length` codes; `pairs` are two bytes of them each, where they can be had so."""
     # Infinity times 0 is another NaN than the one that `put` knows how to narrow.
     is_direct_out = p.codes == 0 and p.zero != 2 and not p.is_stepwise
     if sink.kind == 2 and (has_infinity(stored.scales) or has_infinity(stored.zeros)):
@@ -982,12 +985,12 @@ def dequantize_rows(codes, pairs, stored, p, tile, sink):
             recall(stored, group, groups, p, tile)
             for start in range(0, n, TILE):
                 m = min(TILE, n - start)
-                small, begin = codes, first + start
+                small, twos, begin = codes, pairs, first + start
                 if p.bits < 8:
                     unpack_row(codes, first + start * p.bits // 8, m, p.bits, tile)
-                    small, begin = tile.codes, 0
+                    small, twos, begin = tile.codes, tile.pairs, 0
                 if is_direct_out:
-                    decode_into(small, pairs, begin, m, groups, p, tile, sink, out + start)
+                    decode_into(small, twos, begin, m, groups, p, tile, sink, out + start)
                 else:
                     decode_groups(small, begin, m, groups, p, tile)
                     store(tile, sink, out + start, m)
@@ -1047,7 +1050,7 @@ def encode_numbers(source, at, n, inverse, zero, p, codes, to, kind, rounding, i
 
 
 @_jit.inline_njit
-def encode_span(source, first, n, groups, p, tile, codes, to, kind):
+def encode_span(source, first, n, groups, p, tile, codes, to, kind, has_zero):
     """A byte a code for n numbers."""
     is_even, is_clamped = p.rounding == 0, not needs_no_clamp(p)
     for g in range(groups):
@@ -1056,11 +1059,11 @@ def encode_span(source, first, n, groups, p, tile, codes, to, kind):
         if not inverse > 0:
             for i in range(k):
                 codes[here + i] = 0
-        elif p.zero == 3:
+        elif has_zero and p.zero == 3:
             encode_numbers(source, at, k, inverse, zero, p, codes, here, kind, 1, True, 3)
-        elif p.zero == 1 and is_clamped:
+        elif has_zero and is_clamped:
             encode_numbers(source, at, k, inverse, zero, p, codes, here, kind, 0, True, 1)
-        elif p.zero == 1:
+        elif has_zero:
             encode_numbers(source, at, k, inverse, zero, p, codes, here, kind, 0, False, 1)
         elif is_even and is_clamped:
             encode_numbers(source, at, k, inverse, zero, p, codes, here, kind, 0, True, 0)
@@ -1072,8 +1075,9 @@ def encode_span(source, first, n, groups, p, tile, codes, to, kind):
             encode_numbers(source, at, k, inverse, zero, p, codes, here, kind, 1, False, 0)
 
 
-@_jit.inner_njit
-def quantize_direct(source, p, tile, codes, stored):
+@_jit.inline_njit
+def quantize_direct(source, p, tile, codes, stored, has_zero):
+    """The last is a constant: the rules with a zero would slow the others down by what is asked for each group."""
     packed = (p.length * p.bits + 7) // 8
     span = span_of(p)
     group = 0
@@ -1091,11 +1095,11 @@ def quantize_direct(source, p, tile, codes, stored):
                 to = out + start if p.bits == 8 else 0
                 small = codes if p.bits == 8 else tile.codes
                 if source.kind == 0:
-                    encode_span(source, first + start, m, groups, p, tile, small, to, 0)
+                    encode_span(source, first + start, m, groups, p, tile, small, to, 0, has_zero)
                 elif source.kind == 1:
-                    encode_span(source, first + start, m, groups, p, tile, small, to, 1)
+                    encode_span(source, first + start, m, groups, p, tile, small, to, 1, has_zero)
                 else:
-                    encode_span(source, first + start, m, groups, p, tile, small, to, 2)
+                    encode_span(source, first + start, m, groups, p, tile, small, to, 2, has_zero)
                 if p.bits < 8:
                     pack_row(tile, m, p.bits, codes, out + start * p.bits // 8)
 
@@ -1107,12 +1111,38 @@ def pair_of(low, high):
 
 
 @_jit.inline_njit
-def decode_pairs(pairs, at, n, scale, words, to):
-    """The bfloat16 of 8-bit codes, two a word, as in `fake_numbers`."""
+def number_of(code, scale, zero, flip, rule):
+    """Of a code, for one of fewer bits than 8 with `flip` for a sign; `rule` is a constant as in `divided`, or 8 for 0
+    and codes of eight bits."""
+    if rule == 0:
+        return np.float32(np.int32(np.int32(code ^ flip) - flip)) * scale
+    if rule == 8:
+        return np.float32(code) * scale
+    return np.float32(code) * scale + zero if rule == 1 else (np.float32(code) - zero) * scale
+
+
+@_jit.inline_njit
+def codes_of(pair, rule):
+    """The two of a pair of bytes."""
+    if rule == 8:
+        signed = np.int32(np.int16(pair))
+        return np.int32(np.int32(signed << 24) >> 24), np.int32(signed >> 8)
+    return np.int32(pair & 0xFF), np.int32(pair >> 8)
+
+
+@_jit.inline_njit
+def decode_numbers(codes, pairs, at, n, scale, zero, flip, sink, to, kind, rule):
+    """The last two are constants. Of bfloat16 two are a word, as in `fake_numbers`."""
+    if kind == 2 and pairs.size > 0 and sink.words.size > 0 and (at | n | to) % 2 == 0:
+        words = sink.words
+        for i in range(n // 2):
+            low, high = codes_of(pairs[at // 2 + i], rule)
+            low = number_of(low, scale, zero, flip, rule)
+            words[to // 2 + i] = pair_of(low, number_of(high, scale, zero, flip, rule))
+        return
     for i in range(n):
-        pair = np.int32(pairs[at + i])
-        low = np.float32(np.int32(pair << 24) >> 24) * scale
-        words[to + i] = pair_of(low, np.float32(pair >> 8) * scale)
+        code = np.int8(codes[at + i]) if rule == 8 else codes[at + i]
+        put(sink, to + i, number_of(code, scale, zero, flip, rule), kind)
 
 
 @_jit.inline_njit
@@ -1122,25 +1152,14 @@ def decode_span(codes, pairs, at, n, groups, p, tile, sink, to, kind):
     for g in range(groups):
         begin, scale, zero = g * p.group, tile.scale[g], tile.zero[g]
         here, there, k = at + begin, to + begin, min(p.group, n - begin)
-        if p.zero == 1:
-            for i in range(k):
-                put(sink, there + i, np.float32(codes[here + i]) * scale + zero, kind)
-            continue
-        if p.zero == 3:
-            for i in range(k):
-                put(sink, there + i, (np.float32(codes[here + i]) - zero) * scale, kind)
-            continue
-        if (
-            kind == 2
-            and p.bits == 8
-            and pairs.size > 0
-            and sink.words.size > 0
-            and (here | there | k) % 2 == 0
-        ):
-            decode_pairs(pairs, here // 2, k // 2, scale, sink.words, there // 2)
-            continue
-        for i in range(k):
-            put(sink, there + i, np.float32(np.int32((codes[here + i] ^ flip) - flip)) * scale, kind)
+        if p.zero == 0 and p.bits == 8:
+            decode_numbers(codes, pairs, here, k, scale, zero, flip, sink, there, kind, 8)
+        elif p.zero == 0:
+            decode_numbers(codes, pairs, here, k, scale, zero, flip, sink, there, kind, 0)
+        elif p.zero == 1:
+            decode_numbers(codes, pairs, here, k, scale, zero, flip, sink, there, kind, 1)
+        else:
+            decode_numbers(codes, pairs, here, k, scale, zero, flip, sink, there, kind, 3)
 
 
 @_jit.inline_njit
@@ -1633,7 +1652,7 @@ def dequantize(codes, scales, zeros, rule: Rule, dtype: str, out) -> None:
         rest = stored, _plan(numbers.shape, rule), _tile(), _floats(numbers, dtype)
         if out.shape[2] == 1:
             is_paired = small.size % 2 == 0 and small.ctypes.data % 2 == 0
-            dequantize_rows(small, small.view("<i2") if is_paired else np.empty(0, np.int16), *rest)
+            dequantize_rows(small, small.view("<u2") if is_paired else np.empty(0, np.uint16), *rest)
         else:
             dequantize_columns(small, *rest)
 
