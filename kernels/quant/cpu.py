@@ -187,6 +187,19 @@ def top_of_source(source, at, n, kind):
 
 
 @_jit.inline_njit
+def place_of(half):
+    """Of a 16-bit float among all of them, NaN outermost, as an unsigned integer."""
+    return np.uint16(half ^ np.uint16(np.int16(np.int16(half) >> np.int16(15)) | np.int16(-0x8000)))
+
+
+@_jit.inline_njit
+def order_at(place, kind):
+    """The `order` in fp32 of the float in this place."""
+    half = np.uint16(place ^ np.uint16(np.int16(np.int16(~place) >> np.int16(15)) | np.int16(-0x8000)))
+    return order(float_bits(half_to_float(half) if kind == 1 else bfloat_to_float(half)))
+
+
+@_jit.inline_njit
 def ends_of_source(source, at, n, kind):
     """`ends_of` numbers where they are, likewise."""
     if kind == 0:
@@ -196,20 +209,12 @@ def ends_of_source(source, at, n, kind):
             low = key if key < low else low
             high = key if key > high else high
         return low, high
-    halves, low_half, high_half = source.halves, np.int16(0x7FFF), np.int16(-0x8000)
+    halves, least, most = source.halves, np.uint16(0xFFFF), np.uint16(0)
     for i in range(at, at + n):
-        half = np.int16(halves[i])
-        key = np.int16(half ^ (half >> np.int16(15) & np.int16(0x7FFF)))
-        low_half = key if key < low_half else low_half
-        high_half = key if key > high_half else high_half
-    return order_of_half(low_half, kind), order_of_half(high_half, kind)
-
-
-@_jit.inline_njit
-def order_of_half(key, kind):
-    """The `order` in fp32 of what has this place in that of 16-bit floats."""
-    half = np.uint16(key ^ (key >> np.int16(15) & np.int16(0x7FFF)))
-    return order(float_bits(half_to_float(half) if kind == 1 else bfloat_to_float(half)))
+        place = place_of(halves[i])
+        least = place if place < least else least
+        most = place if place > most else most
+    return order_at(least, kind), order_at(most, kind)
 
 
 @_jit.inline_njit
@@ -1270,11 +1275,35 @@ def tops_of_halves(source, at, n, m, p, tile):
 
 
 @_jit.inline_njit
+def ends_of_halves(source, at, n, m, p, tile):
+    """The ends in each of m channels of half floats, likewise."""
+    halves, places, low, high = source.halves, tile.pairs, tile.low, tile.high
+    for c in range(m):
+        places[c], places[CHANNELS + c] = 0xFFFF, 0
+    for t in range(n):
+        first = at + t * p.inner
+        for c in range(m):
+            place = place_of(halves[first + c])
+            places[c] = place if place < places[c] else places[c]
+            other = CHANNELS + c
+            places[other] = place if place > places[other] else places[other]
+    if source.kind == 1:
+        for c in range(m):
+            low[c], high[c] = order_at(places[c], 1), order_at(places[CHANNELS + c], 1)
+    else:
+        for c in range(m):
+            low[c], high[c] = order_at(places[c], 2), order_at(places[CHANNELS + c], 2)
+
+
+@_jit.inline_njit
 def scale_columns(source, at, n, m, p, tile):
     """Scales of the groups that `m` neighbouring channels of n tokens are, the first number at `at`."""
     values, low, high = tile.values, tile.low, tile.high
-    if source.kind != 0 and p.zero == 0:
-        tops_of_halves(source, at, n, m, p, tile)
+    if source.kind != 0:
+        if p.zero == 0:
+            tops_of_halves(source, at, n, m, p, tile)
+        else:
+            ends_of_halves(source, at, n, m, p, tile)
         scales_of(tile, m, p)
         return
     for c in range(m):
