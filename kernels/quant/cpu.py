@@ -469,7 +469,7 @@ def fake_steps(number, scale, zero, p, kind):
 
 @_jit.inline_njit
 def usual(p):
-    """Which of the rules of `usual_code` this is, or 0."""
+    """A number for the rules that have loops of their own, which are those of `usual_code` and others; or 0."""
     if p.is_stepwise:
         return 3 + p.scale_kind if p.rounding == 0 and p.scale_kind != 0 else 0
     if p.codes != 0 or p.is_division:
@@ -484,11 +484,7 @@ def usual_code(number, scale, inverse, zero, p, rule):
     """A code by one expression, where `divide_tile` and `code_at` take a loop for each of its operations."""
     if rule >= 4:
         return rounded(in_steps(number, scale, zero, rule - 3), p.lowest, p.highest, 0)
-    if rule == 1:
-        return rounded((number - zero) * inverse, p.lowest, p.highest, 0)
-    if rule == 2:
-        return rounded(number * inverse, p.lowest - zero, p.highest - zero, 0) + np.int32(zero)
-    return rounded(number * inverse + zero, p.lowest, p.highest, 1)
+    return rounded(number * inverse, p.lowest - zero, p.highest - zero, 0) + np.int32(zero)
 
 
 @_jit.inline_njit
@@ -634,15 +630,9 @@ def encode(tile, start, n, scale, inverse, zero, p, codes, to):
     elif p.codes == 2:
         for i in range(n):
             codes[to + i] = e5m2_of(bits_float(values[start + i]) * inverse, 1)
-    elif usual(p) == 1:
-        for i in range(n):
-            codes[to + i] = np.uint8(usual_code(bits_float(values[start + i]), scale, inverse, zero, p, 1))
     elif usual(p) == 2:
         for i in range(n):
             codes[to + i] = np.uint8(usual_code(bits_float(values[start + i]), scale, inverse, zero, p, 2))
-    elif usual(p) == 3:
-        for i in range(n):
-            codes[to + i] = np.uint8(usual_code(bits_float(values[start + i]), scale, inverse, zero, p, 3))
     elif usual(p) == 4:
         for i in range(n):
             codes[to + i] = np.uint8(usual_code(bits_float(values[start + i]), scale, inverse, zero, p, 4))
@@ -702,17 +692,9 @@ def fake(tile, start, n, scale, inverse, zero, p):
     elif p.codes == 2:
         for i in range(start, start + n):
             values[i] = float_bits(e5m2_kept(bits_float(values[i]) * inverse) * scale)
-    elif usual(p) == 1:
-        for i in range(start, start + n):
-            code = usual_code(bits_float(values[i]), scale, inverse, zero, p, 1)
-            values[i] = float_bits(np.float32(code))
     elif usual(p) == 2:
         for i in range(start, start + n):
             code = usual_code(bits_float(values[i]), scale, inverse, zero, p, 2)
-            values[i] = float_bits(np.float32(code))
-    elif usual(p) == 3:
-        for i in range(start, start + n):
-            code = usual_code(bits_float(values[i]), scale, inverse, zero, p, 3)
             values[i] = float_bits(np.float32(code))
     elif usual(p) == 4:
         for i in range(start, start + n):
