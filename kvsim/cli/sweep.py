@@ -147,18 +147,27 @@ def replay(args: argparse.Namespace, cells: list, traffic: Traffic, pick=None):
     if args.executor == "threads":
         fleets = (cell.options for cell in cells if cell.options.get("replicas", 1) > 1)
         say_if_cold(looks=any(options.get("router") in STATEFUL for options in fleets))
-    with ProgressBar("cells", hidden=args.quiet or args.json) as progress:
-        return sweeps.run_grid(
-            cells,
-            traffic.workload,
-            executor=args.executor,
-            max_workers=args.max_workers,
-            address=args.address,
-            on_done=progress,
-            journal=f"{args.out}{JOURNAL_SUFFIX}" if args.out else None,
-            trace_identity=traffic.identity,
-            pick=pick,
-        )
+    journal = f"{args.out}{JOURNAL_SUFFIX}" if args.out else None
+    try:
+        with ProgressBar("cells", hidden=args.quiet or args.json) as progress:
+            return sweeps.run_grid(
+                cells,
+                traffic.workload,
+                executor=args.executor,
+                max_workers=args.max_workers,
+                address=args.address,
+                on_done=progress,
+                journal=journal,
+                trace_identity=traffic.identity,
+                pick=pick,
+            )
+    except KeyboardInterrupt:
+        if journal:
+            print(
+                f"kvsim: finished cells are in {journal}; the same command goes on from there",
+                file=sys.stderr,
+            )
+        raise
 
 
 # ---------------------------------------------------------------- cells

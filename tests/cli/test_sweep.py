@@ -261,6 +261,7 @@ def test_interrupted_it_keeps_what_is_done(long_trace, tmp_path):
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "Traceback" not in said and "interrupted" in said
+    assert "table.csv.cells.jsonl; the same command goes on from there" in said
     assert 3 <= len([json.loads(line) for line in journal.read_text().splitlines()]) < CELLS
     assert not (tmp_path / "table.csv").exists()
     assert os.listdir(tmp_path).count("table.csv.cells.jsonl") == 1
