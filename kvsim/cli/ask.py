@@ -104,6 +104,7 @@ def with_concurrency(facts: dict, deployment, budget, args: argparse.Namespace) 
 
 
 def _monte_carlo(deployment, budget, trace, args: argparse.Namespace) -> dict:
+    from kvsim.cli.progress import ProgressBar
     from kvsim.memory.montecarlo import MOST_SCENARIOS
     from kvsim.report.montecarlo import monte_carlo_facts
 
@@ -111,7 +112,10 @@ def _monte_carlo(deployment, budget, trace, args: argparse.Namespace) -> dict:
     if args.monte_carlo > MOST_SCENARIOS:
         raise UserError(f"--monte-carlo is {args.monte_carlo:,}; give at most {MOST_SCENARIOS:,}")
     seed, backend = args.seed or 0, args.backend or "auto"
-    return monte_carlo_facts(deployment, budget, trace, args.monte_carlo, seed, backend, args.seqs)
+    with ProgressBar("scenarios", hidden=args.json) as progress:
+        return monte_carlo_facts(
+            deployment, budget, trace, args.monte_carlo, seed, backend, args.seqs, progress
+        )
 
 
 def vllm_only(deployment, flag: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -92,9 +93,11 @@ def fill_pools(
     scenarios: int,
     seed: int = 0,
     backend: str = "auto",
+    on_done: Callable[[int, int], None] | None = None,
 ) -> list[Filled]:
     """`scenarios` fillings of the pool (of one data-parallel rank) from each distribution, by the same random numbers.
-    `backend` as `kvsim.kernels.blocks` takes it. UserError if it cannot be had."""
+    `backend` as `kvsim.kernels.blocks` takes it. UserError if it cannot be had. `on_done(done, scenarios)` is called
+    after every thousand."""
     _jit.import_numba()
     from kvsim.kernels import blocks
 
@@ -124,6 +127,8 @@ def fill_pools(
                 filled = blocks.fill(each.draw(uniforms[rows - start]), pools, backend=backend)
                 found[i][:, rows] += filled
                 not_full[i] = rows[filled.sequences == WAVE]
+        if on_done is not None:
+            on_done(end, scenarios)
     return [Filled(*each[:2], each[2] if has_one_kind else None) for each in found]
 
 

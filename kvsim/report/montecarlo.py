@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from kvsim.memory import Budget
 from kvsim.memory.concurrency import usable_blocks
 from kvsim.report.catalogue import table_lines
@@ -15,7 +17,14 @@ _WHEN = {"at_the_end": "at their full length", "at_a_moment": "at a random momen
 
 
 def monte_carlo_facts(
-    dep: Deployment, budget: Budget, trace, scenarios: int, seed: int, backend: str, sequences: int | None
+    dep: Deployment,
+    budget: Budget,
+    trace,
+    scenarios: int,
+    seed: int,
+    backend: str,
+    sequences: int | None,
+    on_done: Callable[[int, int], None] | None = None,
 ) -> dict:
     """The distributions of how many requests run at once and of what their last blocks waste, and the share of
     scenarios in which `sequences` (default: max_num_seqs) do not fit; all of one data-parallel rank. `wasted_share` is
@@ -27,7 +36,7 @@ def monte_carlo_facts(
         "at_the_end": montecarlo.lengths_at_the_end(trace, limit),
         "at_a_moment": montecarlo.lengths_at_a_moment(trace, limit),
     }
-    filled = montecarlo.fill_pools(dep, budget, list(lengths.values()), scenarios, seed, backend)
+    filled = montecarlo.fill_pools(dep, budget, list(lengths.values()), scenarios, seed, backend, on_done)
     asked = dep.rank_sequences(sequences) if sequences else dep.settings.max_num_seqs
     return {
         "scenarios": scenarios,

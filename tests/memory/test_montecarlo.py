@@ -127,7 +127,11 @@ def test_a_scenario_depends_on_seed_and_number_alone(monkeypatch):
         (few,) = montecarlo.fill_pools(dep, budget, lengths, 20, seed=3, backend=backend)
         assert all(np.array_equal(a, b[:20]) for a, b in zip(few, many, strict=True))
     monkeypatch.setattr(montecarlo, "_SLICE", 7)
-    (sliced,) = montecarlo.fill_pools(dep, budget, lengths, 60, seed=3)
+    told = []
+    (sliced,) = montecarlo.fill_pools(
+        dep, budget, lengths, 60, seed=3, on_done=lambda *done: told.append(done)
+    )
+    assert told == [(min(7 * (i + 1), 60), 60) for i in range(9)]
     assert all(np.array_equal(a, b) for a, b in zip(sliced, many, strict=True))
     (other,) = montecarlo.fill_pools(dep, budget, lengths, 60, seed=4)
     assert not np.array_equal(other.sequences, many.sequences)
