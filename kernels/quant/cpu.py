@@ -161,9 +161,9 @@ def order(bits):
 
 
 @_jit.inline_njit
-def top_of(tile, at, n, top):
-    """The bits of the largest size among n numbers and `top`."""
-    values = tile.values
+def top_of(tile, at, n):
+    """The bits of the largest size among n numbers."""
+    values, top = tile.values, np.int32(0)
     for i in range(at, at + n):
         size = np.int32(values[i] & 0x7FFFFFFF)
         top = size if size > top else top
@@ -218,9 +218,9 @@ def ends_of_source(source, at, n, kind):
 
 
 @_jit.inline_njit
-def ends_of(tile, at, n, low, high):
-    """The `order` of the least and the greatest among n numbers, `low` and `high`."""
-    values = tile.values
+def ends_of(tile, at, n):
+    """The `order` of the least and the greatest among n numbers."""
+    values, low, high = tile.values, np.int32(0x7FFFFFFF), np.int32(-0x80000000)
     for i in range(at, at + n):
         key = order(values[i])
         low = key if key < low else low
@@ -469,7 +469,8 @@ def fake_steps(number, scale, zero, p, kind):
 
 @_jit.inline_njit
 def usual(p):
-    """A number for the rules that have loops of their own, which are those of `usual_code` and others; or 0."""
+    """Rules that have loops of their own: 1 is (x - zero) * reciprocal, 2 and 3 are x * reciprocal with the zero added
+    after rounding and before it, 4 and 5 are stepwise in fp16 and bfloat16. 0 is any other."""
     if p.is_stepwise:
         return 3 + p.scale_kind if p.rounding == 0 and p.scale_kind != 0 else 0
     if p.codes != 0 or p.is_division:
@@ -481,7 +482,7 @@ def usual(p):
 
 @_jit.inline_njit
 def usual_code(number, scale, inverse, zero, p, rule):
-    """A code by one expression, where `divide_tile` and `code_at` take a loop for each of its operations."""
+    """A code of rules 2, 4 and 5 by one expression, where `divide_tile` and `code_at` take a loop for each step."""
     if rule >= 4:
         return rounded(in_steps(number, scale, zero, rule - 3), p.lowest, p.highest, 0)
     return rounded(number * inverse, p.lowest - zero, p.highest - zero, 0) + np.int32(zero)
@@ -710,20 +711,14 @@ def fake(tile, start, n, scale, inverse, zero, p):
 
 
 @_jit.inline_njit
-def is_plain(p):
-    """Whether numbers are code * scale of integers: the usual rule, which has loops of its own below."""
-    return p.codes == 0 and p.zero == 0
-
-
-@_jit.inline_njit
 def is_direct(p):
-    """Whether codes are round(x * reciprocal) of integers, likewise."""
-    return is_plain(p) and p.rounding != 2 and not p.is_division
+    """Whether codes are round(x * reciprocal) of integers: the usual rule, which goes from memory to memory."""
+    return p.codes == 0 and p.zero == 0 and p.rounding != 2 and not p.is_division
 
 
 @_jit.inline_njit
 def has_direct_zero(p):
-    """Whether codes are round((x - zero) * reciprocal) of integers, or round(x * reciprocal + zero), likewise."""
+    """Whether codes are round((x - zero) * reciprocal) of integers, or round(x * reciprocal + zero), and go so too."""
     return usual(p) == 3 or (usual(p) == 1 and p.zero == 1)
 
 
@@ -875,9 +870,9 @@ def ends_of_tile(tile, n, p):
         at = group * p.group
         m = min(p.group, n - at)
         if p.zero == 0:
-            high[group] = top_of(tile, at, m, np.int32(0))
+            high[group] = top_of(tile, at, m)
         else:
-            low[group], high[group] = ends_of(tile, at, m, np.int32(0x7FFFFFFF), np.int32(-0x80000000))
+            low[group], high[group] = ends_of(tile, at, m)
 
 
 @_jit.inline_njit
@@ -1007,16 +1002,16 @@ def fake_rows(source, p, tile, sink):
                 store(tile, sink, first + start, m)
 
 
-# ---------------------------------------------------------------- the plain rules, without a tile
+# ---------------------------------------------------------------- from memory to memory, without a tile
 #
-# From memory to memory. What can be is decided once a span, not once a group, and kinds of floats are constants in the
+# What can be is decided once a span, not once a group, and kinds of floats are constants in the
 # loops: a third of the time of 16-bit floats.
 # Quantizing has a walk over rows of its own, because in one walk with that of other rules int4 takes a tenth longer.
 
 
 @_jit.inline_njit
 def needs_no_clamp(p):
-    """No code of these rules is larger than the divisor, if neither scale nor zero is rounded."""
+    """Where neither scale nor zero is rounded, no code of these rules is larger than the divisor."""
     return p.scale_kind == 0 and p.divisor <= p.highest
 
 
@@ -1099,8 +1094,8 @@ def pair_of(low, high):
 
 @_jit.inline_njit
 def number_of(code, scale, zero, flip, rule):
-    """Of a code, for one of fewer bits than 8 with `flip` for a sign; `rule` is a constant as in `divided`, or 8 for 0
-    and codes of eight bits."""
+    """The number of a code. `rule` is a constant: as in `divided`, where 0 is signed codes of fewer than 8 bits, whose
+    sign bit is `flip`; or 8, signed bytes."""
     if rule == 0:
         return np.float32(np.int32(np.int32(code ^ flip) - flip)) * scale
     if rule == 8:

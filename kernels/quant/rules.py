@@ -105,6 +105,10 @@ def checked(rule: Rule) -> Rule:
         raise ValueError(f"is_stepwise is defined for zero min, not {rule.zero}")
     if not (rule.floor >= 0 and rule.divisor >= 0):
         raise ValueError(f"floor {rule.floor} and divisor {rule.divisor} are not negative")
+    if 0 < rule.divisor <= 2.0**-150:
+        raise ValueError(
+            f"divisor {rule.divisor} is nothing in fp32; give a larger one, or 0 for the largest code"
+        )
     return rule
 
 

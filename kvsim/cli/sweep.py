@@ -162,7 +162,7 @@ def replay(args: argparse.Namespace, cells: list, traffic: Traffic, pick=None):
                 pick=pick,
             )
     except KeyboardInterrupt:
-        if journal:
+        if journal and Path(journal).exists():
             print(
                 f"kvsim: finished cells are in {journal}; the same command goes on from there",
                 file=sys.stderr,

@@ -18,7 +18,14 @@ TESTS = Path(__file__).parent
 @pytest.mark.heavy
 @pytest.mark.skipif(_jit.is_disabled(), reason="nothing is compiled with NUMBA_DISABLE_JIT")
 def test_kernels_compile_and_make_the_same_bytes(tmp_path):
-    names = ("test_golden.py", "test_ggml.py", "test_fp4.py", "test_quant_metrics.py", "test_rotate.py")
+    names = (
+        "test_golden.py",
+        "test_quant.py",
+        "test_ggml.py",
+        "test_fp4.py",
+        "test_quant_metrics.py",
+        "test_rotate.py",
+    )
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", *(TESTS / name for name in names)],
         env=os.environ | {"NUMBA_CPU_NAME": "generic", "KVSIM_CACHE_DIR": str(tmp_path)},

@@ -32,7 +32,11 @@ RULES = [
     *(Rule(4, group=24, zero=zero, is_division=True, axis=axis) for zero in ZEROS for axis in (-1, -2)),
     *(Rule(8, zero="integer", spans_zero=s, is_sum_rounded=r) for s in (True, False) for r in (True, False)),
     *(quant.kivi(b, side, dtype=dtype) for b in (2, 4) for side in ("keys", "values") for dtype in FLOATS),
+    *(Rule(b, group=8, zero="integer", rounding="half-away", is_sum_rounded=True, scale_dtype=dtype)
+      for b in (8, 4, 3, 2) for dtype in FLOATS),
+    Rule(8, group=7, zero="integer", rounding="half-away", is_sum_rounded=True, spans_zero=False),
     Rule(4, divisor=7.5), Rule(8, divisor=127.5, axis=-2), Rule(8, group=7), Rule(8, group=1, zero="min"),
+    Rule(4, zero="min", divisor=40.0), Rule(8, group=7, zero="min"),
     quant.VLLM_INT8, quant.VLLM_INT4, quant.VLLM_INT4._replace(axis=-2), quant.VLLM_FP8, quant.SGLANG_INT8,
 ]  # fmt: skip
 # Shapes with tails, none at all, more than a tile and more channels than one.
@@ -149,13 +153,16 @@ def test_scales_and_zeros_are_read_as_any_bits(dtype):
     codes = rng.integers(0, 256, (4096, 4), dtype=np.uint8)
     rules = [(Rule(4, zero="min", scale_dtype=dtype), zeros), (Rule(4, scale_dtype=dtype), None)]
     rules += [(quant.VLLM_INT4, None)] if dtype == "float32" else []
-    for rule, zero in rules:
+    for (rule, zero), to in itertools.product(rules, FLOATS):
         ref_, cpu_ = (
-            quant.dequantize_grouped(codes, scales, zero, rule, 8, backend=b) for b in ("ref", "cpu")
+            quant.dequantize_grouped(codes, scales, zero, rule, 8, dtype=to, backend=b)
+            for b in ("ref", "cpu")
         )
-        assert np.array_equal(ref_, cpu_, equal_nan=True), rule
-        is_number = ~np.isnan(ref_)
-        assert np.array_equal(bits(ref_)[is_number], bits(cpu_)[is_number]), rule
+        is_nan = np.isnan(ref.widen(ref_, to))
+        assert np.array_equal(is_nan, np.isnan(ref.widen(cpu_, to))), (rule, to)
+        # The bits of a NaN are those of whichever came first, but in bfloat16, which is narrowed by hand.
+        counts = ~is_nan if to != "bfloat16" else slice(None)
+        assert np.array_equal(bits(ref_)[counts], bits(cpu_)[counts]), (rule, to)
 
 
 @needs_jit
@@ -172,7 +179,14 @@ def test_fake_fp8_of_every_fp16(codes):
 @needs_jit
 def test_bfloat16_at_odd_addresses_is_as_at_even_ones():
     x = floats(numbers((9, 34), 5, "plain"), "bfloat16")
-    for rule in (Rule(), Rule(4, group=8), quant.VLLM_INT8):
+    for rule in (
+        Rule(),
+        Rule(4, group=8),
+        quant.VLLM_INT8,
+        Rule(8, group=7),
+        Rule(4, zero="min"),
+        quant.VLLM_INT4,
+    ):
         whole = quant.fake_quantize_grouped(x, rule, dtype="bfloat16", backend="ref")
         odd = np.empty(x.size + 1, np.uint16)[1:].reshape(x.shape)  # no word begins here
         odd[...] = x
@@ -180,6 +194,12 @@ def test_bfloat16_at_odd_addresses_is_as_at_even_ones():
         out = np.empty(x.size + 1, np.uint16)[1:].reshape(x.shape)
         quant.fake_quantize_grouped(x, rule, dtype="bfloat16", out=out, backend="cpu")
         assert_same(out, whole, rule)
+        codes, *kept = quant.quantize_grouped(x, rule, dtype="bfloat16")
+        odd = np.empty(codes.size + 1, np.uint8)[1:].view(codes.dtype).reshape(codes.shape)
+        odd[...] = codes
+        for some, to in itertools.product((codes, odd), (np.empty_like(x), out)):
+            quant.dequantize_grouped(some, *kept, rule, 34, dtype="bfloat16", out=to, backend="cpu")
+            assert_same(to, whole, rule)
 
 
 @needs_jit
@@ -195,8 +215,9 @@ def test_threads_change_no_byte(monkeypatch, threads):
     for index, rule in enumerate(
         (*RULES[::7], Rule(), Rule(axis=-2), Rule(3, group=8), quant.kivi(4, "keys"))
     ):
+        dtype = ("float16", "bfloat16")[index % 2]
         for shape in ((1, 500), (37, 40), (3, 100, 5), (1, 1), (0, 8), (2, 0)):
-            assert_backends_agree(floats(numbers(shape, index, "special"), "float16"), rule, "float16")
+            assert_backends_agree(floats(numbers(shape, index, "special"), dtype), rule, dtype)
     assert len(spread) > 1000
     x = numbers((5, 77), 1, "special")
     for codes in ("e4m3", "e5m2"):
@@ -593,6 +614,7 @@ def test_fp16_conversions_are_numpys(by):
         (lambda x: quant.quantize_grouped(x, Rule(8, is_zero_hidden=True)), "only a 4-bit integer zero"),
         (lambda x: quant.quantize_grouped(x, Rule(is_stepwise=True)), "is_stepwise is defined for zero min"),
         (lambda x: quant.quantize_grouped(x, Rule(floor=-1.0)), "are not negative"),
+        (lambda x: quant.quantize_grouped(x, Rule(divisor=1e-46)), "divisor 1e-46 is nothing in fp32; give"),
         (lambda x: quant.quantize_grouped(x, backend="cuda"), "no backend cuda: "),
         (lambda x: quant.quantize_grouped(x, backend="gpu"), "not 'gpu'"),
         (lambda x: quant.fake_quantize_grouped(x, out=np.empty((8, 4), np.float32)), "array of shape"),
