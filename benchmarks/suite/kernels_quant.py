@@ -17,6 +17,7 @@ RULES = {
     "int4 minimum": Rule(4, zero="min"),
     "fp8 e4m3": quant.VLLM_FP8,
     "int8 vllm": quant.VLLM_INT8,
+    "int4 vllm": quant.VLLM_INT4,
     "K int4 g32": Rule(4, group=32, axis=-2),
     "K kivi-4": quant.kivi(4, "keys"),
 }

@@ -131,14 +131,13 @@ def test_cpu_equals_ref_on_any_numbers(rule, values):
 
 
 @needs_jit
-def test_infinite_scales_make_the_same_nan_everywhere():
+def test_infinite_scales_and_zeros_make_the_same_nan_everywhere():
     codes, scales = np.arange(-8, 8, dtype=np.int8).reshape(2, 8), np.array([[np.inf], [1.5]], np.float32)
+    full, large, bottom = np.full((1, 8), 255, np.uint8), np.float32([[1e38]]), np.float32([[-np.inf]])
     for to in FLOATS:
-        both = [
-            quant.dequantize_grouped(codes, scales, None, Rule(), 8, dtype=to, backend=b)
-            for b in ("ref", "cpu")
-        ]
-        assert_same(both[1], both[0], to)
+        for kept in ((codes, scales, None, Rule()), (full, large, bottom, Rule(8, zero="min"))):
+            both = [quant.dequantize_grouped(*kept, 8, dtype=to, backend=b) for b in ("ref", "cpu")]
+            assert_same(both[1], both[0], (to, kept))
 
 
 @needs_jit
