@@ -161,29 +161,36 @@ def order(bits):
 
 
 @_jit.inline_njit
-def top_of(tile, at, n):
-    """The bits of the largest size among n numbers."""
-    values, top = tile.values, np.int32(0)
+def top_of(words, at, n):
+    """The bits of the largest size among n numbers in fp32."""
+    top = np.int32(0)
     for i in range(at, at + n):
-        size = np.int32(values[i] & 0x7FFFFFFF)
+        size = np.int32(words[i] & 0x7FFFFFFF)
         top = size if size > top else top
     return top
 
 
 @_jit.inline_njit
 def top_of_source(source, at, n, kind):
-    """`top_of` numbers where they are, of a kind that is a constant; half floats are in the order of their bits too."""
+    """`top_of` numbers of a kind that is a constant; half floats are in the order of their bits too."""
     if kind == 0:
-        words, top = source.words, np.int32(0)
-        for i in range(at, at + n):
-            size = np.int32(words[i] & 0x7FFFFFFF)
-            top = size if size > top else top
-        return top
+        return top_of(source.words, at, n)
     halves, top_half = source.halves, np.uint16(0)
     for i in range(at, at + n):
         half = np.uint16(halves[i] & 0x7FFF)
         top_half = half if half > top_half else top_half
     return float_bits(half_to_float(top_half) if kind == 1 else bfloat_to_float(top_half))
+
+
+@_jit.inline_njit
+def ends_of(words, at, n):
+    """The `order` of the least and the greatest among n numbers in fp32."""
+    low, high = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+    for i in range(at, at + n):
+        key = order(words[i])
+        low = key if key < low else low
+        high = key if key > high else high
+    return low, high
 
 
 @_jit.inline_njit
@@ -201,31 +208,15 @@ def order_at(place, kind):
 
 @_jit.inline_njit
 def ends_of_source(source, at, n, kind):
-    """`ends_of` numbers where they are, likewise."""
+    """`ends_of` numbers of a kind that is a constant."""
     if kind == 0:
-        words, low, high = source.words, np.int32(0x7FFFFFFF), np.int32(-0x80000000)
-        for i in range(at, at + n):
-            key = order(words[i])
-            low = key if key < low else low
-            high = key if key > high else high
-        return low, high
+        return ends_of(source.words, at, n)
     halves, least, most = source.halves, np.uint16(0xFFFF), np.uint16(0)
     for i in range(at, at + n):
         place = place_of(halves[i])
         least = place if place < least else least
         most = place if place > most else most
     return order_at(least, kind), order_at(most, kind)
-
-
-@_jit.inline_njit
-def ends_of(tile, at, n):
-    """The `order` of the least and the greatest among n numbers."""
-    values, low, high = tile.values, np.int32(0x7FFFFFFF), np.int32(-0x80000000)
-    for i in range(at, at + n):
-        key = order(values[i])
-        low = key if key < low else low
-        high = key if key > high else high
-    return low, high
 
 
 @_jit.inline_njit
@@ -870,9 +861,9 @@ def ends_of_tile(tile, n, p):
         at = group * p.group
         m = min(p.group, n - at)
         if p.zero == 0:
-            high[group] = top_of(tile, at, m)
+            high[group] = top_of(tile.values, at, m)
         else:
-            low[group], high[group] = ends_of(tile, at, m)
+            low[group], high[group] = ends_of(tile.values, at, m)
 
 
 @_jit.inline_njit
@@ -1275,7 +1266,7 @@ def ends_of_halves(source, at, n, m, p, tile):
 @_jit.inline_njit
 def scale_columns(source, at, n, m, p, tile):
     """Scales of the groups that `m` neighbouring channels of n tokens are, the first number at `at`."""
-    values, low, high = tile.values, tile.low, tile.high
+    words, low, high = source.words, tile.low, tile.high
     if source.kind != 0:
         if p.zero == 0:
             tops_of_halves(source, at, n, m, p, tile)
@@ -1287,14 +1278,14 @@ def scale_columns(source, at, n, m, p, tile):
         low[c] = 0x7FFFFFFF
         high[c] = 0 if p.zero == 0 else -0x80000000
     for t in range(n):
-        load(source, at + t * p.inner, tile, 0, m)
+        first = at + t * p.inner
         if p.zero == 0:
             for c in range(m):
-                size = np.int32(values[c] & 0x7FFFFFFF)
+                size = np.int32(words[first + c] & 0x7FFFFFFF)
                 high[c] = size if size > high[c] else high[c]
         else:
             for c in range(m):
-                key = order(values[c])
+                key = order(words[first + c])
                 low[c] = key if key < low[c] else low[c]
                 high[c] = key if key > high[c] else high[c]
     scales_of(tile, m, p)
